@@ -1,0 +1,71 @@
+# `make demo` and `make test` set everything up on a fresh clone. Everything lives in .venv and build/.
+
+PYTHON ?= python3
+WORKERS ?= 2
+OLDEST := 5.17.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+# at these sizes one thread a process is fastest, and the processes do not get in each other's way
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
+OP_TESTS := tests/test_ops.py tests/test_interpreter.py
+
+.PHONY: demo test test-oldest check format lint types floors gpu bench cubins clean
+
+demo: $(READY)
+	$(BIN)/trm-hybrid demo
+
+test: $(READY)
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(OP_TESTS)
+
+check: lint types floors test
+
+format: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(READY)
+	$(BIN)/mypy
+
+floors: $(READY)
+	$(BIN)/pytest -q tests/test_floors.py
+
+gpu: $(READY)
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
+	$(BIN)/pytest
+
+bench: $(READY)
+	mkdir -p build
+	$(BIN)/pytest bench --benchmark-json=build/bench.json
+
+cubins: $(READY)
+	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --out build/cubins
+
+# torch first, by itself: resolving it together with what needs it can pick another build
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+# the tests once more, on the oldest transformers that setup.py allows
+test-oldest: $(VENV)-oldest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/pytest -n $(WORKERS)
+
+$(VENV)-oldest/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/pip install "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-oldest/bin/pip install -c $(VENV)-oldest/constraints.txt transformers==$(OLDEST) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV) $(VENV)-oldest *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
