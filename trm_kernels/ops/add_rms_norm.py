@@ -1,0 +1,188 @@
+"""add_rms_norm: y = h * rstd,  h = x + r,  rstd = rsqrt(mean(h^2) + eps)
+
+Shapes   x, r, y [..., D]; rstd [M], with M the product of the leading sizes.
+Dtypes   x and r of one dtype, float32, float16 or bfloat16; sums and rstd in float32; y has x's dtype.
+         float64 stays float64 throughout, in the reference only.
+Errors   ValueError when shapes, dtypes or devices disagree, when D is 0 or above the widest tuned row.
+Source   "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019, eq. 4, without the gain, as in
+         "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+"""
+
+import torch
+from torch import Tensor
+
+from trm_kernels import tuning
+from trm_kernels.backend import runs_triton
+from trm_kernels.launch import arch_of, launch, launcher
+from trm_kernels.optional_triton import tl, triton
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
+    """v * rsqrt(mean(v^2) + eps) over the last axis, in float32, returned in v's dtype."""
+    h = _wide(v)
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+
+
+def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5) -> Tensor:
+    """The meaning of the op: the sum is not rounded to x's dtype before it is normalised."""
+    return rms_norm_ref(_wide(x) + _wide(r), eps).to(x.dtype)
+
+
+@triton.jit
+def _add_rms_norm_fwd_kernel(
+    x_ptr,  # [M, D]
+    r_ptr,  # [M, D]
+    y_ptr,  # [M, D], out
+    rstd_ptr,  # [M] float32, out
+    M,
+    stride_xm,
+    stride_rm,
+    stride_ym,
+    eps,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: BLOCK_M whole rows
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    h = x + r
+    rstd = tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)  # [BLOCK_M]
+    y = h * rstd[:, None]
+
+    tl.store(y_ptr + offs_m[:, None] * stride_ym + offs_d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + offs_m, rstd, mask=offs_m < M)
+
+
+@triton.jit
+def _add_rms_norm_bwd_kernel(
+    dy_ptr,  # [M, D]
+    y_ptr,  # [M, D]
+    rstd_ptr,  # [M] float32
+    dh_ptr,  # [M, D], out: the gradient of x and, h being their sum, of r
+    M,
+    stride_dym,
+    stride_ym,
+    stride_dhm,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: BLOCK_M whole rows of dh = rstd * (dy - y * mean(y * dy))
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
+
+    dy = tl.load(dy_ptr + offs_m[:, None] * stride_dym + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offs_m[:, None] * stride_ym + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < M, other=0.0)
+
+    along_y = tl.sum(y * dy, axis=1) / D  # [BLOCK_M]: the share of dy that only scales h, which y ignores
+    dh = rstd[:, None] * (dy - y * along_y[:, None])
+
+    tl.store(
+        dh_ptr + offs_m[:, None] * stride_dhm + offs_d[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@launcher
+def _add_rms_norm_fwd(x: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    M, D = x.shape[0], int(x.shape[1])
+    BLOCK_D = triton.next_power_of_2(D)
+    row = tuning.lookup("add_rms_norm", arch_of(x), BLOCK_D)
+    y = x.new_empty(M, D)
+    rstd = x.new_empty(M, dtype=torch.float32)
+    launch(
+        _add_rms_norm_fwd_kernel,
+        (triton.cdiv(M, row.BLOCK_M),),
+        x,
+        r,
+        y,
+        rstd,
+        M,
+        x.stride(0),
+        r.stride(0),
+        y.stride(0),
+        eps,
+        D=D,
+        BLOCK_M=row.BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+    )
+    return y, rstd
+
+
+@launcher
+def _add_rms_norm_bwd(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
+    M, D = y.shape[0], int(y.shape[1])
+    BLOCK_D = triton.next_power_of_2(D)
+    row = tuning.lookup("add_rms_norm", arch_of(y), BLOCK_D)
+    dh = y.new_empty(M, D)
+    launch(
+        _add_rms_norm_bwd_kernel,
+        (triton.cdiv(M, row.BLOCK_M),),
+        dy,
+        y,
+        rstd,
+        dh,
+        M,
+        dy.stride(0),
+        y.stride(0),
+        dh.stride(0),
+        D=D,
+        BLOCK_M=row.BLOCK_M,
+        BLOCK_D=BLOCK_D,
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+    )
+    return dh
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, r, eps):
+        y, rstd = _add_rms_norm_fwd(x, r, eps)
+        ctx.save_for_backward(y, rstd)  # all its gradient needs: x and r may be freed
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        dh = _add_rms_norm_bwd(_rows(dy), *ctx.saved_tensors)
+        return dh, dh, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t as [M, D] with neighbouring elements of a row side by side; rows may lie apart."""
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def add_rms_norm(x: Tensor, r: Tensor, eps: float = 1e-5) -> Tensor:
+    """The RMS norm of x + r over the last axis. See the top of this file for shapes and dtypes."""
+    if x.shape != r.shape or x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            "add_rms_norm: expected x and r of one shape [..., D] with D > 0, "
+            f"got {tuple(x.shape)} and {tuple(r.shape)}."
+        )
+    if x.dtype != r.dtype or x.dtype not in _DTYPES:
+        raise ValueError(
+            "add_rms_norm: expected x and r of one dtype, float32, float16, bfloat16 or float64, "
+            f"got {x.dtype} and {r.dtype}."
+        )
+    if x.device != r.device:
+        raise ValueError(f"add_rms_norm: expected x and r on one device, got {x.device} and {r.device}.")
+    if not runs_triton("add_rms_norm", x, r, has_kernel=x.dtype != torch.float64):
+        return add_rms_norm_ref(x, r, eps)
+    return _AddRMSNorm.apply(_rows(x), _rows(r), eps).view(x.shape)
