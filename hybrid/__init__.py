@@ -1,0 +1,7 @@
+"""A recursive block inside a frozen language model. Needs neither a GPU nor Triton to be imported."""
+
+from hybrid.config import HybridConfig
+from hybrid.model import CombinedTRMLLM, HybridModel
+from hybrid.presets import PresetConfigs
+
+__all__ = ["CombinedTRMLLM", "HybridConfig", "HybridModel", "PresetConfigs"]

@@ -1,0 +1,182 @@
+"""One injection point: projection in, recursion, blend back; and the hooks that call it.
+
+A TRM is a child module of the decoder layer it follows (`layer.trm`; `layer.trm_before` for point 0,
+on the embeddings), and a forward hook on that layer hands it the hidden state. So the language model
+keeps its class, its parameter names and its checkpoints. The hooks are functions of this module: a
+closure would point at the original after a deepcopy.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import CompileableContextVar
+
+from hybrid.config import TRM_DTYPES, HybridConfig
+from trm_kernels import TRM, injection_blend, injection_in
+from trm_kernels.trm import Matrix
+
+
+@dataclass
+class InjectionCall:
+    """What all injection points of one forward share; settled once, in HybridModel.forward."""
+
+    positions: Tensor  # [B, T], in tokens
+    mask: Tensor | None  # see trm_kernels/ops/rope_attention.py
+    cache: Cache | None
+    num_recursion_steps: int
+    done: int = 0  # injections so far
+
+
+# The call in progress in this thread; None means that the language model runs by itself.
+current_call = CompileableContextVar("trm_hybrid_call")
+
+
+class Injection(GradientCheckpointingLayer):
+    """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T.
+
+    hidden_size          D, the language model's width
+    first_cache_layer    the cache's layer of evaluation 0 is first_cache_layer + index * evaluations
+    index                which injection point this is, from 0
+    """
+
+    def __init__(
+        self, config: HybridConfig, hidden_size: int, first_cache_layer: int, index: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": TRM_DTYPES[config.trm_dtype]}
+        d = config.trm_hidden_size
+        self.first_cache_layer = first_cache_layer
+        self.index = index
+        self.strength = config.injection_strength
+        self.eps = config.trm_rms_norm_eps
+        self.in_proj = Matrix(d, hidden_size, **factory)
+        self.recursion = TRM(
+            d,
+            config.trm_num_heads,
+            config.trm_num_layers,
+            num_key_value_heads=config.trm_num_key_value_heads,
+            intermediate_size=config.trm_intermediate_size,
+            num_recursion_steps=config.num_recursion_steps,
+            num_cycles=config.num_cycles,
+            grad_cycles=config.grad_cycles,
+            causal=True,
+            rope_theta=config.trm_rope_theta,
+            eps=config.trm_rms_norm_eps,
+            **factory,
+        )
+        self.out_proj = Matrix(hidden_size, d, **factory)
+        self.gate_weight = nn.Parameter(torch.empty(1, d, **factory)) if config.blending_strategy == "gated" else None
+        self.gate_bias = nn.Parameter(torch.empty(1, **factory)) if config.blending_strategy == "gated" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """W_out and the gate's score start at zero: a fresh hybrid is its base, the gate half open."""
+        nn.init.zeros_(self.out_proj.weight)
+        if self.gate_weight is not None and self.gate_bias is not None:
+            nn.init.zeros_(self.gate_weight)
+            nn.init.zeros_(self.gate_bias)
+
+    def forward(
+        self,
+        h: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        num_recursion_steps: int,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
+
+        The cache comes as a keyword because gradient checkpointing takes it away by that name.
+        """
+        update_cache = None
+        if past_key_values is not None:
+            first = self.first_cache_layer + self.index * self.recursion.evaluations(num_recursion_steps)
+
+            def update_cache(evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+                return past_key_values.update(k, v, first + evaluation)
+
+        x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
+        y, _ = self.recursion(
+            x, positions=positions, mask=mask, update_cache=update_cache, num_recursion_steps=num_recursion_steps
+        )
+        gate = (None, None) if self.gate_weight is None else (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype))
+        return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The language model's decoder layers: the shallowest list of as many equal modules as it has layers.
+
+    Errors: ValueError when there is no such list, or more than one.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.get_decoder().named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and len({type(m) for m in module}) == 1
+    ]
+    depth = min((name.count(".") for name, _ in lists), default=0)
+    shallowest = [module for name, module in lists if name.count(".") == depth]
+    if len(shallowest) != 1:
+        raise ValueError(
+            f"HybridModel: expected one list of {num_layers} decoder layers in {type(model).__name__}, "
+            f"got {len(shallowest)}."
+        )
+    return shallowest[0]
+
+
+def attach(model: PreTrainedModel, config: HybridConfig) -> None:
+    """Make one Injection per point a child of its decoder layer, and hook it in."""
+    text_config = model.config.get_text_config(decoder=True)
+    layers = decoder_layers(model)
+    for index, point in enumerate(config.injection_layers):
+        layer = layers[max(point - 1, 0)]
+        injection = Injection(
+            config, text_config.hidden_size, text_config.num_hidden_layers, index, _execution_device(layer)
+        )
+        injection.train(model.training)
+        if point == 0:
+            layer.trm_before = injection
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+        else:
+            layer.trm = injection
+            layer.register_forward_hook(_after_layer)
+
+
+def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if isinstance(output, tuple):  # falcon, bloom: (hidden state, ...)
+        return (_inject(layer.trm, output[0]), *output[1:])
+    return _inject(layer.trm, output)
+
+
+def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if args:
+        return (_inject(layer.trm_before, args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": _inject(layer.trm_before, kwargs["hidden_states"])}
+
+
+def _inject(injection: nn.Module, h: Tensor) -> Tensor:
+    call = current_call.get()
+    if call is None:
+        return h
+    call.done += 1
+    return injection(
+        h,
+        call.positions.to(h.device),
+        None if call.mask is None else call.mask.to(h.device),
+        call.num_recursion_steps,
+        past_key_values=call.cache,
+    )
+
+
+def _execution_device(layer: nn.Module) -> torch.device:
+    """Where `layer` computes: its parameters' device, or where an offloading hook brings them."""
+    for module in layer.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(layer.parameters()).device

@@ -1,0 +1,397 @@
+"""HybridModel: a frozen language model with recursive blocks inside; inject, run, switch off.
+
+One forward: positions, mask and cache are settled here, once -> the language model's own layers ->
+after layer k a hook hands the hidden state to that layer's TRM (injection.py) -> the remaining layers
+-> logits. With W_out at zero the output equals the language model's, bit for bit.
+"""
+
+import copy
+import inspect
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hybrid import checkpoint
+from hybrid.cache import make_room
+from hybrid.config import HybridConfig
+from hybrid.injection import Injection, InjectionCall, attach, current_call
+from trm_kernels import TRM
+from trm_kernels.ops.recursion import evaluations
+from trm_kernels.trm import Matrix
+
+
+class HybridModel(PreTrainedModel, GenerationMixin):
+    """A decoder-only language model of transformers with a TRM after some of its layers.
+
+        model = HybridModel(llm_model=base, config=config)
+        model.freeze_base()
+
+    The wrapped model is used in place: `llm_model` is the very object that came in. Called by itself,
+    outside of HybridModel.forward, it answers as it did before.
+
+    Errors: ValueError for a base that is no causal language model, has no place for the injection
+    points, or carries a TRM already.
+    """
+
+    config: HybridConfig
+    config_class = HybridConfig
+    base_model_prefix = "llm_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
+    _no_split_modules = ["Injection"]  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
+        if llm_model is None:
+            if config.base_config is None:
+                raise ValueError("HybridModel: expected llm_model, or a config with base_config, got neither.")
+            llm_model = AutoModelForCausalLM.from_config(config.base_config)
+        _check_base(llm_model)
+        config = copy.deepcopy(config)
+        config.base_config = llm_model.config
+        config.check_base(llm_model.config)
+        config.base_model_name_or_path = config.base_model_name_or_path or _reference(llm_model)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            setattr(config, name, getattr(llm_model.config, name, None))
+        super().__init__(config)
+
+        self.llm_model = llm_model
+        self.generation_config = copy.deepcopy(llm_model.generation_config)
+        self.injection_enabled = True
+        self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
+        self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
+        self._draws = 0  # forwards that drew a number of recursion steps
+        self._warned_of_float16 = False
+        attach(llm_model, config)
+        if config.trm_dtype == "float32":
+            self._keep_in_fp32_modules_strict = ["trm", "trm_before"]
+        self.post_init()
+        self.train(llm_model.training)
+        self._base_sample = checkpoint.sample(self.base_named_parameters())
+
+    # The two kinds of parameters
+
+    def trm_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of every TRM, projections and gates included."""
+        return (p for name, p in self.named_parameters() if checkpoint.is_trm_key(name))
+
+    def base_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that is not a TRM's."""
+        return ((name, p) for name, p in self.named_parameters() if not checkpoint.is_trm_key(name))
+
+    def freeze_base(self) -> Self:
+        """Training phase 1: only the TRMs' parameters require gradients."""
+        for _, parameter in self.base_named_parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trm_parameters():
+            parameter.requires_grad_(True)
+        return self
+
+    @contextmanager
+    def disable_injection(self) -> Iterator[Self]:
+        """Within the block the model is its base. Holds for the model, in every thread."""
+        before, self.injection_enabled = self.injection_enabled, False
+        try:
+            yield self
+        finally:
+            self.injection_enabled = before
+
+    # One forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_recursion_steps: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The language model's forward, with the TRMs' answers blended in.
+
+        Arguments are the language model's; one is ours:
+        num_recursion_steps   n for this call; None takes the config's, or draws it (recursion_sampling)
+
+        Errors: ValueError for a cache filled with another n, or both or neither of input_ids and
+        inputs_embeds; RuntimeError when an injection did not happen.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
+        self._warn_of_float16_training()
+        if use_cache is None:
+            use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.llm_model.config)
+
+        call, base_mask = None, attention_mask
+        if self.injection_enabled:
+            n = self._recursion_steps(num_recursion_steps)
+            if past_key_values is not None:
+                make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
+            inputs = input_ids if input_ids is not None else inputs_embeds
+            positions = self._positions(inputs, position_ids, past_key_values)
+            base_mask, trm_mask = self._masks(inputs, attention_mask, positions, past_key_values)
+            call = InjectionCall(positions, trm_mask, past_key_values, n)
+
+        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
+        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+        before = current_call.set(call)
+        try:
+            output = self.llm_model(
+                input_ids=input_ids,
+                attention_mask=base_mask,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **arguments,
+                **kwargs,
+            )
+        finally:
+            current_call.reset(before)
+        if call is not None and call.done != len(self.config.injection_layers):
+            raise RuntimeError(
+                f"HybridModel: expected {len(self.config.injection_layers)} injections in this forward, "
+                f"got {call.done}: the base skipped layers."
+            )
+        return output
+
+    def _recursion_steps(self, requested: int | None) -> int:
+        """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same."""
+        if requested is not None:
+            if requested < 1:
+                raise ValueError(f"HybridModel: expected num_recursion_steps of at least 1, got {requested}.")
+            return requested
+        most = self.config.num_recursion_steps
+        if self.config.recursion_sampling == "fixed" or not self.training:
+            return most
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "HybridModel: under torch.compile, recursion_sampling='uniform' expected num_recursion_steps "
+                "in the call (draw_recursion_steps gives one), got none."
+            )
+        return self.draw_recursion_steps()
+
+    def draw_recursion_steps(self, draw: int | None = None) -> int:
+        """A number from 1..num_recursion_steps, by the config's seed and the draw's number.
+
+        draw   None goes on from the draw before; a training step's number makes a resumed run repeat
+        """
+        if draw is None:
+            draw, self._draws = self._draws, self._draws + 1
+        return random.Random(f"{self.config.recursion_seed}:{draw}").randint(1, self.config.num_recursion_steps)
+
+    def _num_trm_cache_layers(self, num_recursion_steps: int) -> int:
+        each = evaluations(self.config.trm_num_layers, num_recursion_steps, self.config.num_cycles)
+        return each * len(self.config.injection_layers)
+
+    def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        if position_ids is not None:
+            return position_ids
+        seen = 0 if cache is None else cache.get_seq_length()
+        return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
+
+    def _masks(
+        self,
+        inputs: Tensor,
+        mask: Tensor | dict[str, Tensor | None] | None,
+        positions: Tensor,
+        cache: Cache | None,
+    ) -> tuple[Any, Tensor | None]:
+        """(the base's mask, the TRMs' mask)"""
+        if isinstance(mask, dict):  # made beforehand by create_masks_for_generate
+            mask = dict(mask)
+            trm_mask = mask.pop("trm") if "trm" in mask else mask["full_attention"]
+            return mask.pop("base", mask), trm_mask
+        embeds = inputs if inputs.ndim == 3 else torch.empty((*inputs.shape, 0), dtype=self.dtype, device=inputs.device)
+        return mask, _trm_mask(self.config, embeds, mask, cache, positions)
+
+    def _warn_of_float16_training(self) -> None:
+        if self._warned_of_float16 or not (self.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                self._warned_of_float16 = True
+                warnings.warn(
+                    f"HybridModel: training float16 parameters ({name}, ...): a plain AdamW was seen to reach "
+                    "NaN within 20 steps. Keep them in float32 or bfloat16, or freeze them.",
+                    stacklevel=3,
+                )
+                return
+
+    # Generation
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or args[-1]
+        n = self._recursion_steps(model_kwargs.get("num_recursion_steps"))
+        # not a sliding layer's length: the TRM looks at everything
+        length = self._previous_max_cache_length
+        make_room(cache, self._num_base_layers, self._num_trm_cache_layers(n), max_cache_len=length)
+        return cache
+
+    def create_masks_for_generate(
+        self,
+        config: HybridConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor | None]:
+        """The base's masks and one more for the TRMs, made before the compiled forward."""
+        of_base = getattr(self.llm_model, "create_masks_for_generate", create_masks_for_generate)
+        base = of_base(
+            config=self.llm_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        trm = _trm_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return {**base, "trm": trm} if isinstance(base, dict) else {"base": base, "trm": trm}
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        save_base: bool | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json and model.safetensors; beside the old ones first, then renamed.
+
+        save_base   None: the TRMs' tensors only, where the base can be had again by its name or path
+                    and is as it came; else the whole model
+
+        Errors: ValueError when the base carries adapters of its own (LoRA), which a file could not load.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if save_base is None:
+            save_base = self.config.base_model_name_or_path is None or checkpoint.has_changed(
+                self._base_sample, self.base_named_parameters(), state_dict
+            )
+        checkpoint.save(self, super().save_pretrained, save_directory, save_base, state_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        config: HybridConfig | None = None,
+        llm_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved hybrid, its base from where the config says.
+
+        llm_model   a base that is loaded already; None loads config.base_model_name_or_path
+        kwargs      those of transformers' from_pretrained (dtype, device_map, ...); they reach the base
+
+        Errors: ValueError for a file that is missing, damaged or does not fit, OSError for a missing folder.
+        """
+        return checkpoint.load(
+            cls, super().from_pretrained, pretrained_model_name_or_path, *args, config=config, llm_model=llm_model, **kwargs
+        )
+
+    # What transformers asks of a model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Matrix | TRM | Injection):
+            module.reset_parameters()
+
+    def get_decoder(self) -> nn.Module:
+        return self.llm_model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.llm_model.set_output_embeddings(value)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Of the language model; the TRM's attention is its own."""
+        self.llm_model.set_attn_implementation(*args, **kwargs)
+
+
+CombinedTRMLLM = HybridModel
+
+
+class _MaskConfig:
+    """What create_causal_mask reads of a config; "sdpa" is its name for a boolean mask."""
+
+    _attn_implementation = "sdpa"
+
+
+def _trm_mask(
+    config: HybridConfig, embeds: Tensor, mask: Tensor | None, cache: Cache | None, positions: Tensor | None
+) -> Tensor | None:
+    """[B, 1, T, S] bool, True = may look at; None for plain causal attention; a 4D mask as it came."""
+    first_trm_layer = config.get_text_config(decoder=True).num_hidden_layers
+    # a static cache hands back free slots after the newest key, so "the last query is the last key" is untrue
+    may_be_none = cache is None or not cache.is_compileable
+    return create_causal_mask(
+        _MaskConfig(),
+        embeds,
+        mask,
+        cache,
+        positions,
+        layer_idx=first_trm_layer,
+        allow_is_causal_skip=may_be_none,
+    )
+
+
+def _check_base(model: PreTrainedModel) -> None:
+    who = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(
+            f"HybridModel: expected a decoder-only causal language model (AutoModelForCausalLM), got {who}."
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    for size in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(text_config, size, None), int):
+            raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
+    if wrapped := [name for name, _ in model.named_parameters() if checkpoint.is_trm_key(name)]:
+        raise ValueError(f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already.")
+
+
+def _reference(model: PreTrainedModel) -> str | None:
+    """Where the base came from: a hub name as it is, a folder by its full path; None if it was never loaded."""
+    name = model.config.name_or_path
+    if not name:
+        return None
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridModel)

@@ -1,0 +1,21 @@
+"""Recursive blocks, fast: tensors in, tensors out. Needs neither a GPU nor Triton to be imported."""
+
+from trm_kernels.backend import backend
+from trm_kernels.ops.add_rms_norm import add_rms_norm
+from trm_kernels.ops.injection_blend import injection_blend
+from trm_kernels.ops.injection_in import injection_in
+from trm_kernels.ops.linear_swiglu import linear_swiglu
+from trm_kernels.ops.recursion import trm_recursion
+from trm_kernels.ops.rope_attention import rope_attention
+from trm_kernels.trm import TRM
+
+__all__ = [
+    "TRM",
+    "add_rms_norm",
+    "backend",
+    "injection_blend",
+    "injection_in",
+    "linear_swiglu",
+    "rope_attention",
+    "trm_recursion",
+]

@@ -1,0 +1,286 @@
+"""TRM, the module: the weights of the recursive block under the names of the TRM paper's code.
+
+Classic TRM (puzzles): not causal, `y` and `z` passed in and returned, `mlp_t` if wanted. Inside a
+language model: causal, with positions, a mask and a cache. The loop itself is `ops/recursion.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trm_kernels.ops.recursion import EvaluationCache, LayerWeights, evaluations, trm_recursion
+
+# TRM's own code pads the inner width of an MLP to a multiple of this
+_INNER_MULTIPLE = 256
+
+
+def default_intermediate_size(width: int) -> int:
+    """The MLP's inner width: 8/3 of the width it works on, rounded up to a multiple of 256."""
+    return -(-round(8 / 3 * width) // _INNER_MULTIPLE) * _INNER_MULTIPLE
+
+
+class Matrix(nn.Module):
+    """One weight [out, in]. Calling it gives the weight: that is where offloading and sharding hooks act.
+
+    It is no nn.Linear because the kernels need the matrix itself: a library that swaps the forward of
+    an nn.Linear (LoRA, quantisation) would be bypassed without a word. Here it cannot find one.
+    """
+
+    def __init__(self, out_features: int, in_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal, with a standard deviation that keeps the scale of a normalised input."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class Attention(nn.Module):
+    """The attention's two matrices; the queries', keys' and values' projections are stacked in that order."""
+
+    def __init__(self, width: int, heads: int, key_value_heads: int, **factory: Any) -> None:
+        super().__init__()
+        self.qkv_proj = Matrix((heads + 2 * key_value_heads) * (width // heads), width, **factory)
+        self.o_proj = Matrix(width, width, **factory)
+
+
+class SwiGLU(nn.Module):
+    """The MLP's two matrices; the gate's rows come before the up-projection's."""
+
+    def __init__(self, width: int, intermediate_size: int, **factory: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = Matrix(2 * intermediate_size, width, **factory)
+        self.down_proj = Matrix(width, intermediate_size, **factory)
+
+
+class TRMLayer(nn.Module):
+    """The weights of one layer: `self_attn` or, over a fixed number of tokens, `mlp_t`; and `mlp`."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_value_heads: int,
+        intermediate_size: int,
+        seq_len: int | None,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        if seq_len is None:
+            self.self_attn = Attention(width, heads, key_value_heads, **factory)
+        else:
+            self.mlp_t = SwiGLU(seq_len, default_intermediate_size(seq_len), **factory)
+        self.mlp = SwiGLU(width, intermediate_size, **factory)
+
+    def forward(self) -> LayerWeights:
+        mixer = (
+            {"mlp_t_gate_up_proj": self.mlp_t.gate_up_proj(), "mlp_t_down_proj": self.mlp_t.down_proj()}
+            if hasattr(self, "mlp_t")
+            else {"qkv_proj": self.self_attn.qkv_proj(), "o_proj": self.self_attn.o_proj()}
+        )
+        return LayerWeights(gate_up_proj=self.mlp.gate_up_proj(), down_proj=self.mlp.down_proj(), **mixer)
+
+
+class TRM(nn.Module):
+    """A Tiny Recursive Model: `num_layers` post-norm layers, applied to their own state again and again.
+
+    hidden_size            D, the width of x, y and z
+    num_heads              H; D must be a multiple of it
+    num_key_value_heads    G; H must be a multiple of it; default H
+    intermediate_size      the MLP's inner width; default 8/3 D rounded up to a multiple of 256
+    num_recursion_steps    n, updates of z in a cycle (the paper's L_cycles); a call may choose another
+    num_cycles             T, updates of y (the paper's H_cycles)
+    grad_cycles            the last cycles that pass gradients; None = all
+    causal                 no token looks at a later one
+    rope_theta             RoPE's base; None for no positions
+    mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
+    seq_len                tokens in every input, with mlp_t only
+
+    Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
+    Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_layers: int = 2,
+        *,
+        num_key_value_heads: int | None = None,
+        intermediate_size: int | None = None,
+        num_recursion_steps: int = 6,
+        num_cycles: int = 1,
+        grad_cycles: int | None = 1,
+        causal: bool = False,
+        rope_theta: float | None = 10000.0,
+        mlp_t: bool = False,
+        seq_len: int | None = None,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
+        if mlp_t != (seq_len is not None):
+            raise ValueError(f"TRM: expected mlp_t and seq_len together, got mlp_t={mlp_t}, seq_len={seq_len}.")
+        if mlp_t and causal:
+            raise ValueError("TRM: expected mlp_t without causal: a mix over all tokens looks ahead. Got both.")
+
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_key_value_heads = key_value_heads
+        self.num_recursion_steps = num_recursion_steps
+        self.num_cycles = num_cycles
+        self.grad_cycles = grad_cycles
+        self.causal = causal
+        self.rope_theta = rope_theta
+        self.seq_len = seq_len
+        self.eps = eps
+
+        factory = {"device": device, "dtype": dtype}
+        inner = intermediate_size or default_intermediate_size(hidden_size)
+        self.layers = nn.ModuleList(
+            TRMLayer(hidden_size, num_heads, key_value_heads, inner, seq_len, **factory)
+            for _ in range(num_layers)
+        )
+        self.y_init = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.z_init = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial state of unit size, like everything a norm gives out. The matrices reset themselves."""
+        nn.init.normal_(self.y_init)
+        nn.init.normal_(self.z_init)
+
+    def evaluations(self, num_recursion_steps: int | None = None) -> int:
+        """Evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
+        return evaluations(
+            len(self.layers), num_recursion_steps or self.num_recursion_steps, self.num_cycles
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        update_cache: EvaluationCache | None = None,
+        num_recursion_steps: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
+
+        x                     [B, T, D]
+        y, z                  the state to go on from; None starts from y_init and z_init
+        positions             [B, T] or [1, T] for RoPE, in tokens; None counts from 0
+        mask                  what each token may look at, see ops/rope_attention.py
+        update_cache          keeps keys and values, see ops/recursion.py
+        num_recursion_steps   n for this call; None takes the module's
+        """
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
+        if self.seq_len is not None and x.shape[1] != self.seq_len:
+            raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+        return trm_recursion(
+            x,
+            self.y_init.to(x.dtype).expand_as(x) if y is None else y,
+            self.z_init.to(x.dtype).expand_as(x) if z is None else z,
+            [layer().to(x.dtype) for layer in self.layers],
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            num_recursion_steps=self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps,
+            num_cycles=self.num_cycles,
+            grad_cycles=self.grad_cycles,
+            positions=positions,
+            mask=mask,
+            causal=self.causal,
+            rope_theta=self.rope_theta,
+            eps=self.eps,
+            update_cache=update_cache,
+        )
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Load a state dict of the TRM paper's code; returns the keys it left alone (embeddings, heads).
+
+        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and
+        `z_init`, whatever stands before them (`model.inner.`, `_orig_mod.`).
+
+        Errors: ValueError when a weight is missing, comes twice or has another shape; nothing is loaded then.
+        """
+        ours, left_alone = {}, []
+        for key, tensor in state_dict.items():
+            name = _reference_name(key)
+            if name is None:
+                left_alone.append(key)
+            elif name in ours:
+                raise ValueError(f"load_reference_state_dict: expected one tensor for {name}, got two ({key}).")
+            else:
+                ours[name] = tensor
+        wanted = self.state_dict()
+        for name in wanted.keys() | ours.keys():
+            got = tuple(ours[name].shape) if name in ours else "no such tensor"
+            expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+            if got != expected:
+                raise ValueError(f"load_reference_state_dict: {name}: expected {expected}, got {got}.")
+        self.load_state_dict(ours)
+        return sorted(left_alone)
+
+
+def _reference_name(key: str) -> str | None:
+    """Our name of a tensor of the TRM paper's code; None for one that is not part of the recursion."""
+    if found := re.search(r"(?:^|\.)L_level\.(layers\..+)$", key):
+        return found[1]
+    if found := re.search(r"(?:^|\.)(H|L)_init$", key):
+        return {"H": "y_init", "L": "z_init"}[found[1]]
+    return None
+
+
+def check_sizes(
+    who: str,
+    hidden_size: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    num_layers: int,
+    uses_rope: bool,
+    prefix: str = "",
+) -> None:
+    """Refuse sizes that make no attention: ValueError with what was expected and what came.
+
+    prefix   what stands before the names where the caller's caller set them
+    """
+    counts = {
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_layers": num_layers,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{who}: expected {prefix}{name} of at least 1, got {count}.")
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"{who}: expected {prefix}hidden_size to be a multiple of {prefix}num_heads, "
+            f"got {hidden_size} and {num_heads}."
+        )
+    if num_heads % num_key_value_heads:
+        raise ValueError(
+            f"{who}: expected {prefix}num_heads to be a multiple of {prefix}num_key_value_heads, "
+            f"got {num_heads} and {num_key_value_heads}."
+        )
+    if uses_rope and hidden_size // num_heads % 2:
+        raise ValueError(
+            f"{who}: RoPE expected an even head width, got {hidden_size // num_heads} "
+            f"(hidden_size {hidden_size} over {num_heads} heads)."
+        )
