@@ -11,7 +11,7 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
-OP_TESTS := tests/test_ops.py tests/test_interpreter.py
+INTERPRETED := tests/test_ops.py tests/test_interpreter.py tests/test_backend.py
 
 .PHONY: demo test test-oldest check format lint types floors gpu bench cubins clean
 
@@ -20,7 +20,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) $(OP_TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 check: lint types floors test
 

@@ -15,23 +15,20 @@ from trm_kernels import tuning
 from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.optional_triton import tl, triton
+from trm_kernels.precision import wide
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
     """v * rsqrt(mean(v^2) + eps) over the last axis, in float32, returned in v's dtype."""
-    h = _wide(v)
+    h = wide(v)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
 
 def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5) -> Tensor:
     """The meaning of the op: the sum is not rounded to x's dtype before it is normalised."""
-    return rms_norm_ref(_wide(x) + _wide(r), eps).to(x.dtype)
+    return rms_norm_ref(wide(x) + wide(r), eps).to(x.dtype)
 
 
 @triton.jit

@@ -1,0 +1,75 @@
+"""Each op, each peer, forward, and forward with backward: `pytest bench`.
+
+An answer that is wrong is not timed. Times are medians over rounds, read after the device is idle, with
+their spread beside them. Without a GPU the peers that need none are timed on the CPU, at small sizes:
+that shows the benchmark works, and says nothing of speed.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.peers import NEEDS_A_GPU, PEERS, Op
+from trm_kernels.cases import CASES, Case, Shape
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16
+ROUNDS = 50 if ON_GPU else 5
+
+
+def _run(op: Op, inputs: list[Tensor], backward: bool) -> list[Tensor]:
+    """The outputs or, with `backward`, the gradients of the inputs under outputs' gradients of one."""
+    out = op(*inputs)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    if not backward:
+        return outs
+    return list(torch.autograd.grad(outs, inputs, [torch.ones_like(t) for t in outs]))
+
+
+def _check(case: Case, op: Op, inputs: list[Tensor], backward: bool) -> None:
+    """The rule of the tests: at most 1.1 times the error of eager, both against float64."""
+    truth = _run(case.ref, [t.detach().double().requires_grad_() for t in inputs], backward)
+    eager = _run(case.ref, inputs, backward)
+    for got, plain, true in zip(_run(op, inputs, backward), eager, truth, strict=True):
+        mine, theirs = (((t.double() - true).norm() / true.norm()).item() for t in (got, plain))
+        assert mine <= 1.1 * theirs + case.floor[DTYPE], (
+            f"wrong, so not timed: {mine:.2e}, eager {theirs:.2e}"
+        )
+
+
+def _jobs() -> list[Any]:
+    return [
+        pytest.param(case, shape, id=f"{case.name}-{'x'.join(map(str, shape))}")
+        for case in CASES
+        for shape in (case.bench if ON_GPU else case.shapes[-1:])
+    ]
+
+
+@pytest.mark.parametrize("backward", (False, True), ids=("forward", "forward+backward"))
+@pytest.mark.parametrize(("case", "shape"), _jobs())
+@pytest.mark.parametrize("peer", PEERS)
+def bench_op(benchmark: Any, peer: str, case: Case, shape: Shape, backward: bool) -> None:
+    if peer in NEEDS_A_GPU and not ON_GPU:
+        pytest.skip(f"{peer} needs a CUDA device, and PyTorch finds none")
+    op = PEERS[peer](case.name)
+    if op is None:
+        pytest.skip(f"{peer} has no {case.name}")
+    inputs = [t.detach().to(DEVICE).requires_grad_() for t in case.inputs(shape, DTYPE, 0)]
+    _check(case, op, inputs, backward)
+
+    def timed() -> None:
+        _run(op, inputs, backward)
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{case.name} {shape} {'forward+backward' if backward else 'forward'}"
+    benchmark.extra_info.update(
+        device=torch.cuda.get_device_name() if ON_GPU else "CPU",
+        torch=torch.__version__,
+        dtype=str(DTYPE),
+        forward_bytes=case.moved(inputs),
+    )
+    benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=3)

@@ -1,0 +1,34 @@
+"""What holds for every test: fresh memory is NaN, the backend is `auto`, the interpreter can be trusted."""
+
+import warnings
+
+import pytest
+import torch
+
+from trm_kernels.backend import backend, interpreting
+
+if interpreting():
+    from tests.interpreter import mend
+
+    mend()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan():
+    """An output that a kernel forgot to write shows itself: `torch.empty` is filled in deterministic mode."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        # the fill is what is wanted of this mode, not advice on each op that has no deterministic form
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+        yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _backend_is_auto():
+    with backend("auto"):
+        yield

@@ -1,0 +1,247 @@
+"""Every op: is it right, forward and backward, in every dtype, and does it refuse what it cannot do?
+
+Where kernels can run (on a CUDA device, or anywhere with TRITON_INTERPRET=1) they are held against the
+reference in float64. The reference itself is held against finite differences everywhere.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trm_kernels.backend import backend, interpreting
+from trm_kernels.cases import CASES, Case
+from trm_kernels.ops import add_rms_norm as op_file
+from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm_ref
+
+DEVICE = "cpu" if interpreting() else "cuda"
+kernels_run = pytest.mark.skipif(
+    not interpreting() and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
+)
+compiles = pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
+EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EACH_SHAPE = pytest.mark.parametrize(
+    ("case", "shape", "dtype"),
+    [
+        pytest.param(case, shape, dtype, id=f"{case.name}-{'x'.join(map(str, shape))}-{str(dtype)[6:]}")
+        for case in CASES
+        for shape in case.shapes
+        for dtype in case.dtypes
+    ],
+)
+
+
+def inputs_of(case: Case, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    return [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in case.inputs(shape, dtype, seed)]
+
+
+def run(op, inputs: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Outputs and the gradient of every input that takes one, under a random gradient of the outputs."""
+    out = op(*inputs)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    g = torch.Generator().manual_seed(seed + 1000)
+    # rounded to the dtype of the inputs, so that the float64 run is given the very same gradient
+    grads = [torch.randn(t.shape, generator=g).bfloat16().to(t.device, t.dtype) for t in outs]
+    taking = {i: t for i, t in enumerate(inputs) if t.requires_grad}
+    got = torch.autograd.grad(outs, list(taking.values()), grads)
+    named = {f"output {i}": t.detach() for i, t in enumerate(outs)}
+    return named | {f"gradient of input {i}": t for i, t in zip(taking, got, strict=True)}
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((got.double() - true).norm() / true.norm()).item()
+
+
+@kernels_run
+@EACH_SHAPE
+@pytest.mark.parametrize("seed", range(3))
+def test_as_close_to_the_truth_as_eager(case, shape, dtype, seed):
+    inputs = inputs_of(case, shape, dtype, seed)
+    true = run(case.ref, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], seed)
+    eager = run(case.ref, inputs, seed)
+    with backend("triton"):
+        ours = run(case.op, inputs, seed)
+    for name, want in true.items():
+        assert ours[name].dtype == eager[name].dtype
+        assert ours[name].shape == eager[name].shape
+        mine, theirs = error(ours[name], want), error(eager[name], want)
+        assert mine <= 1.1 * theirs + case.floor[dtype], f"{name}: error {mine:.2e}, of eager {theirs:.2e}"
+        if dtype == torch.float32:
+            assert error(ours[name], eager[name].double()) <= (1e-5 if "output" in name else 5e-5)
+
+
+@kernels_run
+@EACH
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_reruns_are_equal_bit_for_bit(case, dtype):
+    inputs = inputs_of(case, case.shapes[-1], dtype)
+    with backend("triton"):
+        first, second = run(case.op, inputs), run(case.op, inputs)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def apart(t: Tensor) -> Tensor:
+    """The same values, the rows of the last axis cut out of wider ones."""
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 13), torch.nan, dtype=t.dtype, device=t.device)
+    wide[..., 5:-8] = t
+    return wide[..., 5:-8]
+
+
+def turned(t: Tensor) -> Tensor:
+    """The same values, the last two axes stored the other way round."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@kernels_run
+@EACH
+@pytest.mark.parametrize("view", (apart, turned))
+def test_views_give_what_their_copies_give(case, view):
+    inputs = inputs_of(case, case.shapes[1], torch.float32)
+    views = [view(t.detach()).requires_grad_(t.requires_grad) for t in inputs]
+    with backend("triton"):
+        of_copies, of_views = run(case.op, inputs), run(case.op, views)
+    for name in of_copies:
+        assert torch.equal(of_copies[name], of_views[name]), name
+
+
+@kernels_run
+def test_a_gradient_that_is_an_expanded_view():
+    (case, *_) = CASES
+    x, r = inputs_of(case, (5, 40), torch.float32)
+    with backend("triton"):
+        (dx,) = torch.autograd.grad(add_rms_norm(x, r).sum(), x)
+    (want,) = torch.autograd.grad(add_rms_norm_ref(x, r).sum(), x)
+    assert error(dx, want.double()) < 1e-5
+
+
+@kernels_run
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 1)], ids=str)
+def test_no_rows_and_single_rows(shape):
+    x = torch.randn(shape, device=DEVICE)
+    with backend("triton"):
+        y = add_rms_norm(x, x)
+    torch.testing.assert_close(y, add_rms_norm_ref(x, x), rtol=1e-5, atol=1e-6)
+
+
+@kernels_run
+def test_eps_is_used():
+    x = torch.full((2, 8), 1e-3, device=DEVICE)
+    with backend("triton"):
+        y = add_rms_norm(x, x, eps=12e-6)
+    torch.testing.assert_close(y, torch.full_like(y, 0.5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not interpreting(), reason="reads a sparse file, which a GPU cannot")
+def test_row_offsets_beyond_31_bits(tmp_path):
+    """Three rows 2^30 elements apart: the last one starts where a 32-bit offset would turn negative."""
+    stride = 2**30
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + 8, dtype=torch.float16)
+    x = storage.as_strided((3, 8), (stride, 1))
+    x.copy_(torch.arange(24.0).view(3, 8))
+    with backend("triton"):
+        y = add_rms_norm(x, x)
+    torch.testing.assert_close(y, add_rms_norm_ref(x, x), rtol=2e-3, atol=0)
+
+
+@kernels_run
+def test_custom_ops_keep_their_promises():
+    """Schema and fake agree with what the launchers do."""
+    x, r = (torch.randn(5, 40, device=DEVICE) for _ in range(2))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op_file._add_rms_norm_fwd, (x, r, 1e-5), test_utils=checks)
+    torch.library.opcheck(op_file._add_rms_norm_bwd, (x, r, x[:, 0].contiguous()), test_utils=checks)
+
+
+@kernels_run
+@EACH
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_kernels_pass_through_torch_compile(case, dynamic):
+    compiled = torch.compile(case.op, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with backend("triton"):
+        for shape in case.shapes[1:3]:
+            inputs = inputs_of(case, shape, torch.float32)
+            eager, traced = run(case.op, inputs), run(compiled, inputs)
+            for name in eager:
+                assert torch.equal(eager[name], traced[name]), name
+
+
+@kernels_run
+def test_a_second_derivative_is_an_error_not_a_wrong_number():
+    (case, *_) = CASES
+    x, r = inputs_of(case, (2, 32), torch.float32)
+    with backend("triton"):
+        (dx,) = torch.autograd.grad(add_rms_norm(x, r).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            dx.sum().backward()
+
+
+@EACH
+def test_reference_against_finite_differences(case):
+    """First and second derivative, in float64."""
+    inputs = [
+        t.detach().double().requires_grad_(t.requires_grad)
+        for t in case.inputs(case.shapes[1], torch.float32, 0)
+    ]
+    assert torch.autograd.gradcheck(case.ref, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(case.ref, inputs, fast_mode=True)
+
+
+def test_reference_against_the_formula():
+    x, r = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    want = torch.tensor([[3.0, 4.0]]) / (12.5 + 0.5) ** 0.5
+    torch.testing.assert_close(add_rms_norm_ref(x, r, eps=0.5), want)
+    torch.testing.assert_close(rms_norm_ref(x + r, eps=0.5), want)
+
+
+def test_reference_does_not_round_the_sum():
+    """1 + 2^-9 is no bfloat16: a sum rounded before it is squared would be 1."""
+    x, r = torch.ones(1, 2).bfloat16(), torch.tensor([[2.0**-9, 1.0]]).bfloat16()
+    h = torch.tensor([[1 + 2.0**-9, 2.0]])
+    want = (h * torch.rsqrt(h.square().mean() + 1e-5)).bfloat16()
+    assert torch.equal(add_rms_norm_ref(x, r), want)
+
+
+@compiles
+def test_reference_passes_through_torch_compile():
+    compiled = torch.compile(add_rms_norm, backend="aot_eager", fullgraph=True)
+    x, r = (torch.randn(3, 40, requires_grad=True) for _ in range(2))
+    assert torch.equal(compiled(x, r), add_rms_norm(x, r))
+    for got, want in zip(
+        torch.autograd.grad(compiled(x, r).square().sum(), (x, r)),
+        torch.autograd.grad(add_rms_norm(x, r).square().sum(), (x, r)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@compiles
+def test_reference_passes_through_torch_export():
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            return add_rms_norm(x, r)
+
+    x, r = torch.randn(3, 40), torch.randn(3, 40)
+    exported = torch.export.export(Module(), (x, r), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 2)
+    more = torch.randn(7, 40)
+    assert torch.equal(exported.module()(more, -2 * more), add_rms_norm(more, -2 * more))
+
+
+ZEROS = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "r", "says"),
+    [
+        (ZEROS, torch.zeros(2, 5), r"one shape \[..., D\] with D > 0, got \(2, 4\) and \(2, 5\)"),
+        (torch.zeros(2, 0), torch.zeros(2, 0), r"D > 0, got \(2, 0\) and \(2, 0\)"),
+        (torch.zeros(()), torch.zeros(()), r"D > 0, got \(\) and \(\)"),
+        (ZEROS, ZEROS.half(), r"one dtype, .* got torch.float32 and torch.float16"),
+        (ZEROS.int(), ZEROS.int(), r"one dtype, .* got torch.int32 and torch.int32"),
+        (ZEROS, ZEROS.to("meta"), r"on one device, got cpu and meta"),
+    ],
+    ids=["shapes", "D of 0", "no axis", "dtypes", "integers", "devices"],
+)
+def test_add_rms_norm_refuses(x, r, says):
+    with pytest.raises(ValueError, match=f"^add_rms_norm: expected .*{says}"):
+        add_rms_norm(x, r)
