@@ -1,0 +1,291 @@
+"""A training run on disk: what it is, its checkpoints, its metrics.
+
+    run.json              what makes the run this run: settings, data, trained tensors
+    metrics.jsonl         one JSON object a line
+    curve.png             its losses as a picture
+    checkpoint-000123/    after step 123: the model as save_pretrained writes it, the optimizer's
+                          moments as safetensors by parameter name, and state.json
+
+Everything is written beside its place and renamed into it, so a run killed at any moment leaves the
+last whole checkpoint. No pickle: a checkpoint from elsewhere can hold no code.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hybrid.model import HybridModel
+
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+CURVE = "curve.png"
+_STATE = "state.json"
+_OPTIMIZER = "optimizer.safetensors"
+_SAVING = ".saving-"
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, besides its tensors.
+
+    step               steps done
+    loss_sum           of the steps since the last metrics line, nats per token
+    grad_norm          the largest of these steps, before clipping
+    counted            how many these steps are
+    held_out_before    loss per token of each held-out set before the first step, nats
+    """
+
+    step: int = 0
+    loss_sum: float = 0.0
+    grad_norm: float = 0.0
+    counted: int = 0
+    held_out_before: dict[str, float] = field(default_factory=dict)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and see that files can be written there.
+
+    Errors: ValueError when they cannot, with the system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"train: expected an output folder that can be written to, got {folder} ({error.strerror})."
+        ) from error
+
+
+def find(folder: Path, run: dict[str, Any], resume: bool) -> Path | None:
+    """The checkpoint to go on from: the newest whole one to resume, None for a new run.
+
+    run   what makes the run this run; a resumed run must have all of it in common
+
+    Errors: ValueError when another run is in `folder`, or when there is none to resume.
+    """
+    checkpoint = latest(folder)
+    if resume:
+        _check_same_run(folder, run)
+    elif checkpoint is not None:
+        raise ValueError(
+            f"train: expected an output folder without a run, got {checkpoint.name} in {folder}. "
+            "Resume it, or choose another folder."
+        )
+    return checkpoint
+
+
+def begin(folder: Path, run: dict[str, Any], step: int | None) -> None:
+    """Clear away what was left behind, and say what this run is.
+
+    step   of the checkpoint that was loaded: metrics after it will be written again; None: a new run
+    """
+    for left in folder.glob(f"{_SAVING}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    lines = [] if step is None else [line for line in read_metrics(folder) if line["step"] <= step]
+    replace_file(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    replace_file(folder / RUN, json.dumps(run, indent=1).encode())
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`; None when there is none."""
+    return max(_whole_checkpoints(folder), default=None, key=_step_of)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, or would be."""
+    return folder / f"checkpoint-{step:06d}"
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    tokenizer: PreTrainedTokenizerBase | None,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `progress.step`, then delete all whole ones but the `keep` newest.
+
+    tokenizer   written beside the model; None writes none
+    """
+    beside = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
+    beside.chmod(0o777 & ~_umask())
+    _save_model(model, beside)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(beside)
+    save_file(_moments(model, optimizer), beside / _OPTIMIZER)
+    files = {path.name: path.stat().st_size for path in sorted(beside.iterdir()) if path.is_file()}
+    replace_file(beside / _STATE, json.dumps({**asdict(progress), "files": files}, indent=1).encode())
+
+    target = checkpoint_of(folder, progress.step)
+    if target.exists():  # of a copy that was cut short: latest() passed over it
+        shutil.rmtree(target)
+    beside.rename(target)
+    for old in sorted(_whole_checkpoints(folder), key=_step_of)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress:
+    """Fill the trained tensors of `model` and the optimizer's moments from a checkpoint.
+
+    Errors: ValueError for a file that is damaged, or tensors that do not fit.
+    """
+    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    _load_model(checkpoint, [name for name in state["files"] if name.startswith("model")], model)
+    _load_moments(checkpoint / _OPTIMIZER, model, optimizer)
+    return Progress(**{name: value for name, value in state.items() if name != "files"})
+
+
+def append_metrics(folder: Path, line: dict[str, Any]) -> None:
+    """Add one line; it is on its way to the disk when this returns."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Every whole line; what a killed run left of the last one is passed over."""
+    path = folder / METRICS
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: a reader sees the old one or the new one, whole."""
+    beside = path.with_name(f"{_SAVING}{path.name}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What requires gradients, by name, each tensor once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_same_run(folder: Path, run: dict[str, Any]) -> None:
+    """Refuse to resume a run as another one: ValueError with the first thing that differs."""
+    try:
+        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"train: expected a run to resume in {folder}, got no {RUN} there.") from None
+    except ValueError as error:
+        raise ValueError(f"train: expected a whole {folder / RUN}, got a damaged one ({error}).") from error
+    then, now = dict(_flat(before)), dict(_flat(run))
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"train: to resume the run in {folder}, expected {name} {_or_none(then, name)} as it began, "
+                f"got {_or_none(now, name)}."
+            )
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    # names as in the model, also where transformers renames on saving, so that load() finds them
+    arguments: dict[str, Any] = {"save_original_format": False}
+    if isinstance(model, HybridModel) and any(p.requires_grad for _, p in model.base_named_parameters()):
+        arguments["save_base"] = True
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there is one already
+    try:
+        model.save_pretrained(folder, **arguments)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def _load_model(checkpoint: Path, names: list[str], model: PreTrainedModel) -> None:
+    trained = trained_parameters(model)
+    ours = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    filled = set()
+    for file in (checkpoint / name for name in names if name.endswith(".safetensors")):
+        for name, tensor in _read(file).items():
+            if name not in ours:
+                continue
+            if tensor.shape != ours[name].shape:
+                raise ValueError(
+                    f"train: {file}: {name}: expected {tuple(ours[name].shape)}, got {tuple(tensor.shape)}."
+                )
+            with torch.no_grad():
+                ours[name].copy_(tensor)
+            filled.add(id(ours[name]))
+    if missing := [name for name, p in trained.items() if id(p) not in filled]:
+        raise ValueError(f"train: expected {missing[0]} in {checkpoint}, got no such tensor.")
+
+
+def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`name/moment` -> tensor, for every trained parameter that has had a gradient."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{name}/{moment}": tensor.detach().clone().contiguous()
+        for index, name in enumerate(trained_parameters(model))
+        for moment, tensor in state.get(index, {}).items()
+    }
+
+
+def _load_moments(file: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    index = {name: i for i, name in enumerate(trained_parameters(model))}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _read(file).items():
+        name, _, moment = key.rpartition("/")
+        if name not in index:
+            raise ValueError(f"train: {file}: expected moments of trained parameters, got {name}.")
+        state.setdefault(index[name], {})[moment] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"train: expected a whole {file}, got a damaged one ({error}).") from error
+
+
+def _whole_checkpoints(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file that was written is there, at its length."""
+    try:
+        files = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _or_none(values: dict[str, Any], name: str) -> Any:
+    return values.get(name, "none")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
