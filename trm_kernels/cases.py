@@ -16,8 +16,9 @@ from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 
 Shape = tuple[int, ...]
 
-# What rounding alone may add to the relative error: a tenth to a third of one rounding to the dtype.
-_FLOOR = {torch.float32: 2e-7, torch.float16: 5e-5, torch.bfloat16: 4e-4}
+# What summing in another order may add to the relative error: a rounding or two in float32, next to
+# nothing where the result is rounded to a narrower dtype anyway.
+_FLOOR = {torch.float32: 1e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 
 
 @dataclass(frozen=True)
