@@ -9,7 +9,9 @@ recursion steps the cache was filled.
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
-def make_room(cache: Cache, num_base_layers: int, num_trm_layers: int, max_cache_len: int | None = None) -> None:
+def make_room(
+    cache: Cache, num_base_layers: int, num_trm_layers: int, max_cache_len: int | None = None
+) -> None:
     """Give `cache` as many layers as the base and the TRMs need.
 
     max_cache_len   tokens of a static layer; None takes the longest that the base's layers have
@@ -22,8 +24,8 @@ def make_room(cache: Cache, num_base_layers: int, num_trm_layers: int, max_cache
         return
     if have >= num_base_layers and _is_filled(cache):
         raise ValueError(
-            f"HybridModel: expected a cache filled with this num_recursion_steps ({num_trm_layers} TRM layers), "
-            f"got one filled with {have - num_base_layers} TRM layers. Start from an empty cache."
+            "HybridModel: expected an empty cache or one filled with this num_recursion_steps "
+            f"({num_trm_layers} TRM layers), got one filled with {have - num_base_layers}."
         )
     del cache.layers[num_base_layers:]
     static = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
@@ -33,4 +35,4 @@ def make_room(cache: Cache, num_base_layers: int, num_trm_layers: int, max_cache
 
 
 def _is_filled(cache: Cache) -> bool:
-    return any(layer.is_initialized and int(layer.get_seq_length()) > 0 for layer in cache.layers)
+    return int(cache.get_seq_length()) > 0

@@ -37,8 +37,10 @@ def sample(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _few(p) for name, p in parameters if _is_at_hand(p)}
 
 
-def has_changed(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]], now: Mapping[str, Tensor]) -> bool:
-    """Whether any tensor of the base differs from its sample; one that is not at hand counts if it is trained."""
+def has_changed(
+    before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]], now: Mapping[str, Tensor]
+) -> bool:
+    """Whether a tensor of the base differs from its sample; one that is not at hand counts if trainable."""
     for name, parameter in parameters:
         tensor = now.get(name, parameter)
         if name not in before or not _is_at_hand(tensor):
@@ -57,6 +59,7 @@ def save(
     folder: str | os.PathLike[str],
     save_base: bool,
     state_dict: Mapping[str, Tensor],
+    *args: Any,
     **kwargs: Any,
 ) -> None:
     """Write `model` into `folder` by transformers' own save_pretrained, then rename into place."""
@@ -67,8 +70,6 @@ def save(
         _refuse_adapters(name for name, _ in model.base_named_parameters())
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
-    if not kwargs.get("is_main_process", True):
-        return
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", folder.name)
 
@@ -77,7 +78,7 @@ def save(
     reference = model.config.base_model_name_or_path
     model.config.base_model_name_or_path = None if save_base else reference
     try:
-        write(beside, state_dict=state_dict, **kwargs)
+        write(beside, True, state_dict, *args, **kwargs)
         _move(beside, folder)
     finally:
         model.config.base_model_name_or_path = reference
@@ -97,16 +98,16 @@ def load(
     hub = {name: kwargs[name] for name in (*_PLACE_OF_TRM, *_HUB) if name in kwargs}
     if config is None:
         config = HybridConfig.from_pretrained(path, **hub)
-    if llm_model is None and config.base_model_name_or_path is None:
-        return _load_whole(load_whole, path, *args, config=config, **kwargs)
     if llm_model is None:
+        if config.base_model_name_or_path is None:
+            return _load_whole(load_whole, path, *args, config=config, **kwargs)
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
         try:
             llm_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **of_base)
         except OSError as error:
             raise ValueError(
-                f"HybridModel: expected the base model at {config.base_model_name_or_path!r}, and it cannot be "
-                f"loaded from there ({_first_line(error)}). Pass llm_model= if it has moved."
+                f"HybridModel: expected the base model at {config.base_model_name_or_path!r}, got: "
+                f"{_first_line(error)}. Pass llm_model= if it has moved."
             ) from error
     tensors = _read(path, hub)
     model = cls(config=config, llm_model=llm_model)
@@ -123,7 +124,9 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
     except RuntimeError as error:
         if "size" not in str(error):
             raise
-        raise ValueError(f"HybridModel: a tensor in {path} has another shape: {_first_line(error)}.") from error
+        raise ValueError(
+            f"HybridModel: a tensor in {path} has another shape: {_first_line(error)}."
+        ) from error
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
             raise ValueError(f"HybridModel: {path}: {len(keys)} tensors are {kind}, the first is {keys[0]}.")
@@ -155,11 +158,14 @@ def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:
     unexpected = sorted(tensors.keys() - wanted.keys())
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise ValueError(f"HybridModel: {path}: {len(names)} tensors are {kind}, the first is {names[0]}.")
+            raise ValueError(
+                f"HybridModel: {path}: {len(names)} tensors are {kind}, the first is {names[0]}."
+            )
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
-                f"HybridModel: {path}: {name}: expected {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}."
+                f"HybridModel: {path}: {name}: "
+                f"expected {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}."
             )
     model.load_state_dict(tensors, strict=False)
 
@@ -169,7 +175,11 @@ def _move(source: Path, target: Path) -> None:
     names = sorted((p.name for p in source.iterdir()), key=lambda name: name == "config.json")
     for name in names:
         os.replace(source / name, target / name)
-    for old in (*target.glob("model-*-of-*.safetensors"), target / SAFE_WEIGHTS_INDEX_NAME, target / SAFE_WEIGHTS_NAME):
+    for old in (
+        *target.glob("model-*-of-*.safetensors"),
+        target / SAFE_WEIGHTS_INDEX_NAME,
+        target / SAFE_WEIGHTS_NAME,
+    ):
         if old.name not in names:
             old.unlink(missing_ok=True)
 
@@ -178,7 +188,7 @@ def _refuse_adapters(base_names: Iterable[str]) -> None:
     adapters = [name for name in base_names if ".base_layer." in name or "lora_" in name]
     if adapters:
         raise ValueError(
-            f"save_pretrained: expected a base without adapters inside, got {adapters[0]}. Wrap the hybrid instead: "
+            f"save_pretrained: expected a base without adapters inside, got {adapters[0]}. Wrap the hybrid: "
             'get_peft_model(hybrid, LoraConfig(..., modules_to_save=["trm"])), and save that; '
             "or save_base=False for the TRM alone."
         )
@@ -194,7 +204,9 @@ def _few(t: Tensor) -> Tensor:
 
 
 def _damaged(path: Any, error: Exception) -> str:
-    return f"HybridModel: expected a whole safetensors file, got a damaged one in {path} ({_first_line(error)})."
+    return (
+        f"HybridModel: expected a whole safetensors file, got a damaged one in {path} ({_first_line(error)})."
+    )
 
 
 def _first_line(error: Exception) -> str:

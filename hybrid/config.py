@@ -27,12 +27,12 @@ class HybridConfig(PreTrainedConfig):
     grad_cycles              the last cycles that pass gradients; None = all
     injection_strength       the factor of what is added to the hidden state
     blending_strategy        "linear" (gate 1) or "gated" (a sigmoid of a learned score per token)
-    recursion_sampling       "fixed", or "uniform": in training n is drawn from 1..num_recursion_steps per forward
+    recursion_sampling       "fixed", or "uniform": each training forward draws n from 1..num_recursion_steps
     recursion_seed           of these draws
     trm_rope_theta           RoPE's base in the TRM's attention
     trm_rms_norm_eps         eps of every norm of the TRM
-    trm_dtype                of the TRM's parameters: "float32" (it computes in the base's dtype all the same),
-                             "bfloat16" or "float16"
+    trm_dtype                of the TRM's parameters: "float32", "bfloat16" or "float16"; it computes in the
+                             base's dtype all the same
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
 
@@ -146,7 +146,9 @@ class HybridConfig(PreTrainedConfig):
                 f"got {self.grad_cycles}."
             )
         if not _is_int(self.recursion_seed):
-            raise ValueError(f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}.")
+            raise ValueError(
+                f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."
+            )
         for name in ("injection_strength", "trm_rope_theta", "trm_rms_norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -48,7 +48,7 @@ class Injection(GradientCheckpointingLayer):
         self, config: HybridConfig, hidden_size: int, first_cache_layer: int, index: int, device: torch.device
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": TRM_DTYPES[config.trm_dtype]}
+        factory: dict[str, Any] = {"device": device, "dtype": TRM_DTYPES[config.trm_dtype]}
         d = config.trm_hidden_size
         self.first_cache_layer = first_cache_layer
         self.index = index
@@ -70,14 +70,16 @@ class Injection(GradientCheckpointingLayer):
             **factory,
         )
         self.out_proj = Matrix(hidden_size, d, **factory)
-        self.gate_weight = nn.Parameter(torch.empty(1, d, **factory)) if config.blending_strategy == "gated" else None
-        self.gate_bias = nn.Parameter(torch.empty(1, **factory)) if config.blending_strategy == "gated" else None
+        if config.blending_strategy == "gated":
+            self.gate_weight = nn.Parameter(torch.empty(1, d, **factory))
+            self.gate_bias = nn.Parameter(torch.empty(1, **factory))
+        self.is_gated = config.blending_strategy == "gated"
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """W_out and the gate's score start at zero: a fresh hybrid is its base, the gate half open."""
         nn.init.zeros_(self.out_proj.weight)
-        if self.gate_weight is not None and self.gate_bias is not None:
+        if self.is_gated:
             nn.init.zeros_(self.gate_weight)
             nn.init.zeros_(self.gate_bias)
 
@@ -102,9 +104,13 @@ class Injection(GradientCheckpointingLayer):
 
         x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
         y, _ = self.recursion(
-            x, positions=positions, mask=mask, update_cache=update_cache, num_recursion_steps=num_recursion_steps
+            x,
+            positions=positions,
+            mask=mask,
+            update_cache=update_cache,
+            num_recursion_steps=num_recursion_steps,
         )
-        gate = (None, None) if self.gate_weight is None else (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype))
+        gate = (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype)) if self.is_gated else ()
         return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
 
 
@@ -117,7 +123,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     lists = [
         (name, module)
         for name, module in model.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and len({type(m) for m in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and len({type(layer) for layer in module}) == 1
     ]
     depth = min((name.count(".") for name, _ in lists), default=0)
     shallowest = [module for name, module in lists if name.count(".") == depth]
@@ -147,13 +155,13 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
             layer.register_forward_hook(_after_layer)
 
 
-def _after_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _after_layer(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, tuple):  # falcon, bloom: (hidden state, ...)
         return (_inject(layer.trm, output[0]), *output[1:])
     return _inject(layer.trm, output)
 
 
-def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if args:
         return (_inject(layer.trm_before, args[0]), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": _inject(layer.trm_before, kwargs["hidden_states"])}

@@ -16,7 +16,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -58,16 +65,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is None:
-            if config.base_config is None:
-                raise ValueError("HybridModel: expected llm_model, or a config with base_config, got neither.")
-            llm_model = AutoModelForCausalLM.from_config(config.base_config)
+            llm_model = _unloaded_base(config)
         _check_base(llm_model)
         config = copy.deepcopy(config)
+        config.base_model_name_or_path = _reference(llm_model) or config.base_model_name_or_path
         config.base_config = llm_model.config
         config.check_base(llm_model.config)
-        config.base_model_name_or_path = config.base_model_name_or_path or _reference(llm_model)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             setattr(config, name, getattr(llm_model.config, name, None))
+        config._attn_implementation = llm_model.config._attn_implementation
         super().__init__(config)
 
         self.llm_model = llm_model
@@ -134,7 +140,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         Errors: ValueError for a cache filled with another n, or both or neither of input_ids and
         inputs_embeds; RuntimeError when an injection did not happen.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
         self._warn_of_float16_training()
         if use_cache is None:
@@ -147,7 +154,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             n = self._recursion_steps(num_recursion_steps)
             if past_key_values is not None:
                 make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
-            inputs = input_ids if input_ids is not None else inputs_embeds
             positions = self._positions(inputs, position_ids, past_key_values)
             base_mask, trm_mask = self._masks(inputs, attention_mask, positions, past_key_values)
             call = InjectionCall(positions, trm_mask, past_key_values, n)
@@ -197,7 +203,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         """
         if draw is None:
             draw, self._draws = self._draws, self._draws + 1
-        return random.Random(f"{self.config.recursion_seed}:{draw}").randint(1, self.config.num_recursion_steps)
+        generator = random.Random(f"{self.config.recursion_seed}:{draw}")
+        return generator.randint(1, self.config.num_recursion_steps)
 
     def _num_trm_cache_layers(self, num_recursion_steps: int) -> int:
         each = evaluations(self.config.trm_num_layers, num_recursion_steps, self.config.num_cycles)
@@ -221,8 +228,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             mask = dict(mask)
             trm_mask = mask.pop("trm") if "trm" in mask else mask["full_attention"]
             return mask.pop("base", mask), trm_mask
-        embeds = inputs if inputs.ndim == 3 else torch.empty((*inputs.shape, 0), dtype=self.dtype, device=inputs.device)
-        return mask, _trm_mask(self.config, embeds, mask, cache, positions)
+        # of the embeddings, the mask is made from sizes, dtype and device only
+        sizes = torch.empty((*inputs.shape[:2], 0), dtype=self.dtype, device=inputs.device)
+        return mask, _trm_mask(self.config, sizes, mask, cache, positions)
 
     def _warn_of_float16_training(self) -> None:
         if self._warned_of_float16 or not (self.training and torch.is_grad_enabled()):
@@ -233,8 +241,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             if parameter.requires_grad and parameter.dtype == torch.float16:
                 self._warned_of_float16 = True
                 warnings.warn(
-                    f"HybridModel: training float16 parameters ({name}, ...): a plain AdamW was seen to reach "
-                    "NaN within 20 steps. Keep them in float32 or bfloat16, or freeze them.",
+                    f"HybridModel: training float16 parameters ({name}, ...): a plain AdamW was seen to "
+                    "reach NaN within 20 steps. Keep them in float32 or bfloat16, or freeze them.",
                     stacklevel=3,
                 )
                 return
@@ -242,7 +250,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     # Generation
 
     def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        cache = super()._prepare_static_cache(*args, **kwargs)
+        cache = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
         model_kwargs = kwargs.get("model_kwargs") or args[-1]
         n = self._recursion_steps(model_kwargs.get("num_recursion_steps"))
         # not a sliding layer's length: the TRM looks at everything
@@ -277,8 +285,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        save_base: bool | None = None,
+        is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        save_base: bool | None = None,
         **kwargs: Any,
     ) -> None:
         """Write config.json and model.safetensors; beside the old ones first, then renamed.
@@ -293,10 +303,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             save_base = self.config.base_model_name_or_path is None or checkpoint.has_changed(
                 self._base_sample, self.base_named_parameters(), state_dict
             )
-        checkpoint.save(self, super().save_pretrained, save_directory, save_base, state_dict, **kwargs)
+        if is_main_process:
+            checkpoint.save(
+                self, super().save_pretrained, save_directory, save_base, state_dict, *args, **kwargs
+            )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
@@ -312,7 +325,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         Errors: ValueError for a file that is missing, damaged or does not fit, OSError for a missing folder.
         """
         return checkpoint.load(
-            cls, super().from_pretrained, pretrained_model_name_or_path, *args, config=config, llm_model=llm_model, **kwargs
+            cls,
+            super().from_pretrained,
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            llm_model=llm_model,
+            **kwargs,
         )
 
     # What transformers asks of a model
@@ -340,15 +359,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Of the language model; the TRM's attention is its own."""
         self.llm_model.set_attn_implementation(*args, **kwargs)
+        self.config._attn_implementation = self.llm_model.config._attn_implementation
 
 
 CombinedTRMLLM = HybridModel
 
 
-class _MaskConfig:
-    """What create_causal_mask reads of a config; "sdpa" is its name for a boolean mask."""
-
-    _attn_implementation = "sdpa"
+# "sdpa" is transformers' name for a boolean mask
+_BOOLEAN_MASK = PreTrainedConfig()
+_BOOLEAN_MASK._attn_implementation = "sdpa"
 
 
 def _trm_mask(
@@ -358,8 +377,8 @@ def _trm_mask(
     first_trm_layer = config.get_text_config(decoder=True).num_hidden_layers
     # a static cache hands back free slots after the newest key, so "the last query is the last key" is untrue
     may_be_none = cache is None or not cache.is_compileable
-    return create_causal_mask(
-        _MaskConfig(),
+    return create_causal_mask(  # type: ignore[return-value]  # "sdpa" makes no BlockMask
+        _BOOLEAN_MASK,
         embeds,
         mask,
         cache,
@@ -367,6 +386,15 @@ def _trm_mask(
         layer_idx=first_trm_layer,
         allow_is_causal_skip=may_be_none,
     )
+
+
+def _unloaded_base(config: HybridConfig) -> PreTrainedModel:
+    """A base by its config alone, for weights that come with the hybrid's own files."""
+    if config.base_config is None:
+        raise ValueError("HybridModel: expected llm_model, or a config with base_config, got neither.")
+    base_config = copy.deepcopy(config.base_config)
+    base_config.name_or_path = ""  # nowhere to load it from again
+    return AutoModelForCausalLM.from_config(base_config)
 
 
 def _check_base(model: PreTrainedModel) -> None:
@@ -382,11 +410,13 @@ def _check_base(model: PreTrainedModel) -> None:
         if not isinstance(getattr(text_config, size, None), int):
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
     if wrapped := [name for name, _ in model.named_parameters() if checkpoint.is_trm_key(name)]:
-        raise ValueError(f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already.")
+        raise ValueError(
+            f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already."
+        )
 
 
 def _reference(model: PreTrainedModel) -> str | None:
-    """Where the base came from: a hub name as it is, a folder by its full path; None if it was never loaded."""
+    """Where the base came from: a hub name, a folder's full path, or None if it was never loaded."""
     name = model.config.name_or_path
     if not name:
         return None

@@ -16,7 +16,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Absent:
-        """Stands for a module that is not installed: every attribute is absent too, `jit` keeps the function."""
+        """Stands for a module that is not installed: so are its attributes, and `jit` keeps the function."""
 
         def __getattr__(self, name: str) -> Any:
             return self

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels.ops.recursion import EvaluationCache, LayerWeights, evaluations, trm_recursion
+from trm_kernels.ops.recursion import (
+    AttentionWeights,
+    EvaluationCache,
+    LayerWeights,
+    SwiGLUWeights,
+    evaluations,
+    trm_recursion,
+)
 
 # TRM's own code pads the inner width of an MLP to a multiple of this
 _INNER_MULTIPLE = 256
@@ -53,6 +60,9 @@ class Attention(nn.Module):
         self.qkv_proj = Matrix((heads + 2 * key_value_heads) * (width // heads), width, **factory)
         self.o_proj = Matrix(width, width, **factory)
 
+    def forward(self, dtype: torch.dtype) -> AttentionWeights:
+        return AttentionWeights(self.qkv_proj().to(dtype), self.o_proj().to(dtype))
+
 
 class SwiGLU(nn.Module):
     """The MLP's two matrices; the gate's rows come before the up-projection's."""
@@ -61,6 +71,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up_proj = Matrix(2 * intermediate_size, width, **factory)
         self.down_proj = Matrix(width, intermediate_size, **factory)
+
+    def forward(self, dtype: torch.dtype) -> SwiGLUWeights:
+        return SwiGLUWeights(self.gate_up_proj().to(dtype), self.down_proj().to(dtype))
 
 
 class TRMLayer(nn.Module):
@@ -82,13 +95,10 @@ class TRMLayer(nn.Module):
             self.mlp_t = SwiGLU(seq_len, default_intermediate_size(seq_len), **factory)
         self.mlp = SwiGLU(width, intermediate_size, **factory)
 
-    def forward(self) -> LayerWeights:
-        mixer = (
-            {"mlp_t_gate_up_proj": self.mlp_t.gate_up_proj(), "mlp_t_down_proj": self.mlp_t.down_proj()}
-            if hasattr(self, "mlp_t")
-            else {"qkv_proj": self.self_attn.qkv_proj(), "o_proj": self.self_attn.o_proj()}
-        )
-        return LayerWeights(gate_up_proj=self.mlp.gate_up_proj(), down_proj=self.mlp.down_proj(), **mixer)
+    def forward(self, dtype: torch.dtype) -> LayerWeights:
+        """The layer's matrices in `dtype`; gradients flow back to the parameters."""
+        mixer = self.mlp_t if hasattr(self, "mlp_t") else self.self_attn
+        return LayerWeights(mixer(dtype), self.mlp(dtype))
 
 
 class TRM(nn.Module):
@@ -133,9 +143,11 @@ class TRM(nn.Module):
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
         if mlp_t != (seq_len is not None):
-            raise ValueError(f"TRM: expected mlp_t and seq_len together, got mlp_t={mlp_t}, seq_len={seq_len}.")
+            raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
         if mlp_t and causal:
-            raise ValueError("TRM: expected mlp_t without causal: a mix over all tokens looks ahead. Got both.")
+            raise ValueError(
+                "TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both."
+            )
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -148,7 +160,7 @@ class TRM(nn.Module):
         self.seq_len = seq_len
         self.eps = eps
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = intermediate_size or default_intermediate_size(hidden_size)
         self.layers = nn.ModuleList(
             TRMLayer(hidden_size, num_heads, key_value_heads, inner, seq_len, **factory)
@@ -165,9 +177,7 @@ class TRM(nn.Module):
 
     def evaluations(self, num_recursion_steps: int | None = None) -> int:
         """Evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
-        return evaluations(
-            len(self.layers), num_recursion_steps or self.num_recursion_steps, self.num_cycles
-        )
+        return evaluations(len(self.layers), num_recursion_steps or self.num_recursion_steps, self.num_cycles)
 
     def forward(
         self,
@@ -193,14 +203,15 @@ class TRM(nn.Module):
             raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
         if self.seq_len is not None and x.shape[1] != self.seq_len:
             raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
         return trm_recursion(
             x,
             self.y_init.to(x.dtype).expand_as(x) if y is None else y,
             self.z_init.to(x.dtype).expand_as(x) if z is None else z,
-            [layer().to(x.dtype) for layer in self.layers],
+            [layer(x.dtype) for layer in self.layers],
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
-            num_recursion_steps=self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps,
+            num_recursion_steps=n,
             num_cycles=self.num_cycles,
             grad_cycles=self.grad_cycles,
             positions=positions,
@@ -225,7 +236,7 @@ class TRM(nn.Module):
             if name is None:
                 left_alone.append(key)
             elif name in ours:
-                raise ValueError(f"load_reference_state_dict: expected one tensor for {name}, got two ({key}).")
+                raise ValueError(f"load_reference_state_dict: expected {name} once, got it twice ({key}).")
             else:
                 ours[name] = tensor
         wanted = self.state_dict()

@@ -48,13 +48,10 @@ def injection_blend(
             "injection_blend: expected h [..., D], y [..., d] and w_out [D, d], "
             f"got {tuple(h.shape)}, {tuple(y.shape)} and {tuple(w_out.shape)}."
         )
-    if (gate_weight is None) != (gate_bias is None):
-        raise ValueError("injection_blend: expected gate_weight and gate_bias together, got one of them.")
-    if gate_weight is not None and gate_bias is not None:
-        if gate_weight.shape != (1, d) or gate_bias.shape != (1,):
-            raise ValueError(
-                f"injection_blend: expected gate_weight [1, {d}] and gate_bias [1], "
-                f"got {tuple(gate_weight.shape)} and {tuple(gate_bias.shape)}."
-            )
+    shapes = tuple(None if t is None else tuple(t.shape) for t in (gate_weight, gate_bias))
+    if shapes not in ((None, None), ((1, d), (1,))):
+        raise ValueError(
+            f"injection_blend: expected gate_weight [1, {d}] and gate_bias [1] or neither, got {shapes}."
+        )
     runs_triton("injection_blend", h, y, w_out, has_kernel=False)
     return injection_blend_ref(h, y, w_out, strength, gate_weight, gate_bias)

@@ -22,7 +22,8 @@ def injection_in(h: Tensor, w_in: Tensor, eps: float = 1e-5) -> Tensor:
     """rms(h) W_in^T. See the top of this file for shapes and dtypes."""
     if w_in.ndim != 2 or h.shape[-1] != w_in.shape[1]:
         raise ValueError(
-            f"injection_in: expected h [..., D] and w_in [d, D], got {tuple(h.shape)} and {tuple(w_in.shape)}."
+            "injection_in: expected h [..., D] and w_in [d, D], "
+            f"got {tuple(h.shape)} and {tuple(w_in.shape)}."
         )
     runs_triton("injection_in", h, w_in, has_kernel=False)
     return injection_in_ref(h, w_in, eps)

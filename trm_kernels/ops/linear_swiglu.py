@@ -3,7 +3,7 @@
 Shapes   v [..., D]; gate_up [2F, D], the gate's F rows first; a [..., F].
 Dtypes   any floating dtype, the same for both; a has it too.
 Errors   ValueError when the shapes disagree.
-Source   "GLU Variants Improve Transformer", Shazeer, 2020, eq. 6 (SwiGLU); row order as in TRM, arXiv 2510.04871.
+Source   "GLU Variants Improve Transformer", Shazeer, 2020, eq. 6; row order as in TRM, arXiv 2510.04871.
 """
 
 import torch.nn.functional as F

@@ -18,7 +18,8 @@ Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,21 +34,25 @@ from trm_kernels.ops.rope_attention import rope_attention
 EvaluationCache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer's matrices, each [out, in]. A layer mixes tokens by attention or by mlp_t, never by both."""
+class AttentionWeights(NamedTuple):
+    """Mixes tokens by attention; see ops/rope_attention.py for H, G and K."""
 
-    gate_up_proj: Tensor  # [2F, D]
-    down_proj: Tensor  # [D, F]
-    qkv_proj: Tensor | None = None  # [(H + 2G) K, D]
-    o_proj: Tensor | None = None  # [D, H K]
-    mlp_t_gate_up_proj: Tensor | None = None  # [2P, T], P the inner width over the token axis
-    mlp_t_down_proj: Tensor | None = None  # [T, P]
+    qkv_proj: Tensor  # [(H + 2G) K, D]
+    o_proj: Tensor  # [D, H K]
 
-    def to(self, dtype: torch.dtype) -> "LayerWeights":
-        """The same matrices in another dtype; gradients flow back to these."""
-        matrices = {field.name: getattr(self, field.name) for field in fields(self)}
-        return LayerWeights(**{n: None if m is None else m.to(dtype) for n, m in matrices.items()})
+
+class SwiGLUWeights(NamedTuple):
+    """An MLP over channels [2F, D], [D, F], or over tokens [2F, T], [T, F] (mlp_t)."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """One layer's matrices, each [out, in]: what mixes the tokens, then the MLP."""
+
+    mixer: AttentionWeights | SwiGLUWeights
+    mlp: SwiGLUWeights
 
 
 def evaluations(num_layers: int, num_recursion_steps: int, num_cycles: int) -> int:
@@ -86,22 +91,23 @@ def trm_recursion(
     def f(v: Tensor) -> Tensor:
         nonlocal evaluation
         for layer in weights:
-            if layer.mlp_t_gate_up_proj is not None:
-                v = _mix_tokens(v, layer, eps)
+            if isinstance(
+                layer.mixer, SwiGLUWeights
+            ):  # mlp_t: the same MLP on the transposed state [B, D, T]
+                v = _mlp(v.transpose(1, 2), layer.mixer, eps).transpose(1, 2)
             else:
-                at = evaluation  # bound now: the cache is asked while this evaluation runs
                 o = rope_attention(
-                    F.linear(v, layer.qkv_proj),
+                    F.linear(v, layer.mixer.qkv_proj),
                     positions,
                     num_heads,
                     num_key_value_heads,
                     mask,
                     causal,
                     rope_theta,
-                    None if update_cache is None else lambda k, u, at=at: update_cache(at, k, u),
+                    None if update_cache is None else partial(update_cache, evaluation),
                 )
-                v = add_rms_norm(v, F.linear(o, layer.o_proj), eps)
-            v = add_rms_norm(v, F.linear(linear_swiglu(v, layer.gate_up_proj), layer.down_proj), eps)
+                v = add_rms_norm(v, F.linear(o, layer.mixer.o_proj), eps)
+            v = _mlp(v, layer.mlp, eps)
             evaluation += 1
         return v
 
@@ -115,11 +121,9 @@ def trm_recursion(
     return y, z
 
 
-def _mix_tokens(v: Tensor, layer: LayerWeights, eps: float) -> Tensor:
-    """rms(v + swiglu(v)) along the token axis: the same two ops on the transposed state [B, D, T]."""
-    u = v.transpose(1, 2)
-    mixed = F.linear(linear_swiglu(u, layer.mlp_t_gate_up_proj), layer.mlp_t_down_proj)
-    return add_rms_norm(u, mixed, eps).transpose(1, 2)
+def _mlp(v: Tensor, weights: SwiGLUWeights, eps: float) -> Tensor:
+    """rms(v + swiglu(v)) along the last axis."""
+    return add_rms_norm(v, F.linear(linear_swiglu(v, weights.gate_up_proj), weights.down_proj), eps)
 
 
 def _check(
