@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _IGNORED = -100  # a label that is no token, in transformers and in torch
 
@@ -60,3 +61,21 @@ def text_loss(
     finally:
         model.train(was_training)
     return total
+
+
+def task_results(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """task -> measure -> value, as lm-eval gives them.
+
+    Errors: ValueError when lm-eval is not installed.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise ValueError(
+            "eval: expected lm-eval for --tasks (pip install 'trm-hybrid[eval]'), got no such package."
+        ) from None
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return lm_eval.simple_evaluate(model=wrapped, tasks=tasks)["results"]

@@ -155,6 +155,11 @@ def train(
         return run.go(checkpoint, on_step)
 
 
+def seed_everything(*numbers: int) -> None:
+    """Seed the global generators of Python, NumPy and torch by a few numbers together."""
+    set_seed(random.Random(":".join(map(str, numbers))).getrandbits(32))
+
+
 class _Run:
     """One call of train(): what its parts share."""
 
@@ -231,7 +236,7 @@ class _Run:
         settings = self.settings
         items_per_step = settings.batch_size * self.accelerator.num_processes
         order = _Order(
-            len(self.data),
+            _count(self.data),
             settings.seed,
             self.progress.step * items_per_step,
             settings.steps * items_per_step,
@@ -242,7 +247,7 @@ class _Run:
     def _step(self, index: int, batch: dict[str, Tensor]) -> Tensor:
         """Step `index`, from 0; its loss as a float32 scalar, the mean over all processes."""
         settings, accelerator = self.settings, self.accelerator
-        set_seed(random.Random(f"{settings.seed}:{index}:{accelerator.process_index}").getrandbits(32))
+        seed_everything(settings.seed, index, accelerator.process_index)
         steps = {}
         if self.hybrid is not None and self.hybrid.config.recursion_sampling == "uniform":
             steps["num_recursion_steps"] = self.hybrid.draw_recursion_steps(index)
@@ -316,8 +321,8 @@ class _Run:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise ValueError(
                 f"train: expected a loss and a gradient that are numbers, got {loss} and {grad_norm} by "
-                f"step {step}. A learning_rate below {self.settings.learning_rate} may help; the last checkpoint "
-                "is from before."
+                f"step {step}. A learning_rate below {self.settings.learning_rate} may help; "
+                "the last checkpoint is from before."
             )
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -1,0 +1,363 @@
+"""trm-hybrid: demo | train | generate | eval | info. Parses, calls, prints.
+
+What a user can mend (ValueError, OSError) is one line on stderr and exit code 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from hybrid.config import HybridConfig
+from hybrid.options import add_config_options, config_of, given_fields
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_HELD_OUT_BLOCKS = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. The exit code: 0, 2 for what a user can mend, 130 when interrupted."""
+    try:
+        arguments = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
+        logging.disable_progress_bar()
+        return arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"trm-hybrid: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "trm-hybrid: interrupted; a training goes on from its last checkpoint with --resume",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from hybrid.demo.run import run
+
+    return run(output=arguments.output, seed=arguments.seed, quick=arguments.quick)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from hybrid import run_state
+    from hybrid.data import TokenBlocks
+    from hybrid.info import count, count_trained
+    from hybrid.loading import load_config, load_model, load_tokenizer
+    from hybrid.model import HybridModel
+    from hybrid.phases import PHASES, enter
+    from hybrid.train import TrainSettings, seed_everything, train
+
+    # what can be wrong is found out before a model is loaded, the quickest first
+    phase = PHASES[arguments.phase]
+    settings = TrainSettings(
+        output_dir=arguments.output,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=phase.learning_rate if arguments.learning_rate is None else arguments.learning_rate,
+        warmup_steps=arguments.warmup_steps,
+        seed=arguments.seed,
+        save_every=arguments.save_every,
+        eval_every=arguments.eval_every,
+        log_every=arguments.log_every,
+        keep_checkpoints=arguments.keep_checkpoints,
+    )
+    run_state.make_folder(Path(arguments.output))
+    start = load_config(arguments.base, arguments.trust_remote_code)
+    config, _ = _block(start, arguments)
+    tokenizer = load_tokenizer(arguments.base, arguments.trust_remote_code)
+
+    def read(sources: list[str]) -> TokenBlocks:
+        return _read_blocks(sources, tokenizer, start, arguments)
+
+    processes = PartialState()
+    say: Callable[..., None] = print if processes.is_main_process else _say_nothing
+    with processes.main_process_first():  # a data set is fetched once
+        data = read(arguments.data)
+        if arguments.held_out is None:
+            data, new = data.split(min(_HELD_OUT_BLOCKS, -(-len(data) // 20)))
+        else:
+            new = read(arguments.held_out)
+        held_out = {"new": new} | ({} if arguments.known is None else {"known": read(arguments.known)})
+
+    seed_everything(arguments.seed)
+    dtype = arguments.dtype or ("float32" if phase.trains_base else "auto")
+    loaded = load_model(arguments.base, dtype, arguments.trust_remote_code)
+    model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
+    enter(model, arguments.phase)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    say(f"phase {arguments.phase}: trains {count_trained(model):,} of {count(model):,} parameters")
+    say(f"{len(data):,} sequences of {arguments.sequence_length:,} tokens; held out: {_sizes(held_out)}")
+    result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer)
+    for name, before in result.held_out_before.items():
+        say(f"held-out loss, {name} text: {before:.4f} -> {result.held_out_after[name]:.4f} nats per token")
+    say(f"model: {result.checkpoint}\nmetrics: {result.metrics}\ncurve: {result.curve}")
+    if processes.num_processes > 1:
+        processes.destroy_process_group()
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    model, tokenizer = _load(arguments)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise ValueError("generate: expected --prompt of at least one token, got none.")
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    if arguments.temperature is not None:
+        from hybrid.train import seed_everything
+
+        seed_everything(arguments.seed)
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
+    print(tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from hybrid.evaluate import task_results, text_loss
+
+    if arguments.data is None and arguments.tasks is None:
+        raise ValueError("eval: expected --data or --tasks, got neither.")
+    model, tokenizer = _load(arguments)
+    for source in arguments.data or ():
+        blocks = _read_blocks([source], tokenizer, model.config, arguments)
+        loss = text_loss(model, blocks, arguments.batch_size)
+        print(
+            f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
+            f"{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}"
+        )
+    if arguments.tasks:
+        for task, measures in task_results(model, tokenizer, arguments.tasks, arguments.batch_size).items():
+            for measure, value in measures.items():
+                print(f"{task}: {measure} {value}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from hybrid.info import KNOWN_BASES, PRESET_BASES, count, count_trained, on_meta, parts
+    from hybrid.loading import load_config
+    from hybrid.phases import enter
+
+    name = arguments.base or PRESET_BASES.get(arguments.preset)
+    if name is None:
+        raise ValueError(
+            "info: expected --base, a saved hybrid as --model, or the --preset of a level; got none."
+        )
+    start = KNOWN_BASES.get(name.lower()) or load_config(name, arguments.trust_remote_code)
+    config, base = _block(start, arguments)
+    model = on_meta(config, base, arguments.trust_remote_code)
+
+    rows = [(part.name, part.parameters) for part in parts(model)]
+    rows.append(("total", count(model)))
+    for phase in (1, 2):
+        enter(model, phase)
+        rows.append((f"trained in phase {phase}", count_trained(model)))
+    points = ", ".join(map(str, config.injection_layers))
+    print(f"parameters of {name} with a TRM of width {config.trm_hidden_size} after layers {points}")
+    for row, parameters in rows:
+        print(f"{row:<24}{parameters:>20,}")
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) for inference: on the accelerator if there is one, with the n that was asked for."""
+    from accelerate import PartialState
+
+    from hybrid.loading import load_model, load_tokenizer
+    from hybrid.model import HybridModel
+
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    model = load_model(arguments.model, arguments.dtype or "auto", arguments.trust_remote_code)
+    n = arguments.num_recursion_steps
+    if n is not None:
+        if not isinstance(model, HybridModel):
+            raise ValueError(f"expected a hybrid for --num-recursion-steps, got {type(model).__name__}.")
+        if n < 1:
+            raise ValueError(f"expected --num-recursion-steps of at least 1, got {n}.")
+        model.config.num_recursion_steps = n
+    return model.to(PartialState().device).eval(), tokenizer
+
+
+def _block(start: PreTrainedConfig, arguments: argparse.Namespace) -> tuple[HybridConfig, PreTrainedConfig]:
+    """(the block's config, its base's config): as the options say, or as a saved hybrid has them."""
+    if not isinstance(start, HybridConfig):
+        config = config_of(arguments)
+        config.check_base(start)
+        return config, start
+    if given := given_fields(arguments):
+        option = given[0].replace("_", "-")
+        raise ValueError(f"expected no --{option} with a saved hybrid, which has its block already; got one.")
+    if start.base_config is None:
+        raise ValueError("expected a saved hybrid whose config.json has base_config, got none.")
+    return start, start.base_config
+
+
+def _read_blocks(sources: list[str], tokenizer: Any, config: Any, arguments: argparse.Namespace) -> Any:
+    """TokenBlocks whose tokens the model has, no longer than it can read."""
+    from hybrid.data import TokenBlocks
+
+    text_config = config.get_text_config(decoder=True)
+    longest = getattr(text_config, "max_position_embeddings", None) or arguments.sequence_length
+    if arguments.sequence_length > longest:
+        raise ValueError(
+            f"expected --sequence-length of at most {longest} tokens (the model's max_position_embeddings), "
+            f"got {arguments.sequence_length}."
+        )
+    blocks = TokenBlocks.read(sources, tokenizer, arguments.sequence_length, arguments.field)
+    if blocks.largest_token() >= text_config.vocab_size:
+        raise ValueError(
+            f"expected a tokenizer for the model's vocabulary of {text_config.vocab_size} tokens, "
+            f"got token {blocks.largest_token()} in {blocks.name}."
+        )
+    return blocks
+
+
+def _sizes(held_out: dict[str, Any]) -> str:
+    return ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
+
+
+def _say_nothing(*_: object) -> None:
+    """On every process but the main one."""
+
+
+# The options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="trm-hybrid", description="A recursive block inside a frozen language model.")
+    parser.add_argument("--version", action="version", version=f"trm-hybrid {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | generate | eval | info")
+
+    demo = commands.add_parser("demo", help="train one from nothing in minutes, on any machine")
+    demo.set_defaults(command=_demo)
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the report")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a few steps of everything; learns nothing")
+
+    train = commands.add_parser("train", help="train a TRM inside a language model, or both")
+    train.set_defaults(command=_train)
+    train.add_argument(
+        "--base",
+        "--model",
+        required=True,
+        help="a language model or a saved hybrid: name on the hub, or folder",
+    )
+    train.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="text or .jsonl files, globs, or NAME[:CONFIG[:SPLIT]] of a data set",
+    )
+    train.add_argument(
+        "--held-out",
+        nargs="+",
+        help="the same, for the loss on new text; default: the last twentieth of --data, "
+        f"at most {_HELD_OUT_BLOCKS} sequences",
+    )
+    train.add_argument("--known", nargs="+", help="the same, of a text the base knows: how much is forgotten")
+    train.add_argument("--output", required=True, help="folder of the run")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last whole checkpoint in --output"
+    )
+    train.add_argument(
+        "--phase", type=int, choices=(1, 2), default=1, help="1: the TRM learns; 2: everything does"
+    )
+    train.add_argument("--steps", type=int, required=True, help="optimizer steps")
+    train.add_argument("--batch-size", type=int, default=8, help="sequences per step and process")
+    train.add_argument("--learning-rate", type=float, help="default: 1e-4 in phase 1, 1e-5 in phase 2")
+    train.add_argument("--warmup-steps", type=int, default=0, help="steps until the rate is reached")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--save-every", type=int, help="steps between checkpoints; default: one at the end")
+    train.add_argument("--keep-checkpoints", type=int, default=2, help="so many of the newest stay")
+    train.add_argument(
+        "--eval-every", type=int, help="steps between held-out losses; default: before and after"
+    )
+    train.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    _add_data_options(train)
+    _add_model_options(train)
+    add_config_options(train)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.set_defaults(command=_generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument(
+        "--temperature", type=float, help="sample at this temperature; default: the likeliest token"
+    )
+    generate.add_argument("--top-k", type=int, default=50, help="when sampling")
+    generate.add_argument("--top-p", type=float, default=1.0, help="when sampling")
+    generate.add_argument("--seed", type=int, default=0, help="when sampling")
+    _add_inference_options(generate)
+
+    evaluate = commands.add_parser("eval", help="perplexity on text, or tasks of lm-eval")
+    evaluate.set_defaults(command=_eval)
+    evaluate.add_argument("--data", nargs="+", help="as in train; each is measured by itself")
+    evaluate.add_argument("--tasks", nargs="+", help="of lm-eval, where it is installed")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="sequences in one forward")
+    _add_data_options(evaluate)
+    _add_inference_options(evaluate)
+
+    info = commands.add_parser(
+        "info", help="parameter counts by part, without loading or downloading weights"
+    )
+    info.set_defaults(command=_info)
+    info.add_argument(
+        "--base",
+        "--model",
+        help="as in train, or llama-2-7b, llama-2-13b, llama-2-70b; default: the preset's",
+    )
+    info.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_config_options(info)
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens")
+    parser.add_argument("--field", default="text", help="of .jsonl lines and data-set rows")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the base; default: its files', in phase 2 float32"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_inference_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="a saved hybrid or a run's folder; any causal language model"
+    )
+    parser.add_argument("--num-recursion-steps", type=int, help="default: as trained")
+    _add_model_options(parser)
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """--injection_layers is --injection-layers."""
+    names = [(argument, *argument.partition("=")) for argument in argv]
+    return [
+        name.replace("_", "-") + equals + value if argument.startswith("--") else argument
+        for argument, name, equals, value in names
+    ]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("trm-hybrid")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

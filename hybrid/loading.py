@@ -1,0 +1,79 @@
+"""What a command line names, loaded: a language model, a saved hybrid, its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hybrid import run_state
+from hybrid.config import HybridConfig
+
+
+def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model on the hub, in a folder, or in the newest checkpoint of a training run's folder.
+
+    Errors: ValueError when there is none.
+    """
+    return _load(AutoConfig, "a model of transformers", name_or_path, trust_remote_code=trust_remote_code)
+
+
+def load_model(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model, hybrid or not; see load_config for what may be named.
+
+    dtype   of its parameters: "float32", "bfloat16", "float16", or "auto", as its files say
+
+    Errors: ValueError when there is none, or its files are damaged.
+    """
+    return _load(
+        AutoModelForCausalLM,
+        "a causal language model",
+        name_or_path,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+    )
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in the model's folder; for a hybrid without one, that of its base.
+
+    Errors: ValueError when there is none.
+    """
+    config = load_config(name_or_path, trust_remote_code)
+    if (
+        isinstance(config, HybridConfig)
+        and config.base_model_name_or_path
+        and not _has_tokenizer(name_or_path)
+    ):
+        name_or_path = config.base_model_name_or_path
+    return _load(AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code)
+
+
+def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
+    try:
+        return loader.from_pretrained(_place(name_or_path), **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"expected {what} at {name_or_path}, got none that can be loaded: {reason}"
+        ) from error
+
+
+def _place(name_or_path: str) -> str:
+    """A training run's folder stands for its newest whole checkpoint."""
+    folder = Path(name_or_path)
+    if (folder / run_state.RUN).is_file():
+        return str(run_state.latest(folder) or folder)
+    return name_or_path
+
+
+def _has_tokenizer(name_or_path: str) -> bool:
+    return (Path(_place(name_or_path)) / "tokenizer_config.json").is_file()
