@@ -151,7 +151,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
         call, base_mask = None, attention_mask
         if self.injection_enabled:
-            n = self._recursion_steps(num_recursion_steps)
+            n = self._recursion_steps(num_recursion_steps, past_key_values)
             if past_key_values is not None:
                 make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
             positions = self._positions(inputs, position_ids, past_key_values)
@@ -180,14 +180,17 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             )
         return output
 
-    def _recursion_steps(self, requested: int | None) -> int:
-        """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same."""
+    def _recursion_steps(self, requested: int | None, cache: Cache | None) -> int:
+        """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same.
+
+        Nothing is drawn where a cache is in use: it holds the keys of one n.
+        """
         if requested is not None:
             if requested < 1:
                 raise ValueError(f"HybridModel: expected num_recursion_steps of at least 1, got {requested}.")
             return requested
         most = self.config.num_recursion_steps
-        if self.config.recursion_sampling == "fixed" or not self.training:
+        if self.config.recursion_sampling == "fixed" or not self.training or cache is not None:
             return most
         if torch.compiler.is_compiling():
             raise ValueError(
@@ -249,14 +252,19 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     # Generation
 
-    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
-        cache = super()._prepare_static_cache(*args, **kwargs)  # type: ignore[misc]
-        model_kwargs = kwargs.get("model_kwargs") or args[-1]
-        n = self._recursion_steps(model_kwargs.get("num_recursion_steps"))
-        # not a sliding layer's length: the TRM looks at everything
-        length = self._previous_max_cache_length
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """The base's cache, with room for the TRMs before the first mask is made from it."""
+        is_callers = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or not self.injection_enabled:
+            return
+        n = self._recursion_steps(model_kwargs.get("num_recursion_steps"), cache)
+        # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
+        length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
         make_room(cache, self._num_base_layers, self._num_trm_cache_layers(n), max_cache_len=length)
-        return cache
 
     def create_masks_for_generate(
         self,

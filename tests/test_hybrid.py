@@ -212,7 +212,7 @@ def test_the_number_of_steps_can_be_chosen_per_call():
 def test_uniform_sampling_draws_in_training_only_and_alike_everywhere():
     ranks = [tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6).train() for _ in range(2)]
     torch.manual_seed(1)  # a rank whose generators have gone another way
-    drawn = [[rank._recursion_steps(None) for _ in range(200)] for rank in ranks]
+    drawn = [[rank._recursion_steps(None, None) for _ in range(200)] for rank in ranks]
     assert drawn[0] == drawn[1]
     assert set(drawn[0]) == {1, 2, 3, 4, 5, 6}
     assert drawn[0][:6] != [ranks[0].draw_recursion_steps(i) for i in range(6, 12)]
@@ -276,7 +276,7 @@ def test_bases_that_are_refused():
     with pytest.raises(ValueError, match="to be a model of transformers, got Linear"):
         HybridModel(llm_model=torch.nn.Linear(1, 1), config=tiny_config())
     base = tiny_base()
-    base.config.hidden_size = None
+    object.__setattr__(base.config, "hidden_size", None)
     with pytest.raises(ValueError, match="config to have hidden_size, got none in LlamaForCausalLM"):
         HybridModel(llm_model=base, config=tiny_config())
     with pytest.raises(ValueError, match="expected a base without a TRM, got one that has"):
