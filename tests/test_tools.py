@@ -1,0 +1,141 @@
+"""The tools people train and serve with: peft, Trainer, gradient checkpointing, device_map."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hybrid import HybridModel
+from tests.tiny import awaken, tiny_base, tiny_config, tiny_hybrid, tokens
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["trm", "trm_before"])
+
+
+def test_lora_on_the_base_trains_together_with_the_trm(tmp_path):
+    model = get_peft_model(tiny_hybrid(), LORA).train()
+    trainable = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert {("lora" in n, "trm" in n) for n in trainable} == {(True, False), (False, True)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        if name in trainable and not name.endswith(("y_init", "z_init")):  # behind a cycle without gradient
+            assert not torch.equal(parameter, trainable[name]), name
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_hybrid(), tmp_path).eval()
+    assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    told = model.generate(input_ids=tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    without = model.generate(
+        input_ids=tokens(), max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False
+    )
+    assert torch.equal(told, without)
+
+
+def test_lora_on_all_linear_layers_leaves_the_trm_alone():
+    model = get_peft_model(tiny_hybrid(), LoraConfig(r=2, target_modules="all-linear"))
+    names = [name for name, _ in model.named_parameters() if "lora" in name]
+    assert names and not any("trm" in name for name in names)
+
+
+def test_lora_inside_the_base_says_how_to_save(tmp_path):
+    base = get_peft_model(tiny_base(), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    hybrid = awaken(HybridModel(llm_model=base, config=tiny_config()))
+    with pytest.raises(ValueError, match="expected a base without adapters inside"):
+        hybrid.save_pretrained(tmp_path / "a")
+    hybrid.save_pretrained(tmp_path / "b", save_base=False)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        row = tokens(1, 9, seed=i)[0]
+        return {"input_ids": row, "labels": row}
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "uniform"])
+def test_trainer_trains_and_resumes(sampling, tmp_path):
+    def run(folder, steps, resume=None):
+        hybrid = tiny_hybrid(recursion_sampling=sampling).freeze_base()
+        arguments = TrainingArguments(
+            tmp_path / folder,
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            save_steps=3,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(hybrid, arguments, train_dataset=Rows()).train(resume_from_checkpoint=resume)
+        return hybrid
+
+    straight = run("straight", 6)
+    run("cut", 3)
+    resumed = run("cut", 6, tmp_path / "cut" / "checkpoint-3")
+    fresh = tiny_hybrid()
+    changed = [not torch.equal(a, b) for a, b in zip(straight.parameters(), fresh.parameters(), strict=True)]
+    assert any(changed)
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        if sampling == "fixed" or "trm" not in name:
+            assert torch.equal(a, b), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients, replayed = [], []
+    for checkpointing in (False, True):
+        hybrid = tiny_hybrid(grad_cycles=None).freeze_base().train()
+        if checkpointing:
+            hybrid.gradient_checkpointing_enable()
+            for module in hybrid.modules():
+                if type(module).__name__ == "TRM":
+                    module.register_forward_hook(lambda *_: replayed.append(1))
+        hybrid(tokens(), labels=tokens()).loss.backward()
+        gradients.append([p.grad for p in hybrid.trm_parameters()])
+    assert len(replayed) == 2 * 3, "each TRM ran once forward and once again in backward"
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+OFFLOADED = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def test_device_map_with_cpu_and_disk(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    want = awaken(HybridModel(llm_model=base, config=tiny_config()))
+    want.save_pretrained(tmp_path / "hybrid")
+    want.save_pretrained(tmp_path / "whole", save_base=True)
+    logits = want(tokens()).logits
+
+    offload = {"device_map": OFFLOADED, "offload_folder": tmp_path / "offload"}
+    parted = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", **offload)
+    assert parted.llm_model.model.layers[0].mlp.up_proj.weight.is_meta, "the base's layer is on disk"
+    assert {p.device.type for p in parted.trm_parameters()} == {"cpu"}, "the TRM is where its layer computes"
+    assert torch.equal(parted(tokens()).logits, logits)
+    parted.freeze_base().train()(tokens(), labels=tokens()).loss.backward()
+    assert sum(p.grad is not None for p in parted.trm_parameters()) > 0
+    parted.eval().save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens()).logits, logits)
+
+    for folder in ("hybrid", "whole"):
+        placed = AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder,
+            device_map="auto",
+            max_memory={"cpu": 60_000},  # bytes: most of it must go to disk
+            offload_folder=tmp_path / f"offload-{folder}",
+        )
+        assert any(p.is_meta for p in placed.parameters())
+        assert torch.equal(placed(tokens()).logits, logits)
