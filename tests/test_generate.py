@@ -143,3 +143,10 @@ def test_the_forward_exports():
 
     exported = torch.export.export(Logits(hybrid), (ids,)).module()
     torch.testing.assert_close(exported(ids), hybrid(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_generating_in_training_mode_keeps_to_one_number_of_steps():
+    """Drawing another n for each token would leave the cache with holes."""
+    hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6)
+    want = hybrid.generate(tokens(), **GREEDY)
+    assert torch.equal(hybrid.train().generate(tokens(), **GREEDY), want)

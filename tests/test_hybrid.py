@@ -77,6 +77,17 @@ def test_left_padding_equals_no_padding(family):
     torch.testing.assert_close(got, hybrid(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_models_own_positions_reach_the_trms_rope():
+    """bloom has none of its own (ALiBi), so what changes is the TRM: by distances, not by where it starts."""
+    hybrid, ids = tiny_hybrid("bloom"), tokens()
+    counted = hybrid(ids).logits
+    positions = torch.arange(9)[None]
+    torch.testing.assert_close(hybrid(ids, position_ids=positions + 5).logits, counted, rtol=1e-5, atol=1e-5)
+    stretched = hybrid(ids, position_ids=positions * 3).logits
+    assert not torch.allclose(stretched, counted, atol=1e-3)
+
+
 @every_family
 def test_training_moves_every_trm_and_nothing_of_the_base(family):
     hybrid = tiny_hybrid(family, blending_strategy="gated", grad_cycles=None).freeze_base().train()
