@@ -1,5 +1,1 @@
 """The demonstration: a frozen language model learns to follow a ball, by a TRM alone. No network, no GPU."""
-
-from hybrid.demo.run import run
-
-__all__ = ["run"]

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hybrid import phases, run_state
+from hybrid.data import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import LanguageModel, make_base, make_tokenizer
 from hybrid.demo.pretraining import Pretraining
@@ -29,10 +30,12 @@ from hybrid.train import TrainResult, TrainSettings, seed_everything, train
 
 _ROW = 64  # characters in a row of text
 _BATCH_SIZE = 32  # games, or rows to pre-train on
+_TEXT_BATCH_SIZE = 16  # rows of Python sources
 _SWAPS = 16
 _HELD_OUT_SEED = 1_000_000  # of the held-out games: the same in every run
 _STEPS_AT_INFERENCE = (1, 2, 4, 8, 12)
 _GAMES_SHOWN = 3
+_ROWS_COMPARED = 8
 _PROMPT = "def __init__(self"
 _SAMPLE = 160  # characters
 
@@ -76,9 +79,16 @@ class _Demo:
         self.output, self.seed, self.quick = output, seed, quick
         self.effort = _QUICK if quick else _FULL
         self.tokenizer = make_tokenizer()
+        rows = self.effort.rows
         self.prose, held_out_prose = english_prose(_ROW)
-        self.held_out_prose = Subset(held_out_prose, range(self.effort.rows))
-        self.prose_batch = torch.stack([held_out_prose[i]["input_ids"] for i in range(8)])
+        self.sources, held_out_sources = python_sources(
+            self.tokenizer, _ROW, self.effort.text_steps * _TEXT_BATCH_SIZE, rows
+        )
+        self.held_out_prose, self.held_out_sources = (
+            _first(held_out_prose, rows),
+            _first(held_out_sources, rows),
+        )
+        self.compared = torch.stack([held_out_prose[i]["input_ids"] for i in range(_ROWS_COMPARED)])
         self.checks: dict[str, bool] = {}
 
     def go(self) -> int:
@@ -151,9 +161,10 @@ class _Demo:
     def adapt(self, base: LlamaForCausalLM, hybrid: HybridModel) -> TextResult:
         """Part 2: real text."""
         _say("\n3. The same frozen base. A fresh TRM learns from the sources of Python's standard library")
-        sources, held_out = python_sources(self.tokenizer, _ROW)
-        texts = {"Python sources": Subset(held_out, range(self.effort.rows)), "prose": self.held_out_prose}
-        losses = self.train("text", hybrid, sources, texts, self.effort.text_steps, _BATCH_SIZE // 2, 2e-3)
+        texts = {"Python sources": self.held_out_sources, "prose": self.held_out_prose}
+        losses = self.train(
+            "text", hybrid, self.sources, texts, self.effort.text_steps, _TEXT_BATCH_SIZE, 2e-3
+        )
         self.check_after("text", hybrid, base)
         result = TextResult(
             before=losses.held_out_before,
@@ -205,10 +216,8 @@ class _Demo:
     def check(self, what: str, one: LanguageModel, other: LanguageModel) -> None:
         """Compare logits and generated tokens on held-out prose, bit by bit."""
         checks = {
-            f"{what}: logits": torch.equal(_logits(one, self.prose_batch), _logits(other, self.prose_batch)),
-            f"{what}: generate()": torch.equal(
-                _greedy(one, self.prose_batch), _greedy(other, self.prose_batch)
-            ),
+            f"{what}: logits": torch.equal(_logits(one, self.compared), _logits(other, self.compared)),
+            f"{what}: generate()": torch.equal(_greedy(one, self.compared), _greedy(other, self.compared)),
         }
         _say(report.checks_shown(checks))
         self.checks |= checks
@@ -219,6 +228,10 @@ class _Demo:
         prompt = self.tokenizer(_PROMPT, return_tensors="pt")
         ids = model.generate(**prompt, max_new_tokens=_SAMPLE, do_sample=True, temperature=0.7)
         return str(self.tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _first(data: TokenBlocks, rows: int) -> Dataset:
+    return Subset(data, range(min(rows, len(data))))
 
 
 @torch.no_grad()

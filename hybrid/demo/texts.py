@@ -10,8 +10,7 @@ from hybrid.data import TokenBlocks
 from hybrid.demo.base import encode
 
 _SPLIT_SEED = 0  # fixed: which files are held out does not depend on the run's seed
-_TRAINING_BYTES = 800_000
-_HELD_OUT_BYTES = 60_000
+_HELD_OUT_ONE_IN = 5  # files
 
 
 def english_prose(row: int) -> tuple[TokenBlocks, TokenBlocks]:
@@ -29,22 +28,31 @@ def english_prose(row: int) -> tuple[TokenBlocks, TokenBlocks]:
     )
 
 
-def python_sources(tokenizer: PreTrainedTokenizerBase, row: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """(to train on, held out) in rows of `row` tokens: the standard library; held out are other files."""
-    to_train_on, held_out = split_sources()
+def python_sources(
+    tokenizer: PreTrainedTokenizerBase, row: int, train_rows: int, held_out_rows: int
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """(to train on, held out) in rows of `row` tokens: the standard library; held out are other files.
+
+    train_rows, held_out_rows   about how many rows are wanted: so many files are read
+    """
+    to_train_on, held_out = split_sources(train_rows * row, held_out_rows * row)
     return TokenBlocks.read(to_train_on, tokenizer, row), TokenBlocks.read(held_out, tokenizer, row)
 
 
-def split_sources() -> tuple[list[str], list[str]]:
-    """(files to train on, files held out): of all files the first so many, enough for the demonstration."""
-    files = sorted(path for path in Path(os.__file__).parent.glob("*.py") if path.stat().st_size)
+def split_sources(train_bytes: int, held_out_bytes: int) -> tuple[list[str], list[str]]:
+    """(files to train on, files held out), of each the first that have so many bytes together."""
+    folder = Path(os.__file__).parent
+    files = sorted(path for path in folder.glob("*.py") if path.stat().st_size)
+    if len(files) < _HELD_OUT_ONE_IN:
+        raise ValueError(
+            f"demo: expected the standard library's sources in {folder}, got {len(files)} .py files there."
+        )
     random.Random(_SPLIT_SEED).shuffle(files)
-    cut = len(files) // 5
-    return _first(files[cut:], _TRAINING_BYTES), _first(files[:cut], _HELD_OUT_BYTES)
+    cut = len(files) // _HELD_OUT_ONE_IN
+    return _first(files[cut:], train_bytes), _first(files[:cut], held_out_bytes)
 
 
 def _first(files: list[Path], size: int) -> list[str]:
-    """The first files that have `size` bytes together."""
     chosen: list[str] = []
     for file in files:
         if size <= 0:
