@@ -5,6 +5,7 @@ What a user can mend (ValueError, OSError) is one line on stderr and exit code 2
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -44,15 +45,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from accelerate import PartialState
-
     from hybrid import run_state
     from hybrid.data import TokenBlocks
     from hybrid.info import count, count_trained
     from hybrid.loading import load_config, load_model, load_tokenizer
     from hybrid.model import HybridModel
     from hybrid.phases import PHASES, enter
-    from hybrid.train import TrainSettings, seed_everything, train
+    from hybrid.processes import seed_everything, this_process
+    from hybrid.train import TrainSettings, train
 
     # what can be wrong is found out before a model is loaded, the quickest first
     phase = PHASES[arguments.phase]
@@ -76,7 +76,7 @@ def _train(arguments: argparse.Namespace) -> int:
     def read(sources: list[str]) -> TokenBlocks:
         return _read_blocks(sources, tokenizer, start, arguments)
 
-    processes = PartialState()
+    processes = this_process()
     say: Callable[..., None] = print if processes.is_main_process else _say_nothing
     with processes.main_process_first():  # a data set is fetched once
         data = read(arguments.data)
@@ -92,6 +92,8 @@ def _train(arguments: argparse.Namespace) -> int:
     model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
     enter(model, arguments.phase)
     if arguments.gradient_checkpointing:
+        # the older name, which transformers 5.17 knows and 5.23 calls deprecated
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
     say(f"phase {arguments.phase}: trains {count_trained(model):,} of {count(model):,} parameters")
@@ -112,7 +114,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError("generate: expected --prompt of at least one token, got none.")
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:
-        from hybrid.train import seed_everything
+        from hybrid.processes import seed_everything
 
         seed_everything(arguments.seed)
         options |= {"do_sample": True, "temperature": arguments.temperature}
@@ -169,10 +171,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) for inference: on the accelerator if there is one, with the n that was asked for."""
-    from accelerate import PartialState
-
     from hybrid.loading import load_model, load_tokenizer
     from hybrid.model import HybridModel
+    from hybrid.processes import this_process
 
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     model = load_model(arguments.model, arguments.dtype or "auto", arguments.trust_remote_code)
@@ -183,7 +184,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if n < 1:
             raise ValueError(f"expected --num-recursion-steps of at least 1, got {n}.")
         model.config.num_recursion_steps = n
-    return model.to(PartialState().device).eval(), tokenizer
+    return model.to(this_process().device).eval(), tokenizer
 
 
 def _block(start: PreTrainedConfig, arguments: argparse.Namespace) -> tuple[HybridConfig, PreTrainedConfig]:

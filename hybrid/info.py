@@ -67,8 +67,12 @@ def parts(model: HybridModel) -> Iterator[Part]:
     injections = sorted((m for m in model.modules() if isinstance(m, Injection)), key=lambda m: m.index)
     for injection in injections:
         point = model.config.injection_layers[injection.index]
-        for name, child in injection.named_children():
-            yield Part(f"layer {point}: {name}", count(child))
+        counts: dict[str, int] = {}
+        for name, parameter in injection.named_parameters():
+            part = "gate" if name.startswith("gate_") else name.partition(".")[0]
+            counts[part] = counts.get(part, 0) + parameter.numel()
+        for part, parameters in counts.items():
+            yield Part(f"layer {point}: {part}", parameters)
 
 
 def count(module: torch.nn.Module) -> int:

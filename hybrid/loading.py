@@ -16,6 +16,7 @@ from transformers import (
 
 from hybrid import run_state
 from hybrid.config import HybridConfig
+from hybrid.model import HybridModel
 
 
 def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -33,13 +34,20 @@ def load_model(name_or_path: str, dtype: str = "auto", trust_remote_code: bool =
 
     Errors: ValueError when there is none, or its files are damaged.
     """
-    return _load(
-        AutoModelForCausalLM,
-        "a causal language model",
-        name_or_path,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-    )
+    arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    what = "a causal language model"
+    if isinstance(
+        load_config(name_or_path, trust_remote_code), HybridConfig
+    ):  # it refuses missing tensors itself
+        return _load(HybridModel, what, name_or_path, **arguments)
+    arguments |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    model, found = _load(AutoModelForCausalLM, what, name_or_path, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"expected all tensors of {what} at {name_or_path}, got none named {missing[0]} "
+            f"({len(missing)} are missing for a {type(model).__name__})."
+        )
+    return model
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from hybrid import curve, run_state
 from hybrid.config import trm_fields
 from hybrid.evaluate import TextLoss, text_loss
 from hybrid.model import HybridModel
+from hybrid.processes import seed_everything, this_process
 from hybrid.progress import TrainingDisplay
 from hybrid.run_state import Progress
 
@@ -153,11 +154,6 @@ def train(
     checkpoint = run.open(resume)
     with run.display:
         return run.go(checkpoint, on_step)
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed the global generators of Python, NumPy and torch by a few numbers together."""
-    set_seed(random.Random(":".join(map(str, numbers))).getrandbits(32))
 
 
 class _Run:
@@ -403,6 +399,7 @@ class _Window:
 
 def _accelerator(model: PreTrainedModel) -> Accelerator:
     """Errors: ValueError for ways of training whose checkpoints this loop cannot write."""
+    this_process()
     # with cycles that pass no gradient the first states get none, which DDP has to be told
     is_partial = isinstance(model, HybridModel) and model.config.grad_cycles not in (
         None,
