@@ -84,8 +84,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
         attach(llm_model, config)
-        if config.trm_dtype == "float32":
-            self._keep_in_fp32_modules_strict = ["trm", "trm_before"]
         self.post_init()
         self.train(llm_model.training)
         self._base_sample = checkpoint.sample(self.base_named_parameters())

@@ -97,6 +97,7 @@ def test_a_cast_base_still_counts_as_the_reference(saved, tmp_path):
 
 
 def test_dtypes_are_decided_not_inherited(saved, tmp_path):
+    """transformers loads into the dtype a parameter was made in, and the TRM's says which: trm_dtype."""
     hybrid, folder = saved
     hybrid.save_pretrained(tmp_path / "whole", save_base=True)
     want = {name: p for name, p in hybrid.named_parameters() if "trm" in name}

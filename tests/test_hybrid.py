@@ -120,6 +120,7 @@ def test_names_and_freezing():
         "recursion.y_init",
         "recursion.z_init",
     ]
+    hybrid.requires_grad_(False)
     hybrid.freeze_base()
     assert sorted(name for name, p in hybrid.named_parameters() if p.requires_grad) == ours
     assert sum(1 for _ in hybrid.trm_parameters()) == len(ours)
