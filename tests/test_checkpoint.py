@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,3 +239,34 @@ model.save_pretrained({str(folder)!r})
 def test_no_pickle_is_read_or_written(saved):
     _, folder = saved
     assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+def test_the_hub_gets_the_same_files(saved, how, tmp_path, monkeypatch):
+    """The network is cut off at transformers' own upload; what it is handed is looked at."""
+    hybrid, folder = saved
+    uploads = []
+    repository = SimpleNamespace(repo_id="someone/mine")
+    hub = SimpleNamespace(create_repo=lambda *_, **__: repository)
+    for name in ("hf_api", "create_repo"):  # the one on transformers 5.23, the other on 5.17
+        for module in ("transformers.utils.hub", "transformers.modeling_utils"):
+            stand_in = (lambda: hub) if name == "hf_api" else hub.create_repo
+            monkeypatch.setattr(f"{module}.{name}", stand_in, raising=False)
+    card = SimpleNamespace(save=lambda *_: None)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: card)
+
+    def upload(self, working_dir, repo_id, *_, **__):
+        uploads.append(
+            (repo_id, {p.name: p.read_bytes() for p in Path(working_dir).iterdir() if p.is_file()})
+        )
+
+    monkeypatch.setattr(HybridModel, "_upload_modified_files", upload)
+    if how == "push_to_hub":
+        hybrid.push_to_hub("someone/mine")
+    else:
+        hybrid.save_pretrained(tmp_path / "mine", push_to_hub=True)
+    ((repo_id, files),) = uploads
+    assert repo_id == "someone/mine"
+    for name in ("model.safetensors", "config.json"):
+        assert files[name] == (folder / name).read_bytes()
