@@ -6,7 +6,9 @@ keeps its class, its parameter names and its checkpoints. The hooks are function
 closure would point at the original after a deepcopy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +155,34 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         else:
             layer.trm = injection
             layer.register_forward_hook(_after_layer)
+
+
+def keep_call_in_checkpoints(model: nn.Module) -> None:
+    """Let every layer that is recomputed in backward see the call its forward saw.
+
+    Newer transformers checkpoint a layer's forward, and our hook runs outside of that, once. Older ones
+    (5.17) checkpoint the whole call, hooks included: the hook runs again in backward, after the call is over.
+    """
+    if "__call__" not in vars(GradientCheckpointingLayer):
+        return
+    module: Any
+    for module in model.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint_in_call:
+            module._gradient_checkpointing_func = partial(_checkpoint_in_call, checkpoint)
+
+
+def _checkpoint_in_call(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    call = current_call.get()
+
+    def in_call(*args: Any) -> Any:
+        before = current_call.set(call)
+        try:
+            return function(*args)
+        finally:
+            current_call.reset(before)
+
+    return checkpoint(in_call, *args)
 
 
 def _after_layer(layer: Any, args: tuple[Any, ...], output: Any) -> Any:

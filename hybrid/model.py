@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hybrid import checkpoint
 from hybrid.cache import make_room
 from hybrid.config import HybridConfig
-from hybrid.injection import Injection, InjectionCall, attach, current_call
+from hybrid.injection import Injection, InjectionCall, attach, current_call, keep_call_in_checkpoints
 from trm_kernels import TRM
 from trm_kernels.ops.recursion import evaluations
 from trm_kernels.trm import Matrix
@@ -84,6 +84,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
         attach(llm_model, config)
+        keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
         self.train(llm_model.training)
         self._base_sample = checkpoint.sample(self.base_named_parameters())
@@ -343,6 +344,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         )
 
     # What transformers asks of a model
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        keep_call_in_checkpoints(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -350,7 +350,11 @@ def test_version_and_help(capsys):
 
 def test_importing_hybrid_stays_light():
     heavy = ("datasets", "matplotlib", "rich.progress", "lm_eval", "hybrid.train")
-    code = f"import sys, hybrid, hybrid.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel;"
+        "theirs = set(sys.modules); import hybrid, hybrid.cli;"
+        f"print([m for m in {heavy} if m in sys.modules and m not in theirs])"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"
 

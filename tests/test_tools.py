@@ -96,7 +96,22 @@ def test_gradient_checkpointing_gives_the_same_gradients():
                     module.register_forward_hook(lambda *_: replayed.append(1))
         hybrid(tokens(), labels=tokens()).loss.backward()
         gradients.append([p.grad for p in hybrid.trm_parameters()])
-    assert len(replayed) == 2 * 3, "each TRM ran once forward and once again in backward"
+    # transformers 5.17 also checkpoints the layer around it, so there it is replayed once more
+    assert len(replayed) >= 2 * 3, "each TRM ran once forward and again in backward"
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_base_that_came_with_gradient_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        base = tiny_base()
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        hybrid = awaken(HybridModel(llm_model=base, config=tiny_config(injection_layers=[2]))).train()
+        hybrid.load_state_dict(tiny_hybrid(injection_layers=[2]).state_dict())
+        hybrid(tokens(), labels=tokens()).loss.backward()
+        gradients.append([p.grad for p in hybrid.parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 

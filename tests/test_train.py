@@ -400,13 +400,14 @@ def test_a_line_of_metrics_that_was_cut_short_is_written_again(tmp_path):
 # Refusals
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path):
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(log_every, tmp_path):
     model = phase_1()
     with pytest.raises(ValueError, match="expected a loss and a gradient that are numbers, got nan"):
         train(
             model,
             Counting(),
-            settings_for(tmp_path, save_every=5, log_every=1),
+            settings_for(tmp_path, save_every=5, log_every=log_every),
             on_step=lambda step, _: step == 7 and next(model.trm_parameters()).data.fill_(float("nan")),
         )
     assert run_state.latest(tmp_path).name == "checkpoint-000005"
