@@ -57,8 +57,10 @@ class Progress:
     held_out_before: dict[str, float] = field(default_factory=dict)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, who: str = "train") -> None:
     """Make `folder` and see that files can be written there.
+
+    who   asks for it, for the error
 
     Errors: ValueError when they cannot, with the system's reason.
     """
@@ -68,7 +70,7 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"train: expected an output folder that can be written to, got {folder} ({error.strerror})."
+            f"{who}: expected an output folder that can be written to, got {folder} ({error.strerror})."
         ) from error
 
 

@@ -219,7 +219,7 @@ def test_a_difference_is_found_and_shown(tmp_path, capsys):
 def test_output_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
     monkeypatch.setattr("hybrid.demo.run.make_base", lambda: pytest.fail("a model was made"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="expected an output folder that can be written to"):
+    with pytest.raises(ValueError, match="demo: expected an output folder that can be written to"):
         run(tmp_path / "file" / "below")
 
 

@@ -67,7 +67,7 @@ def run(output: Path | str, seed: int = 0, quick: bool = False) -> int:
 
     Errors: ValueError when `output` cannot be written to; nothing is computed then.
     """
-    run_state.make_folder(Path(output))
+    run_state.make_folder(Path(output), "demo")
     with _one_thread():
         return _Demo(Path(output), seed, quick).go()
 
