@@ -401,6 +401,12 @@ def test_data_that_cannot_be_used(content, message, base, texts, tmp_path, capsy
     assert message.format(file=file) in refused(capsys, *command)
 
 
+def test_an_error_is_one_line_whatever_is_in_it(base, texts, tmp_path, capsys):
+    assert "got no such file" in refused(
+        capsys, *train_command(base, texts, tmp_path, "--data", "two\nlines.txt")
+    )
+
+
 def test_a_jsonl_line_without_the_field(base, texts, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     error = refused(capsys, *train_command(base, texts, tmp_path / "run", "--data", tmp_path / "data.jsonl"))
