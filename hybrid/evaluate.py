@@ -37,16 +37,12 @@ class TextLoss:
 
 
 @torch.no_grad()
-def text_loss(
-    model: PreTrainedModel, data: Dataset, batch_size: int, num_recursion_steps: int | None = None
-) -> TextLoss:
+def text_loss(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLoss:
     """The loss of `model` over every item of `data`, in its order; the model's mode is put back.
 
-    data                  map-style; items {"input_ids": [T] int64, "labels": [T] int64}, -100 = not counted
-    batch_size            items in one forward
-    num_recursion_steps   a hybrid's n; None takes its config's
+    data         map-style; items {"input_ids": [T] int64, "labels": [T] int64}, -100 = not counted
+    batch_size   items in one forward
     """
-    steps = {} if num_recursion_steps is None else {"num_recursion_steps": num_recursion_steps}
     was_training = model.training
     model.eval()
     total = TextLoss(0.0, 0)
@@ -56,7 +52,7 @@ def text_loss(
             # a model shifts the labels by one: the first of a row is predicted by nothing
             tokens = int((batch["labels"][:, 1:] != _IGNORED).sum())
             if tokens:
-                loss = model(**batch, use_cache=False, **steps).loss
+                loss = model(**batch, use_cache=False).loss
                 total += TextLoss(loss.item() * tokens, tokens)
     finally:
         model.train(was_training)
