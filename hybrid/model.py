@@ -27,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from hybrid import checkpoint
 from hybrid.cache import make_room
@@ -414,7 +415,9 @@ def _check_base(model: PreTrainedModel) -> None:
     who = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
-    if model.config.is_encoder_decoder or not model.can_generate():
+    # an encoder with a language-model head (BertLMHeadModel) generates too, but looks both ways
+    looks_both_ways = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
+    if model.config.is_encoder_decoder or not model.can_generate() or looks_both_ways:
         raise ValueError(
             f"HybridModel: expected a decoder-only causal language model (AutoModelForCausalLM), got {who}."
         )

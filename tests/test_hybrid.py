@@ -7,7 +7,14 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    LlamaModel,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 
 from hybrid import CombinedTRMLLM, HybridModel
@@ -271,18 +278,15 @@ def test_a_cache_filled_with_another_number_is_refused():
 
 
 def test_bases_that_are_refused():
-    bert = BertForMaskedLM(
-        BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=9
-        )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    refused = (
+        BertForMaskedLM(BertConfig(vocab_size=9, **sizes)),
+        BertLMHeadModel(BertConfig(vocab_size=9, **sizes)),
+        T5(T5Config(d_model=16, d_kv=8, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)),
+        LlamaModel(tiny_base().config),  # without a head
     )
-    t5 = T5(T5Config(d_model=16, d_kv=8, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
-    headless = LlamaModel(tiny_base().config)
-    for model, name in (
-        (bert, "BertForMaskedLM"),
-        (t5, "T5ForConditionalGeneration"),
-        (headless, "LlamaModel"),
-    ):
+    for model in refused:
+        name = type(model).__name__
         with pytest.raises(ValueError, match=f"expected a decoder-only causal language model .*got {name}"):
             HybridModel(llm_model=model, config=tiny_config(injection_layers=[1]))
     with pytest.raises(ValueError, match="to be a model of transformers, got Linear"):
