@@ -11,9 +11,10 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
-INTERPRETED := tests/test_ops.py tests/test_interpreter.py tests/test_backend.py
+INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
+	tests/test_backend.py
 
-.PHONY: demo test test-oldest check format lint types floors gpu bench cubins clean
+.PHONY: demo test test-oldest check format lint types floors gpu bench cubins resources clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -48,6 +49,10 @@ bench: $(READY)
 
 cubins: $(READY)
 	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --out build/cubins
+
+# registers, stack and shared memory of every kernel, for review
+resources: $(READY)
+	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --write bench/results/static/resources.json
 
 # torch first, by itself: resolving it together with what needs it can pick another build
 $(READY): setup.py constraints.txt

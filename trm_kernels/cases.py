@@ -7,18 +7,27 @@ and compiled by adding its row.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
+from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
+from trm_kernels.ops.injection_in import injection_in, injection_in_ref
+from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
+from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
+from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
+from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
 
 Shape = tuple[int, ...]
 
 # What summing in another order may add to the relative error: a rounding or two in float32, next to
 # nothing where the result is rounded to a narrower dtype anyway.
 _FLOOR = {torch.float32: 1e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
+# A product sums K numbers; in float32 its error depends on the order more than on anything else.
+_PRODUCT_FLOOR = {**_FLOOR, torch.float32: 1e-6}
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,79 @@ class Case:
     max_registers: int = 255  # per thread, the most any of its kernels may take on any arch
 
 
-def _two_row_tensors(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """x and r [..., D]. Row sizes run from 1e-3, where eps weighs, to 10, where a wrong mean shows."""
+def _row_tensors(count: int, shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """[..., D] each. Row sizes run from 1e-3, where eps weighs, to 10, where a wrong mean shows."""
     g = torch.Generator().manual_seed(seed)
     size = 10.0 ** (torch.arange(math.prod(shape[:-1])) % 5 - 3)
-    x, r = (torch.randn(shape, generator=g) * size.view(*shape[:-1], 1) for _ in range(2))
-    return [t.to(dtype).requires_grad_() for t in (x, r)]
+    tensors = [torch.randn(shape, generator=g) * size.view(*shape[:-1], 1) for _ in range(count)]
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def _product_tensors(*kinds: str) -> Callable[[Shape, torch.dtype, int], list[Tensor]]:
+    """Inputs of an op that multiplies rows [..., K] by weights; a shape is [..., K, N].
+
+    K, N         rows of that width
+    K-small      rows of that width whose sizes run from 1e-3 to 10
+    NK, 2NK, KN  a weight of that shape, sized so that products are about 1
+    1K, 1        the gate's weight and bias
+    scale        one float32 number a row, from 1/8 to 2
+    """
+
+    def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+        *leading, K, N = shape
+        g = torch.Generator().manual_seed(seed)
+        rows = (torch.arange(math.prod(leading)) % 5).view(leading)
+
+        def make(kind: str) -> Tensor:
+            match kind:
+                case "K" | "N":
+                    return torch.randn(*leading, K if kind == "K" else N, generator=g)
+                case "K-small":
+                    return torch.randn(*leading, K, generator=g) * 10.0 ** (rows - 3)[..., None]
+                case "NK" | "2NK":
+                    return torch.randn(N if kind == "NK" else 2 * N, K, generator=g) * K**-0.5
+                case "KN":
+                    return torch.randn(K, N, generator=g) * N**-0.5
+                case "1K":
+                    return torch.randn(1, K, generator=g) * K**-0.5
+                case "1":
+                    return torch.randn(1, generator=g)
+                case "scale":
+                    return 2.0 ** (rows - 3)
+            raise AssertionError(kind)
+
+        return [make(kind).to(torch.float32 if kind == "scale" else dtype).requires_grad_() for kind in kinds]
+
+    return inputs
+
+
+def _residual_and_rstd(
+    op: Callable[..., tuple[Tensor, Tensor]], rstd: Callable[..., Tensor], **chosen: str
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What a deferred norm is made of: the number of tiles, which is up to the settings, does not show."""
+
+    def composed(v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        h, squares = op(v, w, r, row_scale, **chosen)
+        return h, rstd(squares, h.shape[-1])
+
+    return composed
+
+
+def _read_once_and_written(*widths: str) -> Callable[[list[Tensor]], int]:
+    """Bytes of all inputs and of outputs [..., width], where a width is an axis of an input: "1.0"."""
+
+    def moved(tensors: list[Tensor]) -> int:
+        rows = tensors[0][..., 0].numel()
+        out = sum(tensors[int(i)].shape[int(axis)] for i, axis in (width.split(".") for width in widths))
+        return sum(t.nbytes for t in tensors) + rows * out * tensors[0].element_size()
+
+    return moved
+
+
+# rows, then the summed axis and the columns of the product: long sums, several axes, no multiples, long rows
+_PRODUCTS: tuple[Shape, ...] = ((4, 520, 24), (3, 7, 48, 40), (70, 33, 65), (5, 24, 520))
+_MLP_SIZES: tuple[Shape, ...] = ((768 * 97, 512, 1536), (8192, 2048, 5632))
+_RESIDUAL_SIZES: tuple[Shape, ...] = ((768 * 97, 512, 512), (768 * 97, 1536, 512), (8192, 5632, 2048))
 
 
 CASES: tuple[Case, ...] = (
@@ -56,12 +132,171 @@ CASES: tuple[Case, ...] = (
         "add_rms_norm",
         add_rms_norm,
         add_rms_norm_ref,
-        _two_row_tensors,
+        partial(_row_tensors, 2),
         shapes=((1, 32), (3, 7, 48), (35, 64), (5, 200), (2, 1000)),
         bench=((768 * 97, 512), (8192, 2048), (8192, 4096), (2048, 10240)),
         moved=lambda tensors: (
             sum(t.nbytes for t in tensors) + tensors[0].nbytes + 4 * tensors[0][..., 0].numel()
         ),
         max_registers=128,
+    ),
+    Case(
+        "add_rms_norm-three",
+        lambda x, r, s: add_rms_norm(x, r, s=s),
+        lambda x, r, s: add_rms_norm_ref(x, r, s=s),
+        partial(_row_tensors, 3),
+        shapes=((1, 32), (3, 7, 48), (35, 64)),
+        bench=((768 * 97, 512), (8192, 2048)),
+        moved=lambda tensors: (
+            sum(t.nbytes for t in tensors) + tensors[0].nbytes + 4 * tensors[0][..., 0].numel()
+        ),
+        max_registers=128,
+    ),
+    Case(
+        "linear_swiglu",
+        partial(linear_swiglu, candidate="fused"),
+        linear_swiglu_ref,
+        _product_tensors("K", "2NK"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES,
+        moved=_read_once_and_written("1.0"),
+    ),
+    Case(
+        "linear_swiglu-scaled",
+        partial(linear_swiglu, candidate="fused", recompute=True),
+        linear_swiglu_ref,
+        _product_tensors("K", "2NK", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES[:1],
+        moved=_read_once_and_written("1.0"),
+    ),
+    Case(
+        "linear_swiglu-mm",
+        partial(linear_swiglu, candidate="mm"),
+        linear_swiglu_ref,
+        _product_tensors("K", "2NK", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES,
+        moved=_read_once_and_written("1.0"),
+    ),
+    Case(
+        "swiglu_mlp",
+        partial(swiglu_mlp, candidate="fused"),
+        swiglu_mlp_ref,
+        _product_tensors("K", "2NK", "KN"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES,
+        moved=_read_once_and_written("2.0"),
+    ),
+    Case(
+        "swiglu_mlp-scaled",
+        partial(swiglu_mlp, candidate="fused", recompute=True),
+        swiglu_mlp_ref,
+        _product_tensors("K", "2NK", "KN", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES[:1],
+        moved=_read_once_and_written("2.0"),
+    ),
+    Case(
+        "swiglu_mlp-mm",
+        partial(swiglu_mlp, candidate="mm"),
+        swiglu_mlp_ref,
+        _product_tensors("K", "2NK", "KN", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_MLP_SIZES,
+        moved=_read_once_and_written("2.0"),
+    ),
+    Case(
+        "linear_residual",
+        _residual_and_rstd(linear_residual, rstd_from_squares, candidate="fused"),
+        _residual_and_rstd(linear_residual_ref, rstd_from_squares_ref),
+        _product_tensors("K", "NK", "N"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_RESIDUAL_SIZES,
+        moved=_read_once_and_written("1.0"),
+        launches=2,
+        launches_with_gradient=4,
+    ),
+    Case(
+        "linear_residual-scaled",
+        _residual_and_rstd(linear_residual, rstd_from_squares, candidate="fused"),
+        _residual_and_rstd(linear_residual_ref, rstd_from_squares_ref),
+        _product_tensors("K", "NK", "N", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_RESIDUAL_SIZES[:1],
+        moved=_read_once_and_written("1.0"),
+        launches=2,
+        launches_with_gradient=4,
+    ),
+    Case(
+        "linear_residual-mm",
+        _residual_and_rstd(linear_residual, rstd_from_squares, candidate="mm"),
+        _residual_and_rstd(linear_residual_ref, rstd_from_squares_ref),
+        _product_tensors("K", "NK", "N", "scale"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=_RESIDUAL_SIZES,
+        moved=_read_once_and_written("1.0"),
+        launches=2,
+        launches_with_gradient=4,
+    ),
+    Case(
+        "injection_in",
+        partial(injection_in, candidate="fused"),
+        injection_in_ref,
+        _product_tensors("K-small", "NK"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=((8192, 4096, 2048), (8192, 2048, 512)),
+        moved=_read_once_and_written("1.0"),
+    ),
+    Case(
+        "injection_in-mm",
+        partial(injection_in, candidate="mm"),
+        injection_in_ref,
+        _product_tensors("K-small", "NK"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=((8192, 4096, 2048), (8192, 2048, 512)),
+        moved=_read_once_and_written("1.0"),
+    ),
+    Case(
+        "injection_blend",
+        lambda h, y, w: injection_blend(h, y, w, 0.7, candidate="fused"),
+        lambda h, y, w: injection_blend_ref(h, y, w, 0.7),
+        _product_tensors("N", "K", "NK"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=((8192, 2048, 4096),),
+        moved=_read_once_and_written("2.0"),
+        launches_with_gradient=1,  # the gradients are products, no more
+    ),
+    Case(
+        "injection_blend-gated",
+        lambda h, y, w, *gate: injection_blend(h, y, w, 0.7, *gate, candidate="fused"),
+        lambda h, y, w, *gate: injection_blend_ref(h, y, w, 0.7, *gate),
+        _product_tensors("N", "K", "NK", "1K", "1"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=((8192, 2048, 4096),),
+        moved=_read_once_and_written("2.0"),
+    ),
+    Case(
+        "injection_blend-mm",
+        lambda h, y, w, *gate: injection_blend(h, y, w, 0.7, *gate, candidate="mm"),
+        lambda h, y, w, *gate: injection_blend_ref(h, y, w, 0.7, *gate),
+        _product_tensors("N", "K", "NK", "1K", "1"),
+        shapes=_PRODUCTS,
+        floor=_PRODUCT_FLOOR,
+        bench=((8192, 2048, 4096),),
+        moved=_read_once_and_written("2.0"),
     ),
 )

@@ -1,6 +1,9 @@
 """Launch settings, as data. No kernel and no op file chooses a block size on its own."""
 
 from dataclasses import dataclass
+from typing import Any
+
+_UNTIMED = "nothing yet: chosen by registers and spills, not by time"
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,61 @@ class RowLaunch:
     BLOCK_M: int
     num_warps: int
     num_stages: int = 1  # nothing to pipeline: a row is loaded once
-    measured_on: str = "nothing yet: chosen by registers and spills, not by time"
+    measured_on: str = _UNTIMED
+
+
+@dataclass(frozen=True)
+class TileLaunch:
+    """How one program covers a tile of a [M, N] tensor, or walks along its rows a tile at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int = 1
+    measured_on: str = _UNTIMED
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """What a launch passes by name."""
+        return _numbers(self, "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """How one program computes a [BLOCK_M, BLOCK_N] tile of a product, BLOCK_K of the sum at a time."""
+
+    element_size: int  # bytes of an element of the factors: 2 for float16 and bfloat16, 4 for float32
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8  # row tiles that follow each other while the weight's columns are in L2
+    measured_on: str = _UNTIMED
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """What a launch passes by name."""
+        return _numbers(self, "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which candidate computes a product with an epilogue, up to which width of the model."""
+
+    element_size: int
+    max_width: int
+    candidate: str  # one of CANDIDATES
+    measured_on: str = "nothing yet: break-even predicted from bytes and FLOPs"
+
+
+def _numbers(row: Any, *names: str) -> dict[str, int]:
+    return {name: getattr(row, name) for name in names}
+
+
+# fused: one kernel, the epilogue inside the product. mm: torch.mm, and one kernel for the rest.
+CANDIDATES = ("fused", "mm")
+_ANY_WIDTH = 2**31
 
 
 # op -> arch -> settings, narrowest rows first. An arch without an entry takes "any".
@@ -24,6 +81,59 @@ _TABLE: dict[str, dict[str, tuple[RowLaunch, ...]]] = {
             RowLaunch(max_block_d=16384, BLOCK_M=1, num_warps=8),
         ),
     },
+    "injection_in": {
+        "any": (
+            RowLaunch(max_block_d=512, BLOCK_M=4, num_warps=4),
+            RowLaunch(max_block_d=2048, BLOCK_M=1, num_warps=4),
+            RowLaunch(max_block_d=16384, BLOCK_M=1, num_warps=8),
+        ),
+    },
+    "rstd_from_squares": {
+        "any": (
+            RowLaunch(max_block_d=32, BLOCK_M=64, num_warps=4),
+            RowLaunch(max_block_d=1024, BLOCK_M=2, num_warps=4),
+        ),
+    },
+}
+
+# op -> arch -> settings, one for each size of an element
+_SMALL = (  # fits everywhere, and keeps rows that are not aligned in registers
+    GemmLaunch(2, BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
+    GemmLaunch(4, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=3),
+)
+_NARROW = (  # two sums at once, of tiles or of a tile and of what goes along with its rows
+    GemmLaunch(2, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmLaunch(4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
+)
+_WIDE = (  # one sum
+    GemmLaunch(2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    GemmLaunch(4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+)
+_GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
+    "linear_swiglu": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+    "swiglu_mlp": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+    "linear_residual": {"any": _SMALL, "sm80": _WIDE, "sm89": _WIDE, "sm90": _WIDE},
+    "injection_in": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+    "injection_blend": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+}
+
+# op -> arch -> settings of the kernel beside torch.mm, and of gradients that no product needs
+_TILES: dict[str, dict[str, TileLaunch]] = {
+    "linear_swiglu": {"any": TileLaunch(BLOCK_M=4, BLOCK_N=256, num_warps=4)},
+    "linear_residual": {"any": TileLaunch(BLOCK_M=4, BLOCK_N=256, num_warps=4)},
+    "injection_blend": {"any": TileLaunch(BLOCK_M=4, BLOCK_N=512, num_warps=4)},
+}
+
+# op -> arch -> candidates, narrowest model first. Without tensor cores a float32 product takes so long
+# that an epilogue saves nothing worth the difference to cuBLAS.
+_FUSED_WHERE_NARROW = (Choice(2, 1024, "fused"), Choice(2, _ANY_WIDTH, "mm"), Choice(4, _ANY_WIDTH, "mm"))
+_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "linear_swiglu": {"any": _FUSED_WHERE_NARROW},
+    "swiglu_mlp": {"any": _FUSED_WHERE_NARROW},
+    "linear_residual": {"any": _FUSED_WHERE_NARROW},
+    "injection_in": {"any": _FUSED_WHERE_NARROW},
+    # at every width: what it saves is a tensor as large as the language model's hidden state
+    "injection_blend": {"any": (Choice(2, _ANY_WIDTH, "fused"), Choice(4, _ANY_WIDTH, "mm"))},
 }
 
 
@@ -40,3 +150,33 @@ def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
         f"{op}: expected a last axis of at most {rows[-1].max_block_d} elements, got one that fills "
         f"{block_d}; wider rows have no launch settings. backend('reference') takes any width."
     )
+
+
+def gemm(op: str, arch: str, element_size: int, is_aligned: bool) -> GemmLaunch:
+    """The settings of the product in `op` for elements of that many bytes on `arch`.
+
+    Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
+    and those of a large tile do not fit.
+    """
+    rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
+    return next(row for row in rows if row.element_size == element_size)
+
+
+def tile(op: str, arch: str) -> TileLaunch:
+    """The settings of the pointwise kernels of `op` on `arch`."""
+    return _TILES[op].get(arch, _TILES[op]["any"])
+
+
+def choose(
+    op: str, arch: str, element_size: int, width: int, is_aligned: bool, candidate: str | None = None
+) -> str:
+    """The candidate that computes `op` in a model of that width: the one asked for, or the table's.
+
+    Rows that are not aligned are left to torch.mm, since the small tiles of `gemm` are slow.
+    """
+    if candidate is not None:
+        return candidate
+    if not is_aligned:
+        return "mm"
+    rows = _CHOICES[op].get(arch, _CHOICES[op]["any"])
+    return next(row.candidate for row in rows if row.element_size == element_size and width <= row.max_width)

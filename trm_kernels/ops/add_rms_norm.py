@@ -1,7 +1,10 @@
-"""add_rms_norm: y = h * rstd,  h = x + r,  rstd = rsqrt(mean(h^2) + eps)
+"""add_rms_norm: y = h * rstd,  h = x + r or x + r + s,  rstd = rsqrt(mean(h^2) + eps)
 
-Shapes   x, r, y [..., D]; rstd [M], with M the product of the leading sizes.
-Dtypes   x and r of one dtype, float32, float16 or bfloat16; sums and rstd in float32; y has x's dtype.
+The sum of three is the first norm of each f in the recursion: f starts from v = z + (y + x), which is not
+normalised, and its first layer ends in rms(v + attention(v)).
+
+Shapes   x, r, s, y [..., D]; rstd [M], with M the product of the leading sizes.
+Dtypes   x, r and s of one dtype, float32, float16 or bfloat16; sums and rstd in float32; y has x's dtype.
          float64 stays float64 throughout, in the reference only.
 Errors   ValueError when shapes, dtypes or devices disagree, when D is 0 or above the widest tuned row.
 Source   "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019, eq. 4, without the gain, as in
@@ -16,8 +19,7 @@ from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.precision import wide
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+from trm_kernels.products import check_devices, check_dtypes, listed, rows_of
 
 
 def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
@@ -26,20 +28,25 @@ def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
 
-def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5) -> Tensor:
+def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None = None) -> Tensor:
     """The meaning of the op: the sum is not rounded to x's dtype before it is normalised."""
-    return rms_norm_ref(wide(x) + wide(r), eps).to(x.dtype)
+    h = wide(x) + wide(r)
+    if s is not None:
+        h = h + wide(s)
+    return rms_norm_ref(h, eps).to(x.dtype)
 
 
 @triton.jit
 def _add_rms_norm_fwd_kernel(
     x_ptr,  # [M, D]
     r_ptr,  # [M, D]
+    s_ptr,  # [M, D], or None
     y_ptr,  # [M, D], out
     rstd_ptr,  # [M] float32, out
     M,
     stride_xm,
     stride_rm,
+    stride_sm,
     stride_ym,
     eps,
     D: tl.constexpr,
@@ -55,6 +62,10 @@ def _add_rms_norm_fwd_kernel(
     r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
     h = x + r
+    if s_ptr is not None:
+        h += tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     rstd = tl.rsqrt(tl.sum(h * h, axis=1) / D + eps)  # [BLOCK_M]
     y = h * rstd[:, None]
 
@@ -67,7 +78,7 @@ def _add_rms_norm_bwd_kernel(
     dy_ptr,  # [M, D]
     y_ptr,  # [M, D]
     rstd_ptr,  # [M] float32
-    dh_ptr,  # [M, D], out: the gradient of x and, h being their sum, of r
+    dh_ptr,  # [M, D], out: the gradient of x, r and s, h being their sum
     M,
     stride_dym,
     stride_ym,
@@ -94,7 +105,7 @@ def _add_rms_norm_bwd_kernel(
 
 
 @launcher
-def _add_rms_norm_fwd(x: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_fwd(x: Tensor, r: Tensor, s: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     M, D = x.shape[0], int(x.shape[1])
     BLOCK_D = triton.next_power_of_2(D)
     row = tuning.lookup("add_rms_norm", arch_of(x), BLOCK_D)
@@ -105,11 +116,13 @@ def _add_rms_norm_fwd(x: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]
         (triton.cdiv(M, row.BLOCK_M),),
         x,
         r,
+        s,
         y,
         rstd,
         M,
         x.stride(0),
         r.stride(0),
+        0 if s is None else s.stride(0),
         y.stride(0),
         eps,
         D=D,
@@ -149,37 +162,26 @@ def _add_rms_norm_bwd(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, r, eps):
-        y, rstd = _add_rms_norm_fwd(x, r, eps)
-        ctx.save_for_backward(y, rstd)  # all its gradient needs: x and r may be freed
+    def forward(ctx, x, r, s, eps):
+        y, rstd = _add_rms_norm_fwd(x, r, s, eps)
+        ctx.save_for_backward(y, rstd)  # all its gradient needs: x, r and s may be freed
+        ctx.has_s = s is not None
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dh = _add_rms_norm_bwd(_rows(dy), *ctx.saved_tensors)
-        return dh, dh, None
+        dh = _add_rms_norm_bwd(rows_of(dy), *ctx.saved_tensors)
+        return dh, dh, dh if ctx.has_s else None, None
 
 
-def _rows(t: Tensor) -> Tensor:
-    """t as [M, D] with neighbouring elements of a row side by side; rows may lie apart."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def add_rms_norm(x: Tensor, r: Tensor, eps: float = 1e-5) -> Tensor:
-    """The RMS norm of x + r over the last axis. See the top of this file for shapes and dtypes."""
-    if x.shape != r.shape or x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            "add_rms_norm: expected x and r of one shape [..., D] with D > 0, "
-            f"got {tuple(x.shape)} and {tuple(r.shape)}."
-        )
-    if x.dtype != r.dtype or x.dtype not in _DTYPES:
-        raise ValueError(
-            "add_rms_norm: expected x and r of one dtype, float32, float16, bfloat16 or float64, "
-            f"got {x.dtype} and {r.dtype}."
-        )
-    if x.device != r.device:
-        raise ValueError(f"add_rms_norm: expected x and r on one device, got {x.device} and {r.device}.")
+def add_rms_norm(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None = None) -> Tensor:
+    """The RMS norm of x + r, or x + r + s, over the last axis. See the top of this file for shapes."""
+    tensors = {"x": x, "r": r} | ({} if s is None else {"s": s})
+    if any(t.shape != x.shape for t in tensors.values()) or x.ndim == 0 or x.shape[-1] == 0:
+        names, shapes = listed(tensors), listed(tuple(t.shape) for t in tensors.values())
+        raise ValueError(f"add_rms_norm: expected {names} of one shape [..., D] with D > 0, got {shapes}.")
+    check_dtypes("add_rms_norm", **tensors)
+    check_devices("add_rms_norm", **tensors)
     if not runs_triton("add_rms_norm", x, r, has_kernel=x.dtype != torch.float64):
-        return add_rms_norm_ref(x, r, eps)
-    return _AddRMSNorm.apply(_rows(x), _rows(r), eps).view(x.shape)
+        return add_rms_norm_ref(x, r, eps, s)
+    return _AddRMSNorm.apply(rows_of(x), rows_of(r), None if s is None else rows_of(s), eps).view(x.shape)

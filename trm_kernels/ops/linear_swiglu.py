@@ -1,29 +1,312 @@
-"""linear_swiglu: a = silu(v Wg^T) * (v Wu^T), with [Wg | Wu] stacked in one weight
+"""linear_swiglu: a = silu(g) * u,  g = s v Wg^T,  u = s v Wu^T,  with [Wg | Wu] stacked in one weight
 
-Shapes   v [..., D]; gate_up [2F, D], the gate's F rows first; a [..., F].
-Dtypes   any floating dtype, the same for both; a has it too.
-Errors   ValueError when the shapes disagree.
+s is 1 or one number a row: v may be the un-normalised rows of a weightless RMS norm and s their rstd, since
+rms(v) W^T = rstd * (v W^T).
+
+Shapes   v [..., D]; gate_up [2F, D], the gate's F rows first; row_scale s [...]; a [..., F].
+Dtypes   v and gate_up of one dtype, float32, float16 or bfloat16, a has it too; row_scale float32; products
+         summed in float32. float64 stays float64 throughout, in the reference only.
+Errors   ValueError when shapes, dtypes or devices disagree; RuntimeError for a candidate that cannot run.
 Source   "GLU Variants Improve Transformer", Shazeer, 2020, eq. 6; row order as in TRM, arXiv 2510.04871.
+
+Rows whose elements do not lie side by side are copied first.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_kernels.backend import runs_triton
+from trm_kernels import tuning
+from trm_kernels.launch import arch_of, launch, launcher
+from trm_kernels.optional_triton import tl, triton
+from trm_kernels.precision import wide
+from trm_kernels.products import (
+    are_aligned,
+    as_autocast,
+    check_devices,
+    check_dtypes,
+    check_row_scale,
+    grid,
+    input_precision,
+    rows_of,
+    runs_candidate,
+    tile_of_program,
+    wants_gradient,
+    weight_gradient,
+)
 
 
-def linear_swiglu_ref(v: Tensor, gate_up: Tensor) -> Tensor:
+def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """The meaning of the op, in eager PyTorch."""
+    if row_scale is not None:
+        v = (wide(v) * row_scale[..., None]).to(v.dtype)
     gate, up = F.linear(v, gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear_swiglu(v: Tensor, gate_up: Tensor) -> Tensor:
-    """silu(v Wg^T) * (v Wu^T). See the top of this file for shapes and dtypes."""
-    if gate_up.ndim != 2 or gate_up.shape[0] % 2 or v.shape[-1] != gate_up.shape[1]:
+@triton.jit
+def _linear_swiglu_fwd_kernel(
+    v_ptr,  # [M, K]
+    gate_up_ptr,  # [2N, K]
+    row_scale_ptr,  # [M] float32, or None
+    a_ptr,  # [M, N], out
+    gu_ptr,  # [M, 2N], out, or None: the products v Wg^T | v Wu^T, without the row scale
+    M,
+    N,
+    K,
+    stride_vm,
+    stride_gate_upn,
+    stride_am,
+    stride_gum,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # one program: a tile of g and the same tile of u
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_m, in_n = offs_m < M, offs_n < N
+
+    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
+    wg_ptrs = gate_up_ptr + offs_n[None, :] * stride_gate_upn + offs_k[:, None]
+    wu_ptrs = gate_up_ptr + (N + offs_n)[None, :] * stride_gate_upn + offs_k[:, None]
+    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        wg = tl.load(wg_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        wu = tl.load(wu_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        g = tl.dot(v, wg, g, input_precision=PRECISION)
+        u = tl.dot(v, wu, u, input_precision=PRECISION)
+        v_ptrs += BLOCK_K
+        wg_ptrs += BLOCK_K
+        wu_ptrs += BLOCK_K
+
+    mask = in_m[:, None] & in_n[None, :]
+    if gu_ptr is not None:
+        gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
+        tl.store(gu_ptrs, g.to(gu_ptr.dtype.element_ty), mask=mask)
+        tl.store(gu_ptrs + N, u.to(gu_ptr.dtype.element_ty), mask=mask)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        g *= row_scale
+        u *= row_scale
+    a = g * tl.sigmoid(g) * u
+    tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_swiglu_act_kernel(
+    gu_ptr,  # [M, 2N]
+    row_scale_ptr,  # [M] float32, or None
+    a_ptr,  # [M, N], out
+    M,
+    N,
+    stride_gum,
+    stride_am,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program: a tile of a, from products that torch.mm computed
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+
+    gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
+    g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
+        g *= row_scale
+        u *= row_scale
+    a = g * tl.sigmoid(g) * u
+    tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_gradient(da, g, u):
+    """a, dg and du of a = silu(g) * u, in float32."""
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    return silu * u, da * u * (sigmoid + silu * (1 - sigmoid)), da * silu
+
+
+@triton.jit
+def _linear_swiglu_bwd_kernel(
+    da_ptr,  # [M, N]
+    gu_ptr,  # [M, 2N]
+    row_scale_ptr,  # [M] float32, or None
+    dgu_ptr,  # [M, 2N], out: the gradient of the products, row scale included
+    a_ptr,  # [M, N], out, or None: the activation once more
+    drow_scale_ptr,  # [M] float32, out, or None
+    M,
+    N,
+    stride_dam,
+    stride_gum,
+    stride_dgum,
+    stride_am,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program: BLOCK_M whole rows, BLOCK_N columns at a time
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = offs_m < M
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        drow_scale = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask = in_m[:, None] & (offs_n < N)[None, :]
+        gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
+        dgu_ptrs = dgu_ptr + offs_m[:, None] * stride_dgum + offs_n[None, :]
+
+        da = tl.load(da_ptr + offs_m[:, None] * stride_dam + offs_n[None, :], mask=mask, other=0.0)
+        da = da.to(tl.float32)
+        g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+        if row_scale_ptr is not None:
+            a, dg, du = _swiglu_gradient(da, g * row_scale, u * row_scale)
+            drow_scale += tl.sum(dg * g + du * u, axis=1)
+            dg *= row_scale
+            du *= row_scale
+        else:
+            a, dg, du = _swiglu_gradient(da, g, u)
+
+        tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
+        tl.store(dgu_ptrs + N, du.to(dgu_ptr.dtype.element_ty), mask=mask)
+        if a_ptr is not None:
+            a_ptrs = a_ptr + offs_m[:, None] * stride_am + offs_n[None, :]
+            tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=mask)
+    if drow_scale_ptr is not None:
+        tl.store(drow_scale_ptr + offs_m, drow_scale, mask=in_m)
+
+
+@launcher
+def _linear_swiglu_fwd(
+    v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
+) -> tuple[Tensor, Tensor]:
+    M, K = v.shape
+    N = gate_up.shape[0] // 2
+    a = v.new_empty(M, N)
+    arch = arch_of(v)
+    is_aligned = are_aligned(v, gate_up)
+    if tuning.choose("linear_swiglu", arch, v.element_size(), K, is_aligned, candidate) == "mm":
+        gu = torch.mm(v, gate_up.t())
+        tile = tuning.tile("linear_swiglu", arch)
+        launch(
+            _linear_swiglu_act_kernel,
+            (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
+            gu,
+            row_scale,
+            a,
+            M,
+            N,
+            gu.stride(0),
+            a.stride(0),
+            **tile.meta,
+        )
+        return a, gu if save_gu else gu.new_empty(0, 2 * N)
+    gu = v.new_empty(M if save_gu else 0, 2 * N)
+    gemm = tuning.gemm("linear_swiglu", arch, v.element_size(), is_aligned)
+    launch(
+        _linear_swiglu_fwd_kernel,
+        grid(M, N, gemm),
+        v,
+        gate_up,
+        row_scale,
+        a,
+        gu if save_gu else None,
+        M,
+        N,
+        K,
+        v.stride(0),
+        gate_up.stride(0),
+        a.stride(0),
+        gu.stride(0),
+        PRECISION=input_precision(),
+        **gemm.meta,
+    )
+    return a, gu
+
+
+@launcher
+def _linear_swiglu_bwd(
+    da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, N = da.shape
+    dgu = torch.empty_like(gu)
+    a = da.new_empty(M if wants_a else 0, N)
+    drow_scale = da.new_empty(0 if row_scale is None else M, dtype=torch.float32)
+    tile = tuning.tile("linear_swiglu", arch_of(da))
+    launch(
+        _linear_swiglu_bwd_kernel,
+        (triton.cdiv(M, tile.BLOCK_M),),
+        da,
+        gu,
+        row_scale,
+        dgu,
+        a if wants_a else None,
+        None if row_scale is None else drow_scale,
+        M,
+        N,
+        da.stride(0),
+        gu.stride(0),
+        dgu.stride(0),
+        a.stride(0),
+        **tile.meta,
+    )
+    return dgu, a, drow_scale
+
+
+class _LinearSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, gate_up, row_scale, save_gu, candidate):
+        a, gu = _linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
+        ctx.save_for_backward(v, gate_up, row_scale, gu if save_gu else None)
+        return a
+
+    @staticmethod
+    def backward(ctx, da):
+        v, gate_up, row_scale, gu = ctx.saved_tensors
+        if gu is None:
+            gu = torch.mm(v, gate_up.t())
+        dgu, _, drow_scale = _linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
+        needs_v, needs_gate_up, needs_scale, *_ = ctx.needs_input_grad
+        dv = torch.mm(dgu, gate_up) if needs_v else None
+        dgate_up = weight_gradient(dgu, v) if needs_gate_up else None
+        return dv, dgate_up, drow_scale if needs_scale else None, None, None
+
+
+def linear_swiglu(
+    v: Tensor,
+    gate_up: Tensor,
+    row_scale: Tensor | None = None,
+    *,
+    recompute: bool = False,
+    candidate: str | None = None,
+) -> Tensor:
+    """silu(v Wg^T) * (v Wu^T). See the top of this file for shapes and dtypes.
+
+    recompute   keep only v for backward, and compute the products [M, 2F] there once more
+    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    """
+    if gate_up.ndim != 2 or gate_up.shape[0] % 2 or v.ndim == 0 or v.shape[-1] != gate_up.shape[1]:
         raise ValueError(
             "linear_swiglu: expected v [..., D] and gate_up [2F, D], "
             f"got {tuple(v.shape)} and {tuple(gate_up.shape)}."
         )
-    runs_triton("linear_swiglu", v, gate_up, has_kernel=False)
-    return linear_swiglu_ref(v, gate_up)
+    v, gate_up = as_autocast(v, gate_up)
+    check_dtypes("linear_swiglu", v=v, gate_up=gate_up)
+    check_devices("linear_swiglu", v=v, gate_up=gate_up)
+    check_row_scale("linear_swiglu", row_scale, v)
+    if not runs_candidate("linear_swiglu", candidate, v, gate_up):
+        return linear_swiglu_ref(v, gate_up, row_scale)
+    save_gu = not recompute and wants_gradient(v, gate_up, row_scale)
+    scale = None if row_scale is None else row_scale.reshape(-1)
+    a = _LinearSwiGLU.apply(rows_of(v), rows_of(gate_up), scale, save_gu, candidate)
+    return a.view(*v.shape[:-1], gate_up.shape[0] // 2)

@@ -1,0 +1,75 @@
+"""Planted bugs: every one of these slips is caught by the check that every op passes."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+from tests.test_ops import check_closeness, kernels_run
+from trm_kernels.backend import interpreting
+from trm_kernels.cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+
+# case, file and kernel, what stands there, what a slip would make of it
+BUGS = [
+    ("add_rms_norm", "add_rms_norm.fwd", "/ D + eps", "/ D"),
+    ("add_rms_norm", "add_rms_norm.bwd", "- y * along_y", "+ y * along_y"),
+    ("add_rms_norm-three", "add_rms_norm.fwd", "h += tl.load", "h = 0 * h + tl.load"),
+    ("linear_swiglu", "linear_swiglu.fwd", "(N + offs_n)", "(0 + offs_n)"),
+    ("linear_swiglu", "linear_swiglu.fwd", "offs_k < K - k", "offs_k < K"),
+    ("linear_swiglu", "linear_swiglu.fwd", "gu_ptrs + N, u", "gu_ptrs + N, g"),
+    ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale", "pass"),
+    ("linear_swiglu-mm", "linear_swiglu.act", "tl.sigmoid(g)", "tl.sigmoid(u)"),
+    ("linear_swiglu-mm", "linear_swiglu.bwd", "drow_scale += ", "drow_scale = "),
+    ("linear_swiglu", "linear_swiglu.bwd", "_swiglu_gradient(da, g, u)", "_swiglu_gradient(da, u, g)"),
+    ("swiglu_mlp", "swiglu_mlp.bwd", "BLOCK_K * stride_downk", "BLOCK_K"),
+    ("swiglu_mlp", "swiglu_mlp.bwd", "a.to(", "da.to("),
+    ("swiglu_mlp-scaled", "swiglu_mlp.bwd", "dg * g + du * u", "dg * g"),
+    ("linear_residual", "linear_residual.fwd", "tl.sum(h * h, axis=1)", "tl.sum(h, axis=1)"),
+    ("linear_residual-scaled", "linear_residual.fwd", "r *= tl", "r += tl"),
+    ("linear_residual-mm", "linear_residual.add", "squares += ", "squares = "),
+    ("linear_residual-scaled", "linear_residual.bwd", "// TILE_N", "// 1"),
+    ("linear_residual-mm", "linear_residual.bwd", "2 * h * ", "h * "),
+    ("linear_residual", "rstd_from_squares.fwd", "/ N + eps", "/ N"),
+    ("linear_residual", "rstd_from_squares.bwd", "-0.5", "0.5"),
+    ("injection_in", "injection_in.fwd", "squares += ", "squares = "),
+    ("injection_in", "injection_in.fwd", "tile_n == 0", "tile_n == 1"),
+    ("injection_in-mm", "injection_in.norm", "/ D + eps", "/ D"),
+    ("injection_in-mm", "injection_in.bwd", "dh = rstd * ", "dh = "),
+    ("injection_blend", "injection_blend.fwd", "u *= strength", "pass"),
+    ("injection_blend-gated", "injection_blend.fwd", "weight_ptr + k + offs_k", "weight_ptr + offs_k"),
+    ("injection_blend-mm", "injection_blend.add", "scores += ", "scores = "),
+    ("injection_blend-mm", "injection_blend.bwd", "gate * (1 - gate)", "gate"),
+    ("injection_blend-gated", "injection_blend.bwd", "+ dscore[:, None] * ", "+ 0 * "),
+]  # fmt: skip
+
+
+@kernels_run
+@pytest.mark.skipif(not interpreting(), reason="arithmetic: the interpreter shows it")
+@pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
+def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):
+    file, part = place.split(".")
+    op_file = importlib.import_module(f"trm_kernels.ops.{file}")
+    kernel = f"_{file}_{part}_kernel"
+    source = inspect.getsource(getattr(op_file, kernel).fn)
+    assert right in source
+    # a kernel of its own, in the surroundings of the right one
+    path = tmp_path / "bug.py"
+    path.write_text(
+        f"from {op_file.__name__} import {', '.join(_names(op_file))}\n\n\n{source.replace(right, wrong)}"
+    )
+    spec = importlib.util.spec_from_file_location("bug", path)
+    bug = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bug)
+    monkeypatch.setattr(op_file, kernel, getattr(bug, kernel))
+
+    case = BY_NAME[name]
+    with pytest.raises(AssertionError):
+        for shape in case.shapes:
+            check_closeness(case, shape, torch.float32)
+
+
+def _names(op_file):
+    return [n for n in ("tl", "triton", "tile_of_program", "_swiglu_gradient") if hasattr(op_file, n)]

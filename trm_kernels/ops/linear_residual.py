@@ -1,0 +1,325 @@
+"""linear_residual: h = v W^T + s r, and the sums of squares of h from which its RMS norm follows
+
+The norm that comes after has no weight, so rms(h) W'^T = rstd * (h W'^T): h stays un-normalised, its sums of
+squares are kept for each row and tile of columns, and whoever multiplies h scales the product (deferred RMS
+norm). `rstd_from_squares` turns the sums into rstd. Each sum has one writer: no atomics, equal reruns. s is 1
+or one number a row: r may be un-normalised rows as well, and s their rstd.
+
+Shapes   v [..., K]; w [N, K]; r, h [..., N]; row_scale s [...]; squares [..., tiles], the number of tiles
+         being up to the launch settings, and 1 in the reference.
+Dtypes   v, w and r of one dtype, float32, float16 or bfloat16, h has it too; row_scale and squares float32;
+         products summed in float32. float64 stays float64 throughout, in the reference only.
+Errors   ValueError when shapes, dtypes or devices disagree; RuntimeError for a candidate that cannot run.
+Source   "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019, eq. 4, without the gain; post-norm
+         as in TRM, arXiv 2510.04871.
+
+Rows whose elements do not lie side by side are copied first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trm_kernels import tuning
+from trm_kernels.launch import arch_of, launch, launcher
+from trm_kernels.optional_triton import tl, triton
+from trm_kernels.precision import wide
+from trm_kernels.products import (
+    are_aligned,
+    as_autocast,
+    check_devices,
+    check_dtypes,
+    check_row_scale,
+    grid,
+    input_precision,
+    rows_of,
+    runs_candidate,
+    tile_of_program,
+    weight_gradient,
+)
+
+
+def linear_residual_ref(
+    v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The meaning of the op, in eager PyTorch: one tile, as wide as the row."""
+    if row_scale is not None:
+        r = (wide(r) * row_scale[..., None]).to(r.dtype)
+    h = F.linear(v, w) + r
+    return h, wide(h).square().sum(-1, keepdim=True)
+
+
+@triton.jit
+def _linear_residual_fwd_kernel(
+    v_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    r_ptr,  # [M, N]
+    row_scale_ptr,  # [M] float32, or None
+    h_ptr,  # [M, N], out
+    squares_ptr,  # [M, tiles of N] float32, out
+    M,
+    N,
+    K,
+    stride_vm,
+    stride_wn,
+    stride_rm,
+    stride_hm,
+    stride_squaresm,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # one program: a tile of h, and of each of its rows the sum of squares within the tile
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_m, in_n = offs_m < M, offs_n < N
+
+    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        h = tl.dot(v, w, h, input_precision=PRECISION)
+        v_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    mask = in_m[:, None] & in_n[None, :]
+    r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if row_scale_ptr is not None:
+        r *= tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+    h = (h + r).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], h, mask=mask)
+    h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
+    tl.store(squares_ptr + offs_m * stride_squaresm + tile_n, tl.sum(h * h, axis=1), mask=in_m)
+
+
+@triton.jit
+def _linear_residual_add_kernel(
+    h_ptr,  # [M, N], in: v W^T from torch.mm; out: h
+    r_ptr,  # [M, N]
+    row_scale_ptr,  # [M] float32, or None
+    squares_ptr,  # [M] float32, out
+    M,
+    N,
+    stride_hm,
+    stride_rm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program: BLOCK_M whole rows, BLOCK_N columns at a time
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = offs_m < M
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+    squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask = in_m[:, None] & (offs_n < N)[None, :]
+        h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :]
+        h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        if row_scale_ptr is not None:
+            r *= row_scale
+        h = (h + r).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptrs, h, mask=mask)
+        h = h.to(tl.float32)
+        squares += h * h
+    tl.store(squares_ptr + offs_m, tl.sum(squares, axis=1), mask=in_m)
+
+
+@triton.jit
+def _linear_residual_bwd_kernel(
+    dh_ptr,  # [M, N]
+    h_ptr,  # [M, N]
+    dsquares_ptr,  # [M, tiles of N] float32
+    r_ptr,  # [M, N]
+    row_scale_ptr,  # [M] float32, or None
+    dsum_ptr,  # [M, N], out: the gradient of the sum, through h and through its squares
+    dr_ptr,  # [M, N], out, or None where it is the gradient of the sum
+    drow_scale_ptr,  # [M] float32, out, or None
+    M,
+    N,
+    stride_dhm,
+    stride_hm,
+    stride_dsquaresm,
+    stride_rm,
+    stride_dsumm,
+    stride_drm,
+    TILE_N: tl.constexpr,  # columns in one sum of squares
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program: BLOCK_M whole rows, BLOCK_N columns at a time
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = offs_m < M
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        drow_scale = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask = in_m[:, None] & (offs_n < N)[None, :]
+        dsum = tl.load(dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :], mask=mask, other=0.0)
+        dsum = dsum.to(tl.float32)
+        h = tl.load(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        dsquares_ptrs = dsquares_ptr + offs_m[:, None] * stride_dsquaresm + offs_n[None, :] // TILE_N
+        dsum += 2 * h * tl.load(dsquares_ptrs, mask=mask, other=0.0)
+        dsum_ptrs = dsum_ptr + offs_m[:, None] * stride_dsumm + offs_n[None, :]
+        tl.store(dsum_ptrs, dsum.to(dsum_ptr.dtype.element_ty), mask=mask)
+        if row_scale_ptr is not None:
+            r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0)
+            drow_scale += dsum * r.to(tl.float32)
+            dr_ptrs = dr_ptr + offs_m[:, None] * stride_drm + offs_n[None, :]
+            tl.store(dr_ptrs, (dsum * row_scale).to(dr_ptr.dtype.element_ty), mask=mask)
+    if row_scale_ptr is not None:
+        tl.store(drow_scale_ptr + offs_m, tl.sum(drow_scale, axis=1), mask=in_m)
+
+
+def _tile_width(N: int, tiles: int) -> int:
+    """Columns in one sum of squares: the power of two that cuts a row into so many tiles, one or more."""
+    return next(width for width in (2**i for i in range(32)) if triton.cdiv(N, width) == tiles)
+
+
+@launcher
+def _linear_residual_fwd(
+    v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
+) -> tuple[Tensor, Tensor]:
+    M, K = v.shape
+    N = w.shape[0]
+    arch = arch_of(v)
+    is_aligned = are_aligned(v, w)
+    if tuning.choose("linear_residual", arch, v.element_size(), N, is_aligned, candidate) == "mm":
+        h = torch.mm(v, w.t())
+        squares = v.new_empty(M, 1, dtype=torch.float32)
+        tile = tuning.tile("linear_residual", arch)
+        launch(
+            _linear_residual_add_kernel,
+            (triton.cdiv(M, tile.BLOCK_M),),
+            h,
+            r,
+            row_scale,
+            squares,
+            M,
+            N,
+            h.stride(0),
+            r.stride(0),
+            **tile.meta,
+        )
+        return h, squares
+    gemm = tuning.gemm("linear_residual", arch, v.element_size(), is_aligned)
+    h = v.new_empty(M, N)
+    squares = v.new_empty(M, triton.cdiv(N, gemm.BLOCK_N), dtype=torch.float32)
+    launch(
+        _linear_residual_fwd_kernel,
+        grid(M, N, gemm),
+        v,
+        w,
+        r,
+        row_scale,
+        h,
+        squares,
+        M,
+        N,
+        K,
+        v.stride(0),
+        w.stride(0),
+        r.stride(0),
+        h.stride(0),
+        squares.stride(0),
+        PRECISION=input_precision(),
+        **gemm.meta,
+    )
+    return h, squares
+
+
+@launcher
+def _linear_residual_bwd(
+    dh: Tensor,
+    h: Tensor,
+    dsquares: Tensor,
+    r: Tensor,
+    row_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, N = h.shape
+    has_scale = row_scale is not None
+    dsum = h.new_empty(M, N)
+    dr = h.new_empty(M if has_scale else 0, N)
+    drow_scale = h.new_empty(M if has_scale else 0, dtype=torch.float32)
+    tile = tuning.tile("linear_residual", arch_of(h))
+    launch(
+        _linear_residual_bwd_kernel,
+        (triton.cdiv(M, tile.BLOCK_M),),
+        dh,
+        h,
+        dsquares,
+        r,
+        row_scale,
+        dsum,
+        dr if has_scale else None,
+        drow_scale if has_scale else None,
+        M,
+        N,
+        dh.stride(0),
+        h.stride(0),
+        dsquares.stride(0),
+        r.stride(0),
+        dsum.stride(0),
+        dr.stride(0),
+        TILE_N=_tile_width(N, dsquares.shape[1]),
+        **tile.meta,
+    )
+    return dsum, dr, drow_scale
+
+
+class _LinearResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, w, r, row_scale, candidate):
+        h, squares = _linear_residual_fwd(v, w, r, row_scale, candidate)
+        ctx.save_for_backward(v, w, r, row_scale, h)
+        return h, squares
+
+    @staticmethod
+    def backward(ctx, dh, dsquares):
+        v, w, r, row_scale, h = ctx.saved_tensors
+        needs_v, needs_w, needs_r, needs_scale, _ = ctx.needs_input_grad
+        dsum, dr, drow_scale = _linear_residual_bwd(rows_of(dh), h, rows_of(dsquares), r, row_scale)
+        if row_scale is None:
+            dr = dsum
+        dv = torch.mm(dsum, w) if needs_v else None
+        dw = weight_gradient(dsum, v) if needs_w else None
+        return dv, dw, dr if needs_r else None, drow_scale if needs_scale else None, None
+
+
+def linear_residual(
+    v: Tensor,
+    w: Tensor,
+    r: Tensor,
+    row_scale: Tensor | None = None,
+    *,
+    candidate: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(v W^T + s r, its sums of squares). See the top of this file for shapes and dtypes.
+
+    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    """
+    if w.ndim != 2 or v.ndim == 0 or v.shape[-1] != w.shape[1] or r.shape != (*v.shape[:-1], w.shape[0]):
+        got = ", ".join(str(tuple(t.shape)) for t in (v, w, r))
+        raise ValueError(f"linear_residual: expected v [..., K], w [N, K] and r [..., N], got {got}.")
+    v, w, r = as_autocast(v, w, r)
+    check_dtypes("linear_residual", v=v, w=w, r=r)
+    check_devices("linear_residual", v=v, w=w, r=r)
+    check_row_scale("linear_residual", row_scale, r)
+    if not runs_candidate("linear_residual", candidate, v, w, r):
+        return linear_residual_ref(v, w, r, row_scale)
+    scale = None if row_scale is None else row_scale.reshape(-1)
+    h, squares = _LinearResidual.apply(rows_of(v), rows_of(w), rows_of(r), scale, candidate)
+    return h.view(r.shape), squares.view(*r.shape[:-1], squares.shape[1])
