@@ -1,12 +1,14 @@
 """Every kernel compiles for every GPU and keeps within its limits; every op starts the kernels it should."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
-from trm_kernels import aot
-from trm_kernels.aot import SHARED_LIMIT, compile_for, launches_of
+from trm_kernels import aot, tuning
+from trm_kernels.aot import SHARED_LIMIT, MainLoop, calls_of, compile_for, jobs, launches_of
 from trm_kernels.backend import interpreting
 from trm_kernels.cases import CASES
 from trm_kernels.launch import Launch, record
@@ -15,6 +17,7 @@ from trm_kernels.ops.add_rms_norm import _add_rms_norm_fwd_kernel
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+RESOURCES = Path(__file__).parents[1] / "bench" / "results" / "static" / "resources.json"
 ARCHS = ("sm80", "sm89", "sm90")
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -22,15 +25,48 @@ EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @EACH
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_keep_within_their_limits(case, arch):
-    jobs = [(shape, dtype) for shape in case.bench for dtype in case.dtypes]
-    jobs += [(shape, torch.bfloat16) for shape in case.shapes]
-    for shape, dtype in jobs:
-        for call in launches_of(case, shape, dtype, arch):
-            kernel = compile_for(call, arch)
-            complaints = kernel.complaints(case.max_registers)
-            assert not complaints, f"{kernel.name} at {shape}, {dtype}, {arch} {' and '.join(complaints)}"
-            assert kernel.registers > 0
-            assert kernel.shared <= SHARED_LIMIT[arch]
+    for job in jobs(arch, [case]):
+        assert not job.complaints, f"{job.label} on {arch} {' and '.join(job.complaints)}"
+        assert job.kernel.registers > 0
+        assert job.kernel.shared <= SHARED_LIMIT[arch]
+
+
+@EACH
+@pytest.mark.parametrize("arch", ARCHS)
+def test_resources_are_those_on_record(case, arch):
+    """A change of registers or shared memory shows in review: `make resources` writes the file anew."""
+    known = json.loads(RESOURCES.read_text())
+    if known["triton"] != triton.__version__:
+        pytest.skip(f"on record are the kernels of Triton {known['triton']}, this is {triton.__version__}")
+    used = aot.resources(jobs(arch, [case]))["kernels"][arch][case.name]
+    assert used == known["kernels"][arch][case.name]
+
+
+def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
+    """By some case, at some shape: a row nobody reaches would be a row nobody checks."""
+    reached = set()
+
+    def watch(name):
+        find = getattr(tuning, name)
+
+        def found(op, arch, *rest):
+            row = find(op, arch, *rest)
+            reached.add((op, row))
+            return row
+
+        monkeypatch.setattr(tuning, name, found)
+
+    for name in ("lookup", "gemm", "tile"):
+        watch(name)
+    for case in CASES:
+        for arch in (*ARCHS, "any"):
+            for _ in calls_of(case, arch):
+                pass
+    for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES):
+        for op, archs in table.items():
+            for arch, rows in archs.items():
+                for row in rows if isinstance(rows, tuple) else (rows,):
+                    assert (op, row) in reached, f"no case reaches {row} of {op} on {arch}"
 
 
 @EACH
@@ -45,7 +81,9 @@ def test_ops_start_the_kernels_they_should(case):
 def forward_launch(rows: int, stride: int = 1008, **meta: int) -> Launch:
     x, rstd = torch.empty(rows, stride, device="meta"), torch.empty(rows, device="meta")
     sizes = {"D": 1000, "BLOCK_M": 1, "BLOCK_D": 1024, "num_warps": 4, "num_stages": 1} | meta
-    return Launch(_add_rms_norm_fwd_kernel, (1,), (x, x, x, rstd, rows, stride, stride, stride, 1e-5), sizes)
+    return Launch(
+        _add_rms_norm_fwd_kernel, (1,), (x, x, None, x, rstd, rows, stride, stride, 0, stride, 1e-5), sizes
+    )
 
 
 def test_a_spill_is_seen():
@@ -62,29 +100,52 @@ def test_registers_and_shared_memory_have_limits():
     assert too_much.complaints(255) == ["takes 102400 bytes of shared memory of 101376"]
 
 
+def test_a_slow_main_loop_is_seen():
+    slow = MainLoop("mma", 4, wants_wgmma=True, wants_wide_copies=True)
+    kernel = aot.Compiled("k", "sm90", 32, 0, 0, 4, (), b"", slow)
+    assert kernel.complaints(255) == [
+        "multiplies by mma, not wgmma",
+        "copies 4 bytes at a time in its main loop, not 16",
+    ]
+
+
+def test_the_main_loop_is_read_from_the_assembler_text():
+    """An H100 multiplies by wgmma; rows that are not aligned are not copied asynchronously."""
+    (case,) = (case for case in CASES if case.name == "linear_swiglu")
+    aligned, odd = (
+        compile_for(launches_of(case, shape, torch.bfloat16, "sm90")[0], "sm90").main_loop
+        for shape in ((256, 64, 64), (256, 33, 64))
+    )
+    assert (aligned.instruction, aligned.narrowest_copy) == ("wgmma", 16)
+    assert (odd.instruction, odd.narrowest_copy, odd.wants_wide_copies) == ("wgmma", 0, False)
+
+
 def test_arguments_are_typed_as_triton_types_them():
     """None, the number 1 and `tl.constexpr` are compiled in; a number beyond 2^31 is 64 bits wide."""
     plain = compile_for(forward_launch(64), "sm90").signature
-    assert plain == (*["*fp32"] * 4, *["i32"] * 4, "fp32", *["constexpr"] * 3)
-    assert compile_for(forward_launch(1), "sm90").signature[4] == "constexpr"
-    assert compile_for(forward_launch(64, stride=2**31), "sm90").signature[5] == "i64"
+    pointers = ["*fp32", "*fp32", "constexpr", "*fp32", "*fp32"]
+    assert plain == (*pointers, *["i32"] * 5, "fp32", *["constexpr"] * 3)
+    assert compile_for(forward_launch(1), "sm90").signature[5] == "constexpr"
+    assert compile_for(forward_launch(64, stride=2**31), "sm90").signature[6] == "i64"
 
 
 def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, tmp_path):
     (case, *_) = CASES
-    small = type(case)(**{**vars(case), "bench": ((64, 512),), "dtypes": (torch.bfloat16,)})
+    small = type(case)(**{**vars(case), "bench": ((64, 512),), "shapes": (), "dtypes": (torch.bfloat16,)})
     monkeypatch.setattr(aot, "CASES", (small,))
-    assert aot.main(["--arch", "80", "90", "--out", str(tmp_path)]) == 0
+    resources = tmp_path / "static" / "resources.json"
+    assert aot.main(["--arch", "80", "90", "--out", str(tmp_path), "--write", str(resources)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("_add_rms_norm_bwd_kernel") == 2
     assert "every kernel keeps within its limits" in printed
 
-    facts = json.loads((tmp_path / "sm90" / "add_rms_norm_fwd_kernel-64x512-bfloat16.json").read_text())
+    label = "add_rms_norm_fwd_kernel-64x512-bfloat16"
+    facts = json.loads((tmp_path / "sm90" / f"add_rms_norm.{label}.json").read_text())
     assert facts["name"] == "_add_rms_norm_fwd_kernel"
     assert facts["signature"][0] == "*bf16"
-    assert (tmp_path / "sm90" / "add_rms_norm_fwd_kernel-64x512-bfloat16.cubin").read_bytes()[
-        :4
-    ] == b"\x7fELF"
+    assert (tmp_path / "sm90" / f"add_rms_norm.{label}.cubin").read_bytes()[:4] == b"\x7fELF"
+    used = json.loads(resources.read_text())["kernels"]["sm90"]["add_rms_norm"][label]
+    assert used == [facts["registers"], facts["stack"], facts["shared"]]
 
     monkeypatch.setattr(aot, "CASES", (type(case)(**{**vars(small), "max_registers": 8}),))
     assert aot.main(["--arch", "80"]) == 1
