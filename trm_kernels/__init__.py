@@ -2,11 +2,13 @@
 
 from trm_kernels.backend import backend
 from trm_kernels.ops.add_rms_norm import add_rms_norm
+from trm_kernels.ops.decode_attention import decode_attention
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.ops.linear_residual import linear_residual
 from trm_kernels.ops.linear_swiglu import linear_swiglu
 from trm_kernels.ops.recursion import trm_recursion
+from trm_kernels.ops.rope import rope, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp
@@ -16,10 +18,13 @@ __all__ = [
     "TRM",
     "add_rms_norm",
     "backend",
+    "decode_attention",
     "injection_blend",
     "injection_in",
     "linear_residual",
     "linear_swiglu",
+    "rope",
+    "rope_angles",
     "rope_attention",
     "rstd_from_squares",
     "swiglu_mlp",

@@ -53,18 +53,19 @@ def current_backend() -> str:
     return _chosen.get()
 
 
-def runs_triton(op: str, *tensors: Tensor, has_kernel: bool = True) -> bool:
+def runs_triton(op: str, *tensors: Tensor, has_kernel: bool = True, choice: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on these tensors.
 
     op          its public name, for the error
     has_kernel  False where these tensors have only a reference so far: `auto` takes the reference,
                 `triton` is an error
+    choice      what to go by instead of the backend chosen for this thread
 
     Tensors on the "meta" device count as CUDA tensors while launches are recorded.
 
     Errors: RuntimeError when "triton" was asked for and cannot be had.
     """
-    name = current_backend()
+    name = choice or current_backend()
     device = tensors[0].device.type
     is_recorded = device == "meta" and is_recording()
     if name == "reference" or (name == "auto" and not (has_kernel and (device == "cuda" or is_recorded))):

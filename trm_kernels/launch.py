@@ -74,12 +74,18 @@ def is_recording() -> bool:
 
 def arch_of(t: Tensor) -> str:
     """The name under which `tuning` knows the device of `t`: "sm90", or "any" where it is no GPU."""
+    return _recorded_arch() or ("any" if t.device.type != "cuda" else _arch_of_device(t.device.index))
+
+
+@torch.compiler.assume_constant_result
+def _recorded_arch() -> str | None:
     recording = _recording.get()
-    if recording is not None and recording.arch is not None:
-        return recording.arch
-    if t.device.type != "cuda":
-        return "any"
-    major, minor = torch.cuda.get_device_capability(t.device)
+    return None if recording is None else recording.arch
+
+
+@torch.compiler.assume_constant_result
+def _arch_of_device(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
     return f"sm{major}{minor}"
 
 

@@ -71,6 +71,43 @@ CANDIDATES = ("fused", "mm")
 _ANY_WIDTH = 2**31
 
 
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """A tile of BLOCK_M queries by BLOCK_N keys."""
+
+    max_head_width: int  # K
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    element_size: int = 2  # bytes: serves dtypes up to this size
+    max_keys: int | None = None  # serves sequences up to this length
+    measured_on: str = "nothing yet: chosen by registers and spills, not by time"
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """One query against `keys` keys a program, BLOCK_N of them at a time."""
+
+    max_head_width: int  # K
+    keys: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    element_size: int = 2  # bytes: serves dtypes up to this size
+    measured_on: str = "nothing yet: chosen by registers and spills, not by time"
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """Which implementation of attention `auto` takes."""
+
+    implementation: str
+    max_tokens: int | None = None
+    max_head_width: int | None = None
+    measured_on: str = "nothing yet: our kernels where RoPE weighs most, SDPA where the products do"
+
+
 # op -> arch -> settings, narrowest rows first. An arch without an entry takes "any".
 _TABLE: dict[str, dict[str, tuple[RowLaunch, ...]]] = {
     "add_rms_norm": {
@@ -92,6 +129,12 @@ _TABLE: dict[str, dict[str, tuple[RowLaunch, ...]]] = {
         "any": (
             RowLaunch(max_block_d=32, BLOCK_M=64, num_warps=4),
             RowLaunch(max_block_d=1024, BLOCK_M=2, num_warps=4),
+        ),
+    },
+    "rope": {
+        "any": (
+            RowLaunch(max_block_d=64, BLOCK_M=32, num_warps=4),
+            RowLaunch(max_block_d=512, BLOCK_M=8, num_warps=4),
         ),
     },
 }
@@ -180,3 +223,119 @@ def choose(
         return "mm"
     rows = _CHOICES[op].get(arch, _CHOICES[op]["any"])
     return next(row.candidate for row in rows if row.element_size == element_size and width <= row.max_width)
+
+
+# kernel -> arch -> settings, the first that serves. A kernel without a tile on some arch has no row there.
+ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
+    "rope_attention_fwd": {
+        "any": (
+            AttentionLaunch(63, BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),  # masked: more registers
+            AttentionLaunch(64, BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2, element_size=4),
+        ),
+        "sm90": (
+            AttentionLaunch(64, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2, element_size=4),
+        ),
+    },
+    "rope_attention_bwd_dq": {
+        "any": (
+            AttentionLaunch(64, BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+            AttentionLaunch(127, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2),
+            AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
+            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+        ),
+        "sm90": (
+            AttentionLaunch(64, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+            AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
+            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+        ),
+    },
+    "rope_attention_bwd_dkv": {
+        "any": (
+            AttentionLaunch(63, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
+            AttentionLaunch(64, BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+        ),
+        "sm90": (
+            AttentionLaunch(64, BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+        ),
+    },
+    "rope_attention_bwd_tile": {
+        "any": (),  # spills on sm80 and sm89, at 64 keys as at 128
+        "sm90": (AttentionLaunch(64, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=1, max_keys=128),),
+    },
+}
+
+DECODE: dict[str, tuple[DecodeLaunch, ...]] = {
+    "any": (
+        DecodeLaunch(128, keys=256, BLOCK_N=64, num_warps=4, num_stages=2),
+        DecodeLaunch(128, keys=256, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+    ),
+}
+
+# arch -> choices, the first that serves
+ATTENTION_CHOICES: dict[str, tuple[AttentionChoice, ...]] = {
+    "any": (
+        AttentionChoice("triton", max_tokens=128, max_head_width=128),
+        AttentionChoice("triton", max_head_width=64),
+        AttentionChoice("sdpa"),
+    ),
+    "sm90": (AttentionChoice("triton", max_tokens=128, max_head_width=128), AttentionChoice("sdpa")),
+}
+
+
+def find_attention(
+    kernel: str, arch: str, head_width: int, element_size: int, keys: int
+) -> AttentionLaunch | None:
+    """The settings of an attention kernel on `arch`, or None where it has no tile that serves."""
+    for row in ATTENTION[kernel].get(arch, ATTENTION[kernel]["any"]):
+        is_wide_enough = head_width <= row.max_head_width and element_size <= row.element_size
+        if is_wide_enough and (row.max_keys is None or keys <= row.max_keys):
+            return row
+    return None
+
+
+def lookup_attention(
+    kernel: str, arch: str, head_width: int, element_size: int, keys: int
+) -> AttentionLaunch:
+    """As find_attention. Errors: ValueError where no row serves."""
+    row = find_attention(kernel, arch, head_width, element_size, keys)
+    if row is None:
+        widest = max(row.max_head_width for rows in ATTENTION[kernel].values() for row in rows)
+        raise ValueError(
+            f"{kernel}: expected a head width of at most {widest}, got {head_width}; wider heads have no "
+            "launch settings. The implementations 'sdpa' and 'reference' take any width."
+        )
+    return row
+
+
+def lookup_decode(arch: str, head_width: int, element_size: int) -> DecodeLaunch:
+    """The settings of decode_attention on `arch`. Errors: ValueError where no row serves."""
+    rows = DECODE.get(arch, DECODE["any"])
+    for row in rows:
+        if head_width <= row.max_head_width and element_size <= row.element_size:
+            return row
+    widest = max(row.max_head_width for row in rows)
+    raise ValueError(
+        f"decode_attention: expected a head width of at most {widest}, got {head_width}; wider heads have no "
+        "launch settings. backend('reference') takes any width."
+    )
+
+
+def attention_implementation(arch: str, tokens: int, head_width: int) -> str:
+    """What `auto` runs on `arch`."""
+    for row in ATTENTION_CHOICES.get(arch, ATTENTION_CHOICES["any"]):
+        fits_tokens = row.max_tokens is None or tokens <= row.max_tokens
+        if fits_tokens and (row.max_head_width is None or head_width <= row.max_head_width):
+            return row.implementation
+    raise AssertionError(f"the last choice for {arch} has to take everything")

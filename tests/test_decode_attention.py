@@ -1,0 +1,189 @@
+"""decode_attention: kernels against the reference in float64; which keys count; parts and their merging."""
+
+import pytest
+import torch
+
+from trm_kernels import tuning
+from trm_kernels.backend import backend, interpreting
+from trm_kernels.launch import record
+from trm_kernels.ops import decode_attention as op_file
+from trm_kernels.ops.decode_attention import decode_attention, decode_attention_ref
+
+CAN_RUN = interpreting() or torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
+compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOOR = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}  # summing in another order
+# B, H, G, S, K: one key; a part; parts; more than a merge takes at once; more heads than one program takes
+SHAPES = ((1, 1, 1, 1, 16), (3, 4, 2, 33, 40), (2, 2, 1, 600, 64), (1, 1, 1, 4500, 16), (1, 20, 1, 70, 128))
+
+
+def inputs(shape, dtype, seed=0):
+    B, H, G, S, K = shape
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(size, generator=g) for size in ((B, H, K), (B, G, S, K), (B, G, S, K)))
+    return [t.to(DEVICE, dtype) for t in (q, k, v)]
+
+
+def visible(kind, B, S):
+    if kind == "all":
+        return {}
+    starts = torch.arange(B, device=DEVICE) * 7 % S
+    if kind == "starts and ends":
+        return {"starts": starts, "ends": (S - torch.arange(B, device=DEVICE)).int()}
+    mask = torch.rand(B, S, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, S // 2] = True
+    return {"key_mask": mask.to(DEVICE)}
+
+
+def error(got, true):
+    return ((got.double() - true).norm() / true.norm()).item()
+
+
+@kernels_run
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", ("all", "starts and ends", "pattern"))
+def test_as_close_to_the_truth_as_eager(shape, dtype, kind):
+    qkv, options = inputs(shape, dtype), visible(kind, shape[0], shape[3])
+    true = decode_attention_ref(*(t.double() for t in qkv), **options)
+    eager = decode_attention_ref(*qkv, **options)
+    with backend("triton"):
+        ours, again = decode_attention(*qkv, **options), decode_attention(*qkv, **options)
+    assert ours.dtype == dtype and ours.shape == true.shape
+    assert torch.equal(ours, again)
+    assert error(ours, true) <= 1.1 * error(eager, true) + FLOOR[dtype]
+
+
+@kernels_run
+def test_a_row_does_not_depend_on_its_batch():
+    qkv = inputs((4, 4, 2, 600, 16), torch.float32)
+    with backend("triton"):
+        together, alone = decode_attention(*qkv), decode_attention(*(t[2:3] for t in qkv))
+    assert torch.equal(together[2:3], alone)
+
+
+@kernels_run
+def test_a_row_that_sees_nothing_is_zero():
+    """No key, no key that counts, in one part and in several; no rows at all."""
+    with backend("triton"):
+        for S in (0, 33, 600):
+            q, k, v = inputs((3, 2, 1, S, 16), torch.float32)
+            ends = torch.tensor([0, S, min(S, 5)], device=DEVICE)
+            o = decode_attention(q, k, v, starts=torch.tensor([0, S, 0], device=DEVICE), ends=ends)
+            assert (o[:2] == 0).all() and (o[2] != 0).any() == (S > 0)
+        assert decode_attention(q[:0], k[:0], v[:0]).shape == (0, 2, 16)
+
+
+@kernels_run
+def test_free_slots_may_hold_anything():
+    q, k, v = inputs((2, 2, 2, 300, 16), torch.float32)
+    ends = torch.tensor([40, 290], device=DEVICE)
+    with backend("triton"):
+        want = decode_attention(q, k, v, ends=ends)
+        for t in (k, v):
+            t[0, :, 40:], t[1, :, 290:] = torch.nan, torch.nan
+        assert torch.equal(decode_attention(q, k, v, ends=ends), want)
+
+
+@kernels_run
+def test_views_give_what_their_copies_give():
+    q, k, v = inputs((2, 4, 2, 33, 16), torch.float32)
+    wide = torch.full((2, 33, 2, 40), torch.nan, device=DEVICE)
+    wide[..., 3:19], wide[..., 20:36] = k.transpose(1, 2), v.transpose(1, 2)
+    apart = wide[..., 3:19].transpose(1, 2), wide[..., 20:36].transpose(1, 2)
+    with backend("triton"):
+        assert torch.equal(decode_attention(q.mT.contiguous().mT, *apart), decode_attention(q, k, v))
+
+
+@kernels_run
+def test_custom_op_keeps_its_promises():
+    for S in (33, 300):
+        qkv = inputs((2, 2, 1, S, 16), torch.float32)
+        given = (*qkv, torch.zeros(2, dtype=torch.int64, device=DEVICE), None, None)
+        torch.library.opcheck(
+            op_file._decode_attention_fwd, given, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@kernels_run
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_kernels_pass_through_torch_compile(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(decode_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with backend("triton"), torch.no_grad():
+        for S in (300, 301):
+            qkv = inputs((2, 2, 1, S, 16), torch.float32)
+            assert torch.equal(compiled(*qkv), decode_attention(*qkv))
+
+
+@kernels_run
+def test_a_gradient_comes_from_the_reference_or_is_an_error():
+    qkv = [t.requires_grad_() for t in inputs((1, 2, 1, 9, 16), torch.float32)]
+    assert torch.autograd.grad(decode_attention(*qkv).sum(), qkv)[0].shape == (1, 2, 16)
+    with backend("triton"), pytest.raises(RuntimeError, match="decode_attention: .*gradient"):
+        decode_attention(*qkv)
+
+
+def test_reference_equals_one_softmax_a_head():
+    (q, k, v), S = inputs((2, 4, 2, 9, 8), torch.float32), 9
+    q, k, v = q.double(), k.double(), v.double()
+    got = decode_attention_ref(q, k, v, starts=torch.tensor([0, 2], device=DEVICE))
+    for b, first in ((0, 0), (1, 2)):
+        for h in range(4):
+            p = (k[b, h // 2, first:S] @ q[b, h] / 8**0.5).softmax(0)
+            torch.testing.assert_close(got[b, h], p @ v[b, h // 2, first:S])
+    assert torch.autograd.gradcheck(decode_attention_ref, [t.requires_grad_() for t in (q, k, v)])
+
+
+ZEROS = torch.zeros(2, 4, 8), torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q": torch.zeros(2, 3, 8)}, r"H a multiple of G, got \(2, 3, 8\)"),
+        ({"q": torch.zeros(2, 4, 1, 8)}, r"q \[B, H, K\] .* got \(2, 4, 1, 8\)"),
+        ({"k": torch.zeros(2, 2, 4, 8)}, r"got \(2, 4, 8\), \(2, 2, 4, 8\) and \(2, 2, 3, 8\)"),
+        ({"v": ZEROS[2].half()}, "one floating dtype, got torch.float32, torch.float32 and torch.float16"),
+        ({"starts": torch.zeros(3).int()}, r"starts \[2\] of int32 or int64, got \(3,\) of torch.int32"),
+        ({"ends": torch.zeros(2)}, r"ends \[2\] of int32 or int64, got \(2,\) of torch.float32"),
+        ({"key_mask": torch.zeros(2, 4).bool()}, r"key_mask \[2, 3\] of bool, got \(2, 4\)"),
+        ({"ends": torch.zeros(2, device="meta").int()}, "on cpu, where q is, got meta"),
+    ],
+)
+def test_errors_say_what_was_expected(change, says):
+    with pytest.raises(ValueError, match=f"^decode_attention: expected .*{says}"):
+        decode_attention(**(dict(zip("qkv", ZEROS, strict=True)) | change))
+
+
+def launches(arch, S, dtype=torch.bfloat16, H=8, G=2, K=64, padded=True):
+    q = torch.empty(4, H, K, dtype=dtype, device="meta")
+    k = torch.empty(4, G, S, K, dtype=dtype, device="meta")
+    row = torch.empty(4, dtype=torch.int64, device="meta") if padded else None
+    mask = torch.empty(4, S, dtype=torch.bool, device="meta") if padded else None
+    with record(arch) as kept:
+        decode_attention(q, k, k, row, row, mask)
+    return kept
+
+
+def test_the_parts_are_merged_by_a_second_launch():
+    keys = tuning.lookup_decode("sm90", 64, 2).keys
+    assert len(launches("sm90", keys)) == 1
+    assert [call.grid for call in launches("sm90", 2 * keys + 1)] == [(4 * 2 * 3,), (4 * 8,)]
+    with pytest.raises(ValueError, match="decode_attention: expected a head width of at most 128, got 256"):
+        launches("sm90", 9, K=256)
+
+
+@compiles
+@pytest.mark.parametrize("arch", ("sm80", "sm89", "sm90"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_every_row_of_the_table_fits(arch, dtype):
+    from trm_kernels.aot import compile_for
+
+    for row in tuning.DECODE.get(arch, tuning.DECODE["any"]):
+        for K, H, G, padded in ((row.max_head_width, 16, 2, True), (64, 8, 8, False), (40, 32, 1, True)):
+            for call in launches(arch, 2048, dtype, H, G, K, padded):
+                kernel = compile_for(call, arch)
+                assert not kernel.complaints(255), (kernel.name, K, H, G, kernel.complaints(255))

@@ -1,0 +1,149 @@
+"""rope: each pair (u[j], u[j + K/2]) of a head turned by the angle position * theta^(-2j/K)
+
+Shapes   u [B, T, N, K], N heads of any kind; angles [B, T, K/2] or [1, T, K/2]; the result has u's shape.
+Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in float32 (float64 for float64).
+Errors   ValueError when the sizes disagree or K is odd.
+Source   "RoFormer", Su et al., 2021, section 3.2, in its rotate-half form.
+
+The cosines and sines are a table made once for all heads, layers and steps: made in the kernel they would be
+made again for each of them, and float32's cosine of a large angle needs a stack.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trm_kernels import tuning
+from trm_kernels.backend import runs_triton
+from trm_kernels.launch import arch_of, launch, launcher
+from trm_kernels.optional_triton import tl, triton
+from trm_kernels.precision import wide
+
+
+class Angles(NamedTuple):
+    """The angles of RoPE, [B, T, K/2] or [1, T, K/2], float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_angles(positions: Tensor, head_width: int, theta: float) -> Angles:
+    """The table for tokens at `positions` [B, T] or [1, T]."""
+    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angles = positions[..., None].float() * theta**-exponents
+    return Angles(angles.cos(), angles.sin())
+
+
+def rope_ref(u: Tensor, angles: Angles) -> Tensor:
+    """The meaning of the op; u in float32 while it turns."""
+    cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
+    low, high = wide(u).chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(u.dtype)
+
+
+@triton.jit
+def turn(low, high, cos, sin):
+    """The two halves of some heads, turned by an angle; -sin turns back."""
+    return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def _rope_fwd_kernel(
+    u_ptr,  # [B, T, N, K]
+    cos_ptr,  # [B or 1, T, J] float32, J = K/2
+    sin_ptr,
+    y_ptr,  # [B, T, N, K], out
+    T,
+    N,
+    M,
+    stride_ub,
+    stride_ut,
+    stride_un,
+    stride_ab,
+    J: tl.constexpr,
+    IS_BACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    # one program: BLOCK_M heads of M = B T N, whichever tokens they belong to
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_j = tl.arange(0, BLOCK_J)[None, :]
+    mask = (offs_m < M)[:, None] & (offs_j < J)
+    n, t, b = offs_m % N, offs_m // N % T, offs_m // N // T
+
+    u_ptr += (b * stride_ub + t * stride_ut + n * stride_un)[:, None] + offs_j
+    angle = (b * stride_ab + t * J)[:, None] + offs_j
+    low = tl.load(u_ptr, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(u_ptr + J, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
+    low, high = turn(low, high, cos, -sin if IS_BACK else sin)
+
+    y_ptr += offs_m[:, None] * (2 * J) + offs_j
+    tl.store(y_ptr, low.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + J, high.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@launcher
+def _rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+    B, T, N, K = u.shape
+    row = tuning.lookup("rope", arch_of(u), triton.next_power_of_2(int(K)))
+    y = u.new_empty(B, T, N, K)
+    launch(
+        _rope_fwd_kernel,
+        (triton.cdiv(B * T * N, row.BLOCK_M),),
+        u,
+        cos,
+        sin,
+        y,
+        T,
+        N,
+        B * T * N,
+        u.stride(0),
+        u.stride(1),
+        u.stride(2),
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        J=int(K) // 2,
+        IS_BACK=is_back,
+        BLOCK_M=row.BLOCK_M,
+        BLOCK_J=triton.next_power_of_2(int(K) // 2),
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+    )
+    return y
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rope_fwd(u, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _rope_fwd(rows(dy), *ctx.saved_tensors, True), None, None
+
+
+def rows(t: Tensor) -> Tensor:
+    """t with neighbouring elements of the last axis side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
+    for t in angles:
+        if K % 2 or t.shape[0] not in (1, B) or t.shape[1:] != (T, K // 2) or t.dtype != torch.float32:
+            raise ValueError(
+                f"{op}: expected float32 angles [{B} or 1, {T}, K/2] for an even head width K, "
+                f"got {tuple(t.shape)} {t.dtype} for K = {K}."
+            )
+
+
+def rope(u: Tensor, angles: Angles) -> Tensor:
+    """u with RoPE applied. See the top of this file for shapes and dtypes."""
+    if u.ndim != 4:
+        raise ValueError(f"rope: expected u [B, T, N, K], got {tuple(u.shape)}.")
+    check_angles("rope", angles, u.shape[0], u.shape[1], u.shape[3])
+    if not runs_triton("rope", u, has_kernel=u.dtype != torch.float64):
+        return rope_ref(u, angles)
+    return _Rope.apply(rows(u), angles.cos.contiguous(), angles.sin.contiguous())
