@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_kernels.backend import runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
 from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
 from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
+from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
 
@@ -125,6 +127,33 @@ def _read_once_and_written(*widths: str) -> Callable[[list[Tensor]], int]:
 _PRODUCTS: tuple[Shape, ...] = ((4, 520, 24), (3, 7, 48, 40), (70, 33, 65), (5, 24, 520))
 _MLP_SIZES: tuple[Shape, ...] = ((768 * 97, 512, 1536), (8192, 2048, 5632))
 _RESIDUAL_SIZES: tuple[Shape, ...] = ((768 * 97, 512, 512), (768 * 97, 1536, 512), (8192, 5632, 2048))
+
+
+def _projection(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """qkv [B, T, (H + 2G) K]. Keys of a size that leaves some weights near one and some near zero."""
+    g = torch.Generator().manual_seed(seed)
+    return [(1.5 * torch.randn(shape, generator=g)).to(dtype).requires_grad_()]
+
+
+def _attention(name: str, heads: int, groups: int, causal: bool, **fields: Any) -> Case:
+    """A case of rope_attention with H = heads and G = groups, by our own kernels wherever they run."""
+
+    def op(qkv: Tensor) -> Tensor:
+        has_kernel = qkv.dtype != torch.float64
+        ours = runs_triton("rope_attention", qkv, has_kernel=has_kernel)
+        implementation = "triton" if ours else "reference"
+        return rope_attention(qkv, None, heads, groups, causal=causal, implementation=implementation)
+
+    def ref(qkv: Tensor) -> Tensor:
+        return rope_attention(qkv, None, heads, groups, causal=causal, implementation="reference")
+
+    def moved(tensors: list[Tensor]) -> int:
+        (qkv,) = tensors
+        return qkv.nbytes + qkv.nbytes // (heads + 2 * groups) * heads + 4 * heads * qkv[..., 0].numel()
+
+    # a softmax summed in blocks, and a gradient that is the difference of two such sums
+    floor = _FLOOR | {torch.float32: 2e-7}
+    return Case(name, op, ref, _projection, moved=moved, floor=floor, **fields)
 
 
 CASES: tuple[Case, ...] = (
@@ -298,5 +327,23 @@ CASES: tuple[Case, ...] = (
         floor=_PRODUCT_FLOOR,
         bench=((8192, 2048, 4096),),
         moved=_read_once_and_written("2.0"),
+    ),
+    _attention(
+        "rope_attention",  # of a puzzle
+        heads=8,
+        groups=8,
+        causal=False,
+        shapes=((1, 9, 24 * 16), (1, 33, 24 * 8), (1, 65, 24 * 16)),
+        bench=((768, 97, 24 * 64), (192, 916, 24 * 64)),
+        launches_with_gradient=4,  # one to turn q and k, two of the gradient; in 16 bits sm90 does it in one
+    ),
+    _attention(
+        "rope_attention_causal",  # in a language model
+        heads=16,
+        groups=4,
+        causal=True,
+        shapes=((1, 7, 24 * 16), (1, 33, 24 * 20)),
+        bench=((4, 2048, 24 * 128),),
+        launches_with_gradient=4,
     ),
 )

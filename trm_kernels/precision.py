@@ -7,8 +7,3 @@ from torch import Tensor
 def wide(t: Tensor) -> Tensor:
     """`t` in float32; a float64 tensor stays as it is, so that gradients can be checked by differences."""
     return t if t.dtype == torch.float64 else t.float()
-
-
-def dot_precision() -> str:
-    """How `tl.dot` multiplies float32: exactly, unless PyTorch's own matrix products may use TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

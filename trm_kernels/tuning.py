@@ -62,15 +62,6 @@ class Choice:
     measured_on: str = "nothing yet: break-even predicted from bytes and FLOPs"
 
 
-def _numbers(row: Any, *names: str) -> dict[str, int]:
-    return {name: getattr(row, name) for name in names}
-
-
-# fused: one kernel, the epilogue inside the product. mm: torch.mm, and one kernel for the rest.
-CANDIDATES = ("fused", "mm")
-_ANY_WIDTH = 2**31
-
-
 @dataclass(frozen=True)
 class AttentionLaunch:
     """A tile of BLOCK_M queries by BLOCK_N keys."""
@@ -82,7 +73,7 @@ class AttentionLaunch:
     num_stages: int
     element_size: int = 2  # bytes: serves dtypes up to this size
     max_keys: int | None = None  # serves sequences up to this length
-    measured_on: str = "nothing yet: chosen by registers and spills, not by time"
+    measured_on: str = _UNTIMED
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class DecodeLaunch:
     num_warps: int
     num_stages: int
     element_size: int = 2  # bytes: serves dtypes up to this size
-    measured_on: str = "nothing yet: chosen by registers and spills, not by time"
+    measured_on: str = _UNTIMED
 
 
 @dataclass(frozen=True)
@@ -106,6 +97,15 @@ class AttentionChoice:
     max_tokens: int | None = None
     max_head_width: int | None = None
     measured_on: str = "nothing yet: our kernels where RoPE weighs most, SDPA where the products do"
+
+
+def _numbers(row: Any, *names: str) -> dict[str, int]:
+    return {name: getattr(row, name) for name in names}
+
+
+# fused: one kernel, the epilogue inside the product. mm: torch.mm, and one kernel for the rest.
+CANDIDATES = ("fused", "mm")
+_ANY_WIDTH = 2**31
 
 
 # op -> arch -> settings, narrowest rows first. An arch without an entry takes "any".
@@ -179,52 +179,6 @@ _CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "injection_blend": {"any": (Choice(2, _ANY_WIDTH, "fused"), Choice(4, _ANY_WIDTH, "mm"))},
 }
 
-
-def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
-    """The settings of `op` for rows of `block_d` elements on `arch`.
-
-    Errors: ValueError when no row of the table is wide enough.
-    """
-    rows = _TABLE[op].get(arch, _TABLE[op]["any"])
-    for row in rows:
-        if block_d <= row.max_block_d:
-            return row
-    raise ValueError(
-        f"{op}: expected a last axis of at most {rows[-1].max_block_d} elements, got one that fills "
-        f"{block_d}; wider rows have no launch settings. backend('reference') takes any width."
-    )
-
-
-def gemm(op: str, arch: str, element_size: int, is_aligned: bool) -> GemmLaunch:
-    """The settings of the product in `op` for elements of that many bytes on `arch`.
-
-    Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
-    and those of a large tile do not fit.
-    """
-    rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
-    return next(row for row in rows if row.element_size == element_size)
-
-
-def tile(op: str, arch: str) -> TileLaunch:
-    """The settings of the pointwise kernels of `op` on `arch`."""
-    return _TILES[op].get(arch, _TILES[op]["any"])
-
-
-def choose(
-    op: str, arch: str, element_size: int, width: int, is_aligned: bool, candidate: str | None = None
-) -> str:
-    """The candidate that computes `op` in a model of that width: the one asked for, or the table's.
-
-    Rows that are not aligned are left to torch.mm, since the small tiles of `gemm` are slow.
-    """
-    if candidate is not None:
-        return candidate
-    if not is_aligned:
-        return "mm"
-    rows = _CHOICES[op].get(arch, _CHOICES[op]["any"])
-    return next(row.candidate for row in rows if row.element_size == element_size and width <= row.max_width)
-
-
 # kernel -> arch -> settings, the first that serves. A kernel without a tile on some arch has no row there.
 ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
     "rope_attention_fwd": {
@@ -292,6 +246,51 @@ ATTENTION_CHOICES: dict[str, tuple[AttentionChoice, ...]] = {
     ),
     "sm90": (AttentionChoice("triton", max_tokens=128, max_head_width=128), AttentionChoice("sdpa")),
 }
+
+
+def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
+    """The settings of `op` for rows of `block_d` elements on `arch`.
+
+    Errors: ValueError when no row of the table is wide enough.
+    """
+    rows = _TABLE[op].get(arch, _TABLE[op]["any"])
+    for row in rows:
+        if block_d <= row.max_block_d:
+            return row
+    raise ValueError(
+        f"{op}: expected a last axis of at most {rows[-1].max_block_d} elements, got one that fills "
+        f"{block_d}; wider rows have no launch settings. backend('reference') takes any width."
+    )
+
+
+def gemm(op: str, arch: str, element_size: int, is_aligned: bool) -> GemmLaunch:
+    """The settings of the product in `op` for elements of that many bytes on `arch`.
+
+    Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
+    and those of a large tile do not fit.
+    """
+    rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
+    return next(row for row in rows if row.element_size == element_size)
+
+
+def tile(op: str, arch: str) -> TileLaunch:
+    """The settings of the pointwise kernels of `op` on `arch`."""
+    return _TILES[op].get(arch, _TILES[op]["any"])
+
+
+def choose(
+    op: str, arch: str, element_size: int, width: int, is_aligned: bool, candidate: str | None = None
+) -> str:
+    """The candidate that computes `op` in a model of that width: the one asked for, or the table's.
+
+    Rows that are not aligned are left to torch.mm, since the small tiles of `gemm` are slow.
+    """
+    if candidate is not None:
+        return candidate
+    if not is_aligned:
+        return "mm"
+    rows = _CHOICES[op].get(arch, _CHOICES[op]["any"])
+    return next(row.candidate for row in rows if row.element_size == element_size and width <= row.max_width)
 
 
 def find_attention(

@@ -25,7 +25,8 @@ from trm_kernels.backend import current_backend, runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.rope import rows
 from trm_kernels.optional_triton import tl, triton
-from trm_kernels.precision import dot_precision, wide
+from trm_kernels.precision import wide
+from trm_kernels.products import input_precision
 
 _BLOCK_H = 16  # the fewest rows tl.dot takes
 
@@ -209,7 +210,7 @@ def _decode_attention_fwd(
         math.log2(math.e) * K**-0.5,
         K=K,
         GROUP=GROUP,
-        PRECISION=dot_precision(),
+        PRECISION=input_precision(),
         KEYS=row.keys,
         BLOCK_H=_BLOCK_H,
         BLOCK_N=row.BLOCK_N,

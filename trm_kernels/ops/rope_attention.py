@@ -38,7 +38,8 @@ from trm_kernels.ops.rope import (
     turn,
 )
 from trm_kernels.optional_triton import tl, triton
-from trm_kernels.precision import dot_precision, wide
+from trm_kernels.precision import wide
+from trm_kernels.products import input_precision
 
 # (keys, values) of the new tokens [B, G, T, K] -> those of all tokens so far [B, G, S, K]
 UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -603,7 +604,7 @@ def _meta(row: tuning.AttentionLaunch, q: Tensor, k: Tensor, causal: bool) -> di
         "K": K,
         "GROUP": int(q.shape[2]) // int(k.shape[2]),
         "IS_CAUSAL": causal,
-        "PRECISION": dot_precision(),
+        "PRECISION": input_precision(),
         "BLOCK_M": row.BLOCK_M,
         "BLOCK_N": row.BLOCK_N,
         "BLOCK_J": max(16, triton.next_power_of_2((K + 1) // 2)),  # tl.dot sums over 16 or more
