@@ -19,6 +19,7 @@ from trm_kernels.ops.recursion import (
     evaluations,
     trm_recursion,
 )
+from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 
 # TRM's own code pads the inner width of an MLP to a multiple of this
 _INNER_MULTIPLE = 256
@@ -115,6 +116,7 @@ class TRM(nn.Module):
     rope_theta             RoPE's base; None for no positions
     mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
     seq_len                tokens in every input, with mlp_t only
+    attention              who computes it: one of ops/rope_attention.py's implementations
 
     Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
     Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
@@ -136,6 +138,7 @@ class TRM(nn.Module):
         mlp_t: bool = False,
         seq_len: int | None = None,
         eps: float = 1e-5,
+        attention: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -148,6 +151,10 @@ class TRM(nn.Module):
             raise ValueError(
                 "TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both."
             )
+        if attention not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
+            )
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -159,6 +166,7 @@ class TRM(nn.Module):
         self.rope_theta = rope_theta
         self.seq_len = seq_len
         self.eps = eps
+        self.attention = attention
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = intermediate_size or default_intermediate_size(hidden_size)
@@ -187,6 +195,8 @@ class TRM(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        query_offset: int | None = None,
         update_cache: EvaluationCache | None = None,
         num_recursion_steps: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -195,7 +205,7 @@ class TRM(nn.Module):
         x                     [B, T, D]
         y, z                  the state to go on from; None starts from y_init and z_init
         positions             [B, T] or [1, T] for RoPE, in tokens; None counts from 0
-        mask                  what each token may look at, see ops/rope_attention.py
+        mask, key_mask, query_offset   what each token may look at, see ops/rope_attention.py
         update_cache          keeps keys and values, see ops/recursion.py
         num_recursion_steps   n for this call; None takes the module's
         """
@@ -220,6 +230,9 @@ class TRM(nn.Module):
             rope_theta=self.rope_theta,
             eps=self.eps,
             update_cache=update_cache,
+            key_mask=key_mask,
+            query_offset=query_offset,
+            attention=self.attention,
         )
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -77,6 +77,9 @@ def trm_recursion(
     rope_theta: float | None = 10000.0,
     eps: float = 1e-5,
     update_cache: EvaluationCache | None = None,
+    key_mask: Tensor | None = None,
+    query_offset: int | None = None,
+    attention: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(y, z) after all cycles. See the top of this file; attention's arguments are rope_attention's.
 
@@ -84,6 +87,7 @@ def trm_recursion(
     num_cycles            T: updates of y
     grad_cycles           how many of the last cycles pass gradients; None = all
     update_cache          keeps keys and values of every evaluation of a layer (decoding)
+    attention             rope_attention's implementation
     """
     _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles)
     evaluation = 0
@@ -105,6 +109,9 @@ def trm_recursion(
                     causal,
                     rope_theta,
                     None if update_cache is None else partial(update_cache, evaluation),
+                    key_mask=key_mask,
+                    query_offset=query_offset,
+                    implementation=attention,
                 )
                 v = add_rms_norm(v, F.linear(o, layer.mixer.o_proj), eps)
             v = _mlp(v, layer.mlp, eps)
