@@ -17,10 +17,12 @@ BUGS = [
     ("add_rms_norm", "add_rms_norm.fwd", "/ D + eps", "/ D"),
     ("add_rms_norm", "add_rms_norm.bwd", "- y * along_y", "+ y * along_y"),
     ("add_rms_norm-three", "add_rms_norm.fwd", "h += tl.load", "h = 0 * h + tl.load"),
+    ("norm_add", "norm_add.fwd", "/ D + eps", "/ D"),
+    ("norm_add", "norm_add.bwd", "- y * along_y", "+ y * along_y"),
     ("linear_swiglu", "linear_swiglu.fwd", "(N + offs_n)", "(0 + offs_n)"),
     ("linear_swiglu", "linear_swiglu.fwd", "offs_k < K - k", "offs_k < K"),
     ("linear_swiglu", "linear_swiglu.fwd", "gu_ptrs + N, u", "gu_ptrs + N, g"),
-    ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale", "pass"),
+    ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale[:, None]", "pass"),
     ("linear_swiglu-mm", "linear_swiglu.act", "tl.sigmoid(g)", "tl.sigmoid(u)"),
     ("linear_swiglu-mm", "linear_swiglu.bwd", "drow_scale += ", "drow_scale = "),
     ("linear_swiglu", "linear_swiglu.bwd", "_swiglu_gradient(da, g, u)", "_swiglu_gradient(da, u, g)"),
@@ -72,4 +74,5 @@ def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_pat
 
 
 def _names(op_file):
-    return [n for n in ("tl", "triton", "tile_of_program", "_swiglu_gradient") if hasattr(op_file, n)]
+    names = "tl", "triton", "tile_of_program", "_swiglu_gradient", "_rstd_of_tiles"
+    return [name for name in names if hasattr(op_file, name)]

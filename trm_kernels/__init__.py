@@ -7,6 +7,7 @@ from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.ops.linear_residual import linear_residual
 from trm_kernels.ops.linear_swiglu import linear_swiglu
+from trm_kernels.ops.norm_add import norm_add
 from trm_kernels.ops.recursion import trm_recursion
 from trm_kernels.ops.rope import rope, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
@@ -23,6 +24,7 @@ __all__ = [
     "injection_in",
     "linear_residual",
     "linear_swiglu",
+    "norm_add",
     "rope",
     "rope_angles",
     "rope_attention",

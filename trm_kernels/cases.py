@@ -19,6 +19,7 @@ from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
 from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
 from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
+from trm_kernels.ops.norm_add import norm_add, norm_add_ref
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
@@ -179,6 +180,16 @@ CASES: tuple[Case, ...] = (
         moved=lambda tensors: (
             sum(t.nbytes for t in tensors) + tensors[0].nbytes + 4 * tensors[0][..., 0].numel()
         ),
+        max_registers=128,
+    ),
+    Case(
+        "norm_add",
+        norm_add,
+        norm_add_ref,
+        partial(_row_tensors, 2),
+        shapes=((1, 32), (3, 7, 48), (35, 64), (5, 200), (2, 1000)),
+        bench=((768 * 97, 512), (8192, 2048), (8192, 4096), (2048, 10240)),
+        moved=lambda tensors: sum(t.nbytes for t in tensors) + tensors[0].nbytes,
         max_registers=128,
     ),
     Case(

@@ -118,6 +118,14 @@ _TABLE: dict[str, dict[str, tuple[RowLaunch, ...]]] = {
             RowLaunch(max_block_d=16384, BLOCK_M=1, num_warps=8),
         ),
     },
+    "norm_add": {
+        "any": (
+            RowLaunch(max_block_d=128, BLOCK_M=16, num_warps=4),
+            RowLaunch(max_block_d=512, BLOCK_M=4, num_warps=4),
+            RowLaunch(max_block_d=2048, BLOCK_M=1, num_warps=4),
+            RowLaunch(max_block_d=16384, BLOCK_M=1, num_warps=16),
+        ),
+    },
     "injection_in": {
         "any": (
             RowLaunch(max_block_d=512, BLOCK_M=4, num_warps=4),

@@ -189,17 +189,35 @@ def _tile_width(N: int, tiles: int) -> int:
     return next(width for width in (2**i for i in range(32)) if triton.cdiv(N, width) == tiles)
 
 
-@launcher
-def _linear_residual_fwd(
-    v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
-) -> tuple[Tensor, Tensor]:
+def _residual_candidate(v: Tensor, w: Tensor, candidate: str | None) -> str:
+    """Which of the two computes h: the one asked for, or the table's."""
+    sizes = v.element_size(), w.shape[0], are_aligned(v, w)
+    return tuning.choose("linear_residual", arch_of(v), *sizes, candidate)
+
+
+def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
+    """Sums of squares a row."""
+    if _residual_candidate(v, w, candidate) == "mm":
+        return 1
+    gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w))
+    return int(triton.cdiv(w.shape[0], gemm.BLOCK_N))
+
+
+def _fill_linear_residual(
+    h: Tensor,
+    squares: Tensor,
+    v: Tensor,
+    w: Tensor,
+    r: Tensor,
+    row_scale: Tensor | None,
+    candidate: str | None,
+) -> None:
+    """h [M, N] and squares [M, _count_tiles]."""
     M, K = v.shape
     N = w.shape[0]
     arch = arch_of(v)
-    is_aligned = are_aligned(v, w)
-    if tuning.choose("linear_residual", arch, v.element_size(), N, is_aligned, candidate) == "mm":
-        h = torch.mm(v, w.t())
-        squares = v.new_empty(M, 1, dtype=torch.float32)
+    if _residual_candidate(v, w, candidate) == "mm":
+        torch.mm(v, w.t(), out=h)
         tile = tuning.tile("linear_residual", arch)
         launch(
             _linear_residual_add_kernel,
@@ -214,10 +232,8 @@ def _linear_residual_fwd(
             r.stride(0),
             **tile.meta,
         )
-        return h, squares
-    gemm = tuning.gemm("linear_residual", arch, v.element_size(), is_aligned)
-    h = v.new_empty(M, N)
-    squares = v.new_empty(M, triton.cdiv(N, gemm.BLOCK_N), dtype=torch.float32)
+        return
+    gemm = tuning.gemm("linear_residual", arch, v.element_size(), are_aligned(v, w))
     launch(
         _linear_residual_fwd_kernel,
         grid(M, N, gemm),
@@ -238,6 +254,15 @@ def _linear_residual_fwd(
         PRECISION=input_precision(),
         **gemm.meta,
     )
+
+
+@launcher
+def _linear_residual_fwd(
+    v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
+) -> tuple[Tensor, Tensor]:
+    h = v.new_empty(v.shape[0], w.shape[0])
+    squares = v.new_empty(v.shape[0], _count_tiles(v, w, candidate), dtype=torch.float32)
+    _fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
     return h, squares
 
 

@@ -1,7 +1,8 @@
 """linear_swiglu: a = silu(g) * u,  g = s v Wg^T,  u = s v Wu^T,  with [Wg | Wu] stacked in one weight
 
 s is 1 or one number a row: v may be the un-normalised rows of a weightless RMS norm and s their rstd, since
-rms(v) W^T = rstd * (v W^T).
+rms(v) W^T = rstd * (v W^T). In the recursion the kernels find s themselves, from sums of squares that
+ops/linear_residual.py left.
 
 Shapes   v [..., D]; gate_up [2F, D], the gate's F rows first; row_scale s [...]; a [..., F].
 Dtypes   v and gate_up of one dtype, float32, float16 or bfloat16, a has it too; row_scale float32; products
@@ -45,10 +46,22 @@ def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = Non
 
 
 @triton.jit
+def _rstd_of_tiles(
+    squares_ptr, stride_squaresm, offs_m, in_m, D, eps, TILES: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """[BLOCK_M]: rstd of rows of D elements, from the sums of squares of their tiles [M, TILES]."""
+    offs_t = tl.arange(0, BLOCK_T)
+    squares_ptrs = squares_ptr + offs_m[:, None] * stride_squaresm + offs_t[None, :]
+    squares = tl.load(squares_ptrs, mask=in_m[:, None] & (offs_t < TILES)[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
+
+
+@triton.jit
 def _linear_swiglu_fwd_kernel(
     v_ptr,  # [M, K]
     gate_up_ptr,  # [2N, K]
-    row_scale_ptr,  # [M] float32, or None
+    squares_ptr,  # [M, TILES] float32, or None
+    row_scale_ptr,  # [M] float32, or None; out where it follows from the squares
     a_ptr,  # [M, N], out
     gu_ptr,  # [M, 2N], out, or None: the products v Wg^T | v Wu^T, without the row scale
     M,
@@ -56,8 +69,12 @@ def _linear_swiglu_fwd_kernel(
     K,
     stride_vm,
     stride_gate_upn,
+    stride_squaresm,
     stride_am,
     stride_gum,
+    eps,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,9 +110,13 @@ def _linear_swiglu_fwd_kernel(
         tl.store(gu_ptrs, g.to(gu_ptr.dtype.element_ty), mask=mask)
         tl.store(gu_ptrs + N, u.to(gu_ptr.dtype.element_ty), mask=mask)
     if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        g *= row_scale
-        u *= row_scale
+        if squares_ptr is not None:
+            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tile_n == 0))
+        else:
+            row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
+        g *= row_scale[:, None]
+        u *= row_scale[:, None]
     a = g * tl.sigmoid(g) * u
     tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
@@ -103,27 +124,38 @@ def _linear_swiglu_fwd_kernel(
 @triton.jit
 def _linear_swiglu_act_kernel(
     gu_ptr,  # [M, 2N]
-    row_scale_ptr,  # [M] float32, or None
+    squares_ptr,  # [M, TILES] float32, or None
+    row_scale_ptr,  # [M] float32, or None; out where it follows from the squares
     a_ptr,  # [M, N], out
     M,
     N,
+    K,
     stride_gum,
+    stride_squaresm,
     stride_am,
+    eps,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     # one program: a tile of a, from products that torch.mm computed
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    in_m = offs_m < M
+    mask = in_m[:, None] & (offs_n < N)[None, :]
 
     gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
     g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
     if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        g *= row_scale
-        u *= row_scale
+        if squares_ptr is not None:
+            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tl.program_id(1) == 0))
+        else:
+            row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
+        g *= row_scale[:, None]
+        u *= row_scale[:, None]
     a = g * tl.sigmoid(g) * u
     tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
@@ -186,52 +218,89 @@ def _linear_swiglu_bwd_kernel(
         tl.store(drow_scale_ptr + offs_m, drow_scale, mask=in_m)
 
 
-@launcher
-def _linear_swiglu_fwd(
-    v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
-) -> tuple[Tensor, Tensor]:
+def _swiglu_candidate(v: Tensor, gate_up: Tensor, candidate: str | None) -> str:
+    """Which of the two computes a: the one asked for, or the table's."""
+    sizes = v.element_size(), v.shape[1], are_aligned(v, gate_up)
+    return tuning.choose("linear_swiglu", arch_of(v), *sizes, candidate)
+
+
+def _fill_linear_swiglu(
+    a: Tensor,
+    gu: Tensor | None,
+    v: Tensor,
+    gate_up: Tensor,
+    row_scale: Tensor | None,
+    candidate: str | None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """a [M, N] and the products gu [M, 2N]; "fused" does without gu.
+
+    squares   [M, tiles], the sums of squares of v: row_scale is filled as well, with rstd
+    """
     M, K = v.shape
-    N = gate_up.shape[0] // 2
-    a = v.new_empty(M, N)
+    N = a.shape[1]
     arch = arch_of(v)
-    is_aligned = are_aligned(v, gate_up)
-    if tuning.choose("linear_swiglu", arch, v.element_size(), K, is_aligned, candidate) == "mm":
-        gu = torch.mm(v, gate_up.t())
+    tiles = 1 if squares is None else int(squares.shape[1])
+    of_norm = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
+    stride_squaresm = 0 if squares is None else squares.stride(0)
+    if _swiglu_candidate(v, gate_up, candidate) == "mm":
+        assert gu is not None, "torch.mm leaves its products in memory"
+        torch.mm(v, gate_up.t(), out=gu)
         tile = tuning.tile("linear_swiglu", arch)
         launch(
             _linear_swiglu_act_kernel,
             (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
             gu,
+            squares,
             row_scale,
             a,
             M,
             N,
+            K,
             gu.stride(0),
+            stride_squaresm,
             a.stride(0),
+            eps,
+            **of_norm,
             **tile.meta,
         )
-        return a, gu if save_gu else gu.new_empty(0, 2 * N)
-    gu = v.new_empty(M if save_gu else 0, 2 * N)
-    gemm = tuning.gemm("linear_swiglu", arch, v.element_size(), is_aligned)
+        return
+    gemm = tuning.gemm("linear_swiglu", arch, v.element_size(), are_aligned(v, gate_up))
     launch(
         _linear_swiglu_fwd_kernel,
         grid(M, N, gemm),
         v,
         gate_up,
+        squares,
         row_scale,
         a,
-        gu if save_gu else None,
+        gu,
         M,
         N,
         K,
         v.stride(0),
         gate_up.stride(0),
+        stride_squaresm,
         a.stride(0),
-        gu.stride(0),
+        2 * N if gu is None else gu.stride(0),
+        eps,
+        **of_norm,
         PRECISION=input_precision(),
         **gemm.meta,
     )
-    return a, gu
+
+
+@launcher
+def _linear_swiglu_fwd(
+    v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
+) -> tuple[Tensor, Tensor]:
+    M, N = v.shape[0], gate_up.shape[0] // 2
+    a = v.new_empty(M, N)
+    wants_gu = save_gu or _swiglu_candidate(v, gate_up, candidate) == "mm"
+    gu = v.new_empty(M, 2 * N) if wants_gu else None
+    _fill_linear_swiglu(a, gu, v, gate_up, row_scale, candidate)
+    return a, gu if gu is not None and save_gu else v.new_empty(0, 2 * N)
 
 
 @launcher

@@ -16,7 +16,7 @@ Source   RoPE: "RoFormer", Su et al., 2021, section 3.2. Attention: as in TRM, a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -623,8 +623,9 @@ def _batch_stride(angles: Tensor | None) -> int:
     return 0 if angles is None or angles.shape[0] == 1 else angles.stride(0)
 
 
-@launcher
-def _rope_attention_fwd(
+def _fill_rope_attention(
+    o: Tensor,  # [B, T, H K]
+    lse: Tensor,  # [B, H, T] float32
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, S, G, K]
     v: Tensor,
@@ -633,12 +634,10 @@ def _rope_attention_fwd(
     key_mask: Tensor | None,
     causal: bool,
     query_offset: int,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     B, T, H, K = q.shape
     S = k.shape[1]
     row = tuning.lookup_attention("rope_attention_fwd", arch_of(q), int(K), q.element_size(), S)
-    o = q.new_empty(B, T, H * K)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
     launch(
         _rope_attention_fwd_kernel,
         (triton.cdiv(T, row.BLOCK_M) * B * H,),
@@ -662,6 +661,22 @@ def _rope_attention_fwd(
         _log2_scale(q),
         **_meta(row, q, k, causal),
     )
+
+
+@launcher
+def _rope_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    causal: bool,
+    query_offset: int,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, K = q.shape
+    o, lse = q.new_empty(B, T, H * K), q.new_empty(B, H, T, dtype=torch.float32)
+    _fill_rope_attention(o, lse, q, k, v, cos, sin, key_mask, causal, query_offset)
     return o, lse
 
 
@@ -814,19 +829,36 @@ class _RopeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         cos, sin, key_mask, o, lse, *inputs = ctx.saved_tensors
-        H, G, *visible = ctx.sizes
-        is_fused, do = len(inputs) == 1, rows(do)
-        q, k, v = _apart(inputs, H, G)
-        tokens = max(q.shape[1], k.shape[1])
-        tile = "rope_attention_bwd_tile", arch_of(q), int(q.shape[3]), q.element_size(), tokens
-        if H == G and tuning.find_attention(*tile) is not None:
-            grads = _rope_attention_bwd_tile(do, q, k, v, cos, sin, key_mask, lse, *visible, is_fused)
-        else:
-            if cos is not None:  # once, not again for every block: in the inner loops it spills
-                turned = _rope_fwd(inputs[0][:, :, : H + G], cos, sin, False)
-                q, k = turned.split((H, G), dim=2)
-            grads = _rope_attention_bwd(do, q, k, v, cos, sin, key_mask, o, lse, *visible, is_fused)
+        grads = _rope_attention_gradients(rows(do), inputs, cos, sin, key_mask, o, lse, *ctx.sizes)
         return None, None, None, None, None, None, None, *grads
+
+
+def _rope_attention_gradients(
+    do: Tensor,
+    inputs: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    H: int,
+    G: int,
+    causal: bool,
+    query_offset: int,
+) -> list[Tensor]:
+    """Those of the inputs of _RopeAttention, in one tile where it holds everything."""
+    is_fused = len(inputs) == 1
+    q, k, v = _apart(inputs, H, G)
+    tokens = max(q.shape[1], k.shape[1])
+    tile = "rope_attention_bwd_tile", arch_of(q), int(q.shape[3]), q.element_size(), tokens
+    if H == G and tuning.find_attention(*tile) is not None:
+        grads = _rope_attention_bwd_tile(do, q, k, v, cos, sin, key_mask, lse, causal, query_offset, is_fused)
+    else:
+        if cos is not None:  # once, not again for every block: in the inner loops it spills
+            turned = _rope_fwd(inputs[0][:, :, : H + G], cos, sin, False)
+            q, k = turned.split((H, G), dim=2)
+        grads = _rope_attention_bwd(do, q, k, v, cos, sin, key_mask, o, lse, causal, query_offset, is_fused)
+    return grads
 
 
 def _apart(inputs, H: int, G: int) -> tuple[Tensor, ...]:
