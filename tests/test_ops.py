@@ -24,7 +24,11 @@ compiles = pytest.mark.skipif(interpreting(), reason="traced as users would, wit
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 EACH_PRODUCT = pytest.mark.parametrize(
     "case",
-    [case for case in CASES if not case.name.startswith(("add_rms_norm", "norm_add", "rope_attention"))],
+    [
+        case
+        for case in CASES
+        if not case.name.startswith(("add_rms_norm", "norm_add", "rope_attention", "trm_recursion"))
+    ],
     ids=lambda case: case.name,
 )
 EACH_SHAPE = pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def error(got: Tensor, true: Tensor) -> float:
 def check_closeness(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Over several seeds: of a few numbers, such as the gate's bias, eager may once come nearer by chance."""
     mine, theirs = defaultdict(list), defaultdict(list)
-    for seed in range(3):
+    for seed in range(case.seeds):
         inputs = inputs_of(case, shape, dtype, seed)
         true = run(case.ref, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], seed)
         eager = run(case.ref, inputs, seed)
@@ -81,7 +85,7 @@ def check_closeness(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> N
             if dtype == torch.float32:
                 assert error(ours[name], eager[name].double()) <= (1e-5 if "output" in name else 5e-5)
     for name in true:
-        numbers = 3 * true[name].numel()
+        numbers = case.seeds * true[name].numel()
         few = 2 * torch.finfo(dtype).eps * numbers**-0.5 if numbers < 100 else 0.0
         limit = 1.1 * rms(theirs[name]) + case.floor[dtype] + few
         assert rms(mine[name]) <= limit, f"{name}: errors {mine[name]}, of eager {theirs[name]}"

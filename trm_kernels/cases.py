@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_kernels.backend import runs_triton
+from trm_kernels.backend import backend, runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
 from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
 from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
 from trm_kernels.ops.norm_add import norm_add, norm_add_ref
+from trm_kernels.ops.recursion import trm_recursion
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
+from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 
 Shape = tuple[int, ...]
 
@@ -52,6 +54,7 @@ class Case:
     launches_with_gradient: int = 2  # kernels one forward and one backward start
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     floor: Mapping[torch.dtype, float] = field(default_factory=lambda: _FLOOR)
+    seeds: int = 3  # inputs drawn for a check: where rounding goes far, errors differ much between them
     max_registers: int = 255  # per thread, the most any of its kernels may take on any arch
 
 
@@ -155,6 +158,58 @@ def _attention(name: str, heads: int, groups: int, causal: bool, **fields: Any) 
     # a softmax summed in blocks, and a gradient that is the difference of two such sums
     floor = _FLOOR | {torch.float32: 2e-7}
     return Case(name, op, ref, _projection, moved=moved, floor=floor, **fields)
+
+
+def _state_and_weights(
+    heads: int, groups: int | None, shape: Shape, dtype: torch.dtype, seed: int
+) -> list[Tensor]:
+    """x, y, z [B, T, D], two matrices for tokens and two for channels; a shape is B, T, D, F.
+
+    groups   key/value heads; None: tokens are mixed by an MLP
+    """
+    B, T, D, F = shape
+    g = torch.Generator().manual_seed(seed)
+    tokens = [(2 * F, T), (T, F)] if groups is None else [((heads + 2 * groups) * D // heads, D), (D, D)]
+    tensors = [torch.randn(B, T, D, generator=g) for _ in range(3)]
+    for n_out, n_in in (*tokens, (2 * F, D), (D, F)):
+        tensors.append(torch.randn(n_out, n_in, generator=g) * n_in**-0.5)
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def _recursion(
+    name: str, heads: int, groups: int | None, candidate: str | None = None, **fields: Any
+) -> Case:
+    """A case of trm_recursion, the shortest: one layer, one cycle of one step."""
+
+    def recursion(
+        x: Tensor, y: Tensor, z: Tensor, *weights: Tensor, candidate: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        mixer: AttentionWeights | SwiGLUWeights = SwiGLUWeights(*weights[:2])
+        if groups is not None:
+            mixer = AttentionWeights(*weights[:2])
+        return trm_recursion(
+            x,
+            y,
+            z,
+            [LayerWeights(mixer, SwiGLUWeights(*weights[2:]))],
+            num_heads=heads,
+            num_key_value_heads=groups,
+            num_recursion_steps=1,
+            causal=groups is not None,
+            candidate=candidate,
+        )
+
+    def ref(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        with backend("reference"):
+            return recursion(*tensors)
+
+    def moved(tensors: list[Tensor]) -> int:
+        return sum(t.nbytes for t in tensors) + 2 * tensors[0].nbytes
+
+    inputs = partial(_state_and_weights, heads, groups)
+    op = partial(recursion, candidate=candidate)
+    dtypes = (torch.float32, torch.bfloat16)  # its kernels are those of the ops above, float16 included
+    return Case(name, op, ref, inputs, moved=moved, dtypes=dtypes, floor=_PRODUCT_FLOOR, seeds=6, **fields)
 
 
 CASES: tuple[Case, ...] = (
@@ -356,5 +411,34 @@ CASES: tuple[Case, ...] = (
         shapes=((1, 7, 24 * 16), (1, 33, 24 * 20)),
         bench=((4, 2048, 24 * 128),),
         launches_with_gradient=4,
+    ),
+    _recursion(
+        "trm_recursion-fused",
+        heads=8,
+        groups=4,
+        candidate="fused",
+        shapes=((1, 3, 32, 24), (2, 5, 48, 20)),
+        bench=((768, 97, 512, 1536),),
+        launches=13,
+        launches_with_gradient=28,
+    ),
+    _recursion(
+        "trm_recursion-mm",
+        heads=16,
+        groups=16,
+        candidate="mm",
+        shapes=((1, 3, 32, 24), (2, 5, 64, 20)),
+        bench=((4, 2048, 2048, 5632),),
+        launches=13,
+        launches_with_gradient=28,
+    ),
+    _recursion(
+        "trm_recursion-tokens",
+        heads=1,
+        groups=None,
+        shapes=((1, 3, 32, 24), (2, 5, 40, 20)),
+        bench=((768, 96, 512, 1536),),
+        launches=15,
+        launches_with_gradient=28,
     ),
 )

@@ -72,6 +72,14 @@ def weight_gradient(dy: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
     return (dw if scale == 1 else dw.mul_(scale)).to(dy.dtype)
 
 
+def add_weight_gradient(dw: Tensor, dy: Tensor, x: Tensor) -> None:
+    """dw += dy^T x, dw in float32: a weight that is used many times has its gradient rounded once."""
+    if dy.device.type == "cuda" and dy.dtype != torch.float32:
+        torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw)
+    else:
+        dw.addmm_(dy.t().float(), x.float())
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow, so that there is something to save for it."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels.ops.recursion import (
-    AttentionWeights,
     EvaluationCache,
-    LayerWeights,
-    SwiGLUWeights,
     evaluations,
     trm_recursion,
 )
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
+from trm_kernels.ops.saved_bytes import SAVES
+from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 
 # TRM's own code pads the inner width of an MLP to a multiple of this
 _INNER_MULTIPLE = 256
@@ -117,6 +116,7 @@ class TRM(nn.Module):
     mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
     seq_len                tokens in every input, with mlp_t only
     attention              who computes it: one of ops/rope_attention.py's implementations
+    save                   what is kept for backward, "auto", "all", "layer" or "step": see ops/recursion.py
 
     Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
     Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
@@ -139,6 +139,7 @@ class TRM(nn.Module):
         seq_len: int | None = None,
         eps: float = 1e-5,
         attention: str = "auto",
+        save: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -155,6 +156,8 @@ class TRM(nn.Module):
             raise ValueError(
                 f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
             )
+        if save not in ("auto", *SAVES):
+            raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -167,6 +170,7 @@ class TRM(nn.Module):
         self.seq_len = seq_len
         self.eps = eps
         self.attention = attention
+        self.save = save
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = intermediate_size or default_intermediate_size(hidden_size)
@@ -233,6 +237,7 @@ class TRM(nn.Module):
             key_mask=key_mask,
             query_offset=query_offset,
             attention=self.attention,
+            save=self.save,
         )
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -56,7 +56,7 @@ def _linear_residual_fwd_kernel(
     r_ptr,  # [M, N]
     row_scale_ptr,  # [M] float32, or None
     h_ptr,  # [M, N], out
-    squares_ptr,  # [M, tiles of N] float32, out
+    squares_ptr,  # [M, tiles of N] float32, out, or None
     M,
     N,
     K,
@@ -95,8 +95,9 @@ def _linear_residual_fwd_kernel(
         r *= tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
     h = (h + r).to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], h, mask=mask)
-    h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
-    tl.store(squares_ptr + offs_m * stride_squaresm + tile_n, tl.sum(h * h, axis=1), mask=in_m)
+    if squares_ptr is not None:
+        h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
+        tl.store(squares_ptr + offs_m * stride_squaresm + tile_n, tl.sum(h * h, axis=1), mask=in_m)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def _linear_residual_add_kernel(
     h_ptr,  # [M, N], in: v W^T from torch.mm; out: h
     r_ptr,  # [M, N]
     row_scale_ptr,  # [M] float32, or None
-    squares_ptr,  # [M] float32, out
+    squares_ptr,  # [M] float32, out, or None
     M,
     N,
     stride_hm,
@@ -132,7 +133,8 @@ def _linear_residual_add_kernel(
         tl.store(h_ptrs, h, mask=mask)
         h = h.to(tl.float32)
         squares += h * h
-    tl.store(squares_ptr + offs_m, tl.sum(squares, axis=1), mask=in_m)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + offs_m, tl.sum(squares, axis=1), mask=in_m)
 
 
 @triton.jit
@@ -205,14 +207,14 @@ def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
 
 def _fill_linear_residual(
     h: Tensor,
-    squares: Tensor,
+    squares: Tensor | None,
     v: Tensor,
     w: Tensor,
     r: Tensor,
     row_scale: Tensor | None,
     candidate: str | None,
 ) -> None:
-    """h [M, N] and squares [M, _count_tiles]."""
+    """h [M, N] and, where they are wanted, squares [M, _count_tiles]."""
     M, K = v.shape
     N = w.shape[0]
     arch = arch_of(v)
@@ -250,7 +252,7 @@ def _fill_linear_residual(
         w.stride(0),
         r.stride(0),
         h.stride(0),
-        squares.stride(0),
+        0 if squares is None else squares.stride(0),
         PRECISION=input_precision(),
         **gemm.meta,
     )

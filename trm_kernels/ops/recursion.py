@@ -10,7 +10,10 @@
 mix is attention or, with mlp_t weights, a SwiGLU over the token axis; then the rms before the MLP
 runs over the token axis as well, as in TRM's own code.
 
-Shapes   x, y, z [B, T, D]; weights of a layer: see LayerWeights; y and z are returned.
+On the triton backend the whole loop is one op, ops/recursion_op.py. Elsewhere, and where attention is not by
+our kernels or not by them alone (a general mask, a library, a cache under torch.compile), it runs op by op.
+
+Shapes   x, y, z [B, T, D]; weights of a layer: see ops/weights.py; y and z are returned.
 Dtypes   one floating dtype for all; norms and softmax in float32 (float64 for float64).
 Gradient flows through the last `grad_cycles` cycles; None means all of them.
 Errors   ValueError for counts below one, no layers, or shapes that disagree.
@@ -19,45 +22,88 @@ Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from trm_kernels import tuning
+from trm_kernels.backend import runs_triton
+from trm_kernels.launch import arch_of
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.linear_swiglu import linear_swiglu
+from trm_kernels.ops.recursion_op import Call, fused_recursion, fused_recursion_with_cache
+from trm_kernels.ops.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
+from trm_kernels.ops.saved_bytes import SAVES, choose_save
+from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights, map_weights
+from trm_kernels.products import as_autocast, rows_of, wants_gradient
 
 # (evaluation, keys, values) -> all keys and values so far. Evaluations of a layer are counted from 0
 # through one call: cycle by cycle, step by step, layer by layer.
 EvaluationCache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-class AttentionWeights(NamedTuple):
-    """Mixes tokens by attention; see ops/rope_attention.py for H, G and K."""
-
-    qkv_proj: Tensor  # [(H + 2G) K, D]
-    o_proj: Tensor  # [D, H K]
-
-
-class SwiGLUWeights(NamedTuple):
-    """An MLP over channels [2F, D], [D, F], or over tokens [2F, T], [T, F] (mlp_t)."""
-
-    gate_up_proj: Tensor
-    down_proj: Tensor
-
-
-class LayerWeights(NamedTuple):
-    """One layer's matrices, each [out, in]: what mixes the tokens, then the MLP."""
-
-    mixer: AttentionWeights | SwiGLUWeights
-    mlp: SwiGLUWeights
+# (evaluation, qkv) -> o, see ops/rope_attention.py
+Attention = Callable[[int, Tensor], Tensor]
 
 
 def evaluations(num_layers: int, num_recursion_steps: int, num_cycles: int) -> int:
     """How many times a layer is evaluated in one call: the number of key/value slabs a cache needs."""
     return num_cycles * (num_recursion_steps + 1) * num_layers
+
+
+def trm_recursion_ref(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    attend: Attention,
+    num_recursion_steps: int,
+    num_cycles: int,
+    grad_cycles: int,
+    eps: float,
+    save: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """The meaning of the op: the loop, op by op. What `save` does not keep is computed again in backward."""
+    evaluation = 0
+
+    def keep(policy: str, function: Callable[..., Tensor], *args: object) -> Tensor:
+        if save == policy and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def f(v: Tensor, first_evaluation: int) -> Tensor:
+        for i, layer in enumerate(weights):
+            v = keep("layer", _layer, v, layer, attend, first_evaluation + i, eps)
+        return v
+
+    def next_f(v: Tensor) -> Tensor:
+        nonlocal evaluation
+        first_evaluation, evaluation = evaluation, evaluation + len(weights)
+        return keep("step", f, v, first_evaluation)
+
+    for cycle in range(num_cycles):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cycle >= num_cycles - grad_cycles):
+            y_and_x = y + x
+            for _ in range(num_recursion_steps):
+                z = next_f(z + y_and_x)
+            y = next_f(y + z)
+    return y, z
+
+
+def _layer(v: Tensor, layer: LayerWeights, attend: Attention, evaluation: int, eps: float) -> Tensor:
+    if isinstance(layer.mixer, SwiGLUWeights):  # mlp_t: the same MLP on the transposed state [B, D, T]
+        v = _mlp(v.transpose(1, 2), layer.mixer, eps).transpose(1, 2)
+    else:
+        o = attend(evaluation, F.linear(v, layer.mixer.qkv_proj))
+        v = add_rms_norm(v, F.linear(o, layer.mixer.o_proj), eps)
+    return _mlp(v, layer.mlp, eps)
+
+
+def _mlp(v: Tensor, weights: SwiGLUWeights, eps: float) -> Tensor:
+    """rms(v + swiglu(v)) along the last axis."""
+    return add_rms_norm(v, F.linear(linear_swiglu(v, weights.gate_up_proj), weights.down_proj), eps)
 
 
 def trm_recursion(
@@ -80,6 +126,8 @@ def trm_recursion(
     key_mask: Tensor | None = None,
     query_offset: int | None = None,
     attention: str = "auto",
+    save: str = "auto",
+    candidate: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) after all cycles. See the top of this file; attention's arguments are rope_attention's.
 
@@ -87,50 +135,110 @@ def trm_recursion(
     num_cycles            T: updates of y
     grad_cycles           how many of the last cycles pass gradients; None = all
     update_cache          keeps keys and values of every evaluation of a layer (decoding)
-    attention             rope_attention's implementation
+    attention             rope_attention's implementation; "auto" takes ours wherever the loop can be fused
+    save                  what is kept for backward: "all", "layer" or "step", see ops/fused_recursion.py;
+                          "auto": all if a share of the free memory holds it, else step
+    candidate             of the products with epilogues, "fused" or "mm"; None: as the table of settings says
     """
-    _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles)
-    evaluation = 0
+    _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save)
+    H, G = num_heads, num_key_value_heads or num_heads
+    with_gradient = num_cycles if grad_cycles is None else grad_cycles
+    angles = _angles(x, weights, H, positions, rope_theta, query_offset)
 
-    def f(v: Tensor) -> Tensor:
-        nonlocal evaluation
-        for layer in weights:
-            if isinstance(
-                layer.mixer, SwiGLUWeights
-            ):  # mlp_t: the same MLP on the transposed state [B, D, T]
-                v = _mlp(v.transpose(1, 2), layer.mixer, eps).transpose(1, 2)
-            else:
-                o = rope_attention(
-                    F.linear(v, layer.mixer.qkv_proj),
-                    positions,
-                    num_heads,
-                    num_key_value_heads,
-                    mask,
-                    causal,
-                    rope_theta,
-                    None if update_cache is None else partial(update_cache, evaluation),
-                    key_mask=key_mask,
-                    query_offset=query_offset,
-                    implementation=attention,
-                )
-                v = add_rms_norm(v, F.linear(o, layer.mixer.o_proj), eps)
-            v = _mlp(v, layer.mlp, eps)
-            evaluation += 1
-        return v
+    def attend(evaluation: int, qkv: Tensor) -> Tensor:
+        return rope_attention(
+            qkv,
+            None,
+            H,
+            G,
+            mask,
+            causal,
+            None,
+            None if update_cache is None else partial(update_cache, evaluation),
+            key_mask=key_mask,
+            query_offset=query_offset,
+            angles=angles,
+            implementation=attention,
+        )
 
-    first_with_gradient = 0 if grad_cycles is None else num_cycles - grad_cycles
-    for cycle in range(num_cycles):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cycle >= first_with_gradient):
-            y_and_x = y + x
-            for _ in range(num_recursion_steps):
-                z = f(z + y_and_x)
-            y = f(y + z)
-    return y, z
+    if not _is_fused(x, weights, H, attention, mask, update_cache):
+        if candidate is not None:
+            raise RuntimeError(
+                f"trm_recursion: the candidate {candidate!r} was asked for, and the loop runs op by op here."
+            )
+        policy = "all" if save == "auto" else save
+        return trm_recursion_ref(
+            x, y, z, weights, attend, num_recursion_steps, num_cycles, with_gradient, eps, policy
+        )
+    x, y, z = as_autocast(x, y, z)
+    weights = [map_weights(lambda t: rows_of(t.to(x.dtype)), w) for w in weights]
+    call = Call(
+        [isinstance(w.mixer, SwiGLUWeights) for w in weights],
+        H,
+        G,
+        causal,
+        query_offset or 0,
+        eps,
+        candidate,
+        num_recursion_steps,
+        num_cycles,
+        with_gradient,
+        choose_save(save, x, weights, H, with_gradient * (num_recursion_steps + 1)),
+    )
+    if update_cache is not None:
+        return fused_recursion_with_cache(x, y, z, weights, call, attend)
+    _check_key_mask(key_mask, x)
+    return fused_recursion(x, y, z, weights, angles, key_mask, call)
 
 
-def _mlp(v: Tensor, weights: SwiGLUWeights, eps: float) -> Tensor:
-    """rms(v + swiglu(v)) along the last axis."""
-    return add_rms_norm(v, F.linear(linear_swiglu(v, weights.gate_up_proj), weights.down_proj), eps)
+def _is_fused(
+    x: Tensor,
+    weights: Sequence[LayerWeights],
+    num_heads: int,
+    attention: str,
+    mask: Tensor | None,
+    update_cache: EvaluationCache | None,
+) -> bool:
+    """Whether the whole loop runs as one op, which attends by our kernels."""
+    if attention not in ("auto", "triton") or mask is not None:
+        return False
+    if update_cache is not None:  # a Python function: nothing that a graph of ops or a backward could hold
+        flat = (t for w in weights for part in w for t in part)
+        if torch.compiler.is_compiling() or wants_gradient(x, *flat):
+            return False
+    if not runs_triton("trm_recursion", x, has_kernel=x.dtype != torch.float64):
+        return False
+    if not any(isinstance(w.mixer, AttentionWeights) for w in weights):
+        return True
+    sizes = x.shape[2] // num_heads, x.element_size(), x.shape[1]
+    return tuning.find_attention("rope_attention_fwd", arch_of(x), *sizes) is not None
+
+
+def _angles(
+    x: Tensor,
+    weights: Sequence[LayerWeights],
+    num_heads: int,
+    positions: Tensor | None,
+    rope_theta: float | None,
+    query_offset: int | None,
+) -> Angles | None:
+    """RoPE's table, once for all evaluations."""
+    if rope_theta is None or not any(isinstance(w.mixer, AttentionWeights) for w in weights):
+        return None
+    B, T, D = x.shape
+    if positions is None:
+        positions = torch.arange(T, device=x.device)[None] + (query_offset or 0)
+    angles = rope_angles(positions, D // num_heads, rope_theta)
+    check_angles("trm_recursion", angles, B, T, D // num_heads)
+    return angles
+
+
+def _check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
+    if key_mask is not None and (key_mask.shape != x.shape[:2] or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"trm_recursion: expected key_mask {tuple(x.shape[:2])} of bool, "
+            f"got {tuple(key_mask.shape)} of {key_mask.dtype}."
+        )
 
 
 def _check(
@@ -141,6 +249,7 @@ def _check(
     num_recursion_steps: int,
     num_cycles: int,
     grad_cycles: int | None,
+    save: str,
 ) -> None:
     if not (x.ndim == 3 and x.shape == y.shape == z.shape):
         got = ", ".join(str(tuple(t.shape)) for t in (x, y, z))
@@ -156,3 +265,5 @@ def _check(
         raise ValueError(
             f"trm_recursion: expected grad_cycles in 1..{num_cycles} (num_cycles) or None, got {grad_cycles}."
         )
+    if save not in ("auto", *SAVES):
+        raise ValueError(f"trm_recursion: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")

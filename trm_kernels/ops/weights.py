@@ -1,0 +1,32 @@
+"""The matrices of the recursive block, each [out, in] as nn.Linear keeps it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionWeights(NamedTuple):
+    """Mixes tokens by attention; see ops/rope_attention.py for H, G and K."""
+
+    qkv_proj: Tensor  # [(H + 2G) K, D]
+    o_proj: Tensor  # [D, H K]
+
+
+class SwiGLUWeights(NamedTuple):
+    """An MLP over channels [2F, D], [D, F], or over tokens [2F, T], [T, F] (mlp_t)."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """One layer's matrices, each [out, in]: what mixes the tokens, then the MLP."""
+
+    mixer: AttentionWeights | SwiGLUWeights
+    mlp: SwiGLUWeights
+
+
+def map_weights(function: Callable[[Tensor], Tensor], w: LayerWeights) -> LayerWeights:
+    """A layer with the function's value of each matrix in its place."""
+    return LayerWeights(type(w.mixer)(*map(function, w.mixer)), SwiGLUWeights(*map(function, w.mlp)))
