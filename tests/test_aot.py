@@ -43,30 +43,45 @@ def test_resources_are_those_on_record(case, arch):
 
 
 def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
-    """By some case, at some shape: a row nobody reaches would be a row nobody checks."""
-    reached = set()
+    """By some case, at some shape: a row nobody launches with would be a row nobody checks."""
+    looked_up, launched = set(), set()
 
-    def watch(name):
+    def watch(name, *op):
         find = getattr(tuning, name)
 
-        def found(op, arch, *rest):
-            row = find(op, arch, *rest)
-            reached.add((op, row))
+        def found(*args):
+            looked_up.add(((*op, *args)[0], row := find(*args)))
             return row
 
         monkeypatch.setattr(tuning, name, found)
 
-    for name in ("lookup", "gemm", "tile"):
+    for name in ("lookup", "gemm", "tile", "find_attention"):
         watch(name)
+    watch("lookup_decode", "decode_attention")
     for case in CASES:
-        for arch in (*ARCHS, "any"):
-            for _ in calls_of(case, arch):
-                pass
-    for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES):
+        for settings in (*ARCHS, "any"):
+            looked_up.clear()
+            for _, _, call in calls_of(case, settings):
+                launched |= {
+                    (op, settings, row)
+                    for op, row in looked_up
+                    if call.kernel.fn.__name__.startswith(f"_{op}") and takes(call, row)
+                }
+    decode = {"decode_attention": tuning.DECODE}
+    for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES, tuning.ATTENTION, decode):
         for op, archs in table.items():
             for arch, rows in archs.items():
+                takers = (arch,) if arch in ARCHS else ("any",)
                 for row in rows if isinstance(rows, tuple) else (rows,):
-                    assert (op, row) in reached, f"no case reaches {row} of {op} on {arch}"
+                    assert any((op, taker, row) in launched for taker in takers), (
+                        f"no case launches with {row} of {op} on {arch}"
+                    )
+
+
+def takes(call: Launch, row: object) -> bool:
+    """Whether a launch was given the settings of a row."""
+    given = {name: value for name, value in vars(row).items() if name in call.meta} if row else {}
+    return bool(given) and all(call.meta[name] == value for name, value in given.items())
 
 
 @EACH
@@ -101,12 +116,19 @@ def test_registers_and_shared_memory_have_limits():
 
 
 def test_a_slow_main_loop_is_seen():
-    slow = MainLoop("mma", 4, wants_wgmma=True, wants_wide_copies=True)
-    kernel = aot.Compiled("k", "sm90", 32, 0, 0, 4, (), b"", slow)
-    assert kernel.complaints(255) == [
+    def complaints(*found):
+        return aot.Compiled("k", "sm90", 32, 0, 0, 4, (), b"", MainLoop(*found)).complaints(255)
+
+    assert complaints("mma", 4, 8, True, True, 16) == [
         "multiplies by mma, not wgmma",
+        "waits for a tile in its main loop instead of copying it ahead",
         "copies 4 bytes at a time in its main loop, not 16",
+        "loads 8 bytes at a time in its main loop, not 16",
     ]
+    assert complaints("wgmma", 0, 0, True, True, 16) == [
+        "waits for a tile in its main loop instead of copying it ahead"
+    ]
+    assert complaints("mma", 0, 2, False, False, 0) == complaints("wgmma", 16, 0, True, True, 16) == []
 
 
 def test_the_main_loop_is_read_from_the_assembler_text():
@@ -116,8 +138,42 @@ def test_the_main_loop_is_read_from_the_assembler_text():
         compile_for(launches_of(case, shape, torch.bfloat16, "sm90")[0], "sm90").main_loop
         for shape in ((256, 64, 64), (256, 33, 64))
     )
-    assert (aligned.instruction, aligned.narrowest_copy) == ("wgmma", 16)
-    assert (odd.instruction, odd.narrowest_copy, odd.wants_wide_copies) == ("wgmma", 0, False)
+    assert str(aligned) == "wgmma, 16 B copied"
+    assert aligned.wants_copies and aligned.wanted_width == 16
+    assert str(odd) == "wgmma, 2 B loaded"
+    assert not odd.wants_copies and odd.wanted_width == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "K", "arch", "expected"),
+    [
+        # every product of a tile of 64 rows or more by wgmma; of keys and queries also those that RoPE turns,
+        # and of the backward's numbers a row (4 bytes each) nothing is said
+        ("rope_attention-padded", 64, "sm90", ["wgmma, 16 B copied"] * 3),
+        ("rope_attention-padded", 128, "sm90", ["wgmma, 16 B copied"] * 3),
+        ("rope_attention-padded", 128, "sm80", ["mma, 16 B copied"] * 3),
+        # one tile has no loop to copy ahead in
+        ("rope_attention-tile", 64, "sm90", ["wgmma, 16 B copied", "wgmma, 16 B loaded"]),
+        # halves of 12 elements: their rows are not aligned, the angles' are
+        (
+            "rope_attention-padded",
+            24,
+            "sm90",
+            ["wgmma, 16 B copied, 2 B loaded", "wgmma, 2 B loaded", "wgmma, 16 B copied, 2 B loaded"],
+        ),
+        # 16 rows, of which one to 16 are queries: mma's smallest tile, and none of wgmma's
+        ("decode_attention-padded", 64, "sm90", ["mma, 16 B copied"]),
+    ],
+)
+def test_the_main_loops_of_attention(name, K, arch, expected):
+    (case,) = (case for case in CASES if case.name == name)
+    shapes = [shape for shape in (*case.bench, *case.edges) if shape[-1] // HEADS.get(name, 1) == K]
+    calls = launches_of(case, shapes[0], torch.bfloat16, arch)
+    loops = [compile_for(call, arch).main_loop for call in calls]
+    assert [str(loop) for loop in loops if loop] == expected
+
+
+HEADS = {"rope_attention-padded": 4 + 2 * 2, "rope_attention-tile": 2 + 2 * 2}
 
 
 def test_arguments_are_typed_as_triton_types_them():

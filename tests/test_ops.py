@@ -24,11 +24,7 @@ compiles = pytest.mark.skipif(interpreting(), reason="traced as users would, wit
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 EACH_PRODUCT = pytest.mark.parametrize(
     "case",
-    [
-        case
-        for case in CASES
-        if not case.name.startswith(("add_rms_norm", "norm_add", "rope_attention", "trm_recursion"))
-    ],
+    [case for case in CASES if case.name.startswith(("linear_", "swiglu_", "injection_"))],
     ids=lambda case: case.name,
 )
 EACH_SHAPE = pytest.mark.parametrize(
@@ -54,7 +50,7 @@ def run(op, inputs: list[Tensor], seed: int = 0) -> dict[str, Tensor]:
     # rounded to the dtype of the inputs, so that the float64 run is given the very same gradient
     grads = [torch.randn(t.shape, generator=g).bfloat16().to(t.device, t.dtype) for t in outs]
     taking = {i: t for i, t in enumerate(inputs) if t.requires_grad}
-    got = torch.autograd.grad(outs, list(taking.values()), grads)
+    got = torch.autograd.grad(outs, list(taking.values()), grads) if taking else ()
     named = {f"output {i}": t.detach() for i, t in enumerate(outs)}
     return named | {f"gradient of input {i}": t for i, t in zip(taking, got, strict=True)}
 
@@ -224,10 +220,7 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
 @EACH
 def test_reference_against_finite_differences(case):
     """First and second derivative, in float64."""
-    inputs = [
-        t.detach().double().requires_grad_(t.requires_grad)
-        for t in case.inputs(case.shapes[1], torch.float32, 0)
-    ]
+    inputs = [t.detach().double().requires_grad_() for t in case.inputs(case.shapes[1], torch.float32, 0)]
     assert torch.autograd.gradcheck(case.ref, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(case.ref, inputs, fast_mode=True)
 

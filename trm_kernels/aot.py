@@ -4,7 +4,9 @@
 
 prints one line for every kernel of every case under every row of the settings table, and ends with exit code
 1 when one spills, takes more registers than its case allows or more shared memory than a block of that GPU
-has, or when the main loop of a product misses the GPU's tensor cores or its 16-byte asynchronous copies.
+has, or when its main loop misses the GPU's tensor cores or its 16-byte asynchronous copies. Under "main loop"
+the table says what multiplies, and the fewest bytes that come at a time from global memory: copied ahead into
+shared memory, or loaded through registers while the multiplication waits.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,15 +34,35 @@ SHARED_LIMIT = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 2
 
 @dataclass(frozen=True)
 class MainLoop:
-    """How a product is computed: what multiplies, and how its factors come into shared memory."""
+    """How a kernel multiplies matrices: what multiplies, and how its factors come from global memory.
 
-    instruction: str  # "wgmma", "mma", or "fma" without tensor cores
-    narrowest_copy: int  # bytes; 0 without asynchronous copies
+    A tile is copied into shared memory while the one before it is multiplied; one that RoPE turns as well,
+    and read back into registers for that. It is loaded through registers, and waited for, where there is no
+    loop to copy it ahead in, and where its rows are not aligned: an asynchronous copy has 4 bytes at least.
+    """
+
+    instruction: str  # "wgmma", "mma", or "fma" without tensor cores; of the first two, the slower if both
+    narrowest_copy: int  # bytes, of the tiles that are copied ahead; 0 where none is
+    narrowest_load: int  # bytes, where tiles are loaded through registers; else 0
     wants_wgmma: bool
-    wants_wide_copies: bool
+    wants_copies: bool
+    wanted_width: int  # bytes: 16, or a thread's share of the smallest tile; 0 where rows are not aligned
 
     def __str__(self) -> str:
-        return f"{self.instruction}, {self.narrowest_copy} B"
+        copied = f", {self.narrowest_copy} B copied" if self.narrowest_copy else ""
+        loaded = f", {self.narrowest_load} B loaded" if self.narrowest_load else ""
+        return self.instruction + copied + loaded
+
+    def complaints(self) -> list[str]:
+        found = []
+        if self.wants_wgmma and self.instruction != "wgmma":
+            found.append(f"multiplies by {self.instruction}, not wgmma")
+        if self.wants_copies and (self.narrowest_load or not self.narrowest_copy):
+            found.append("waits for a tile in its main loop instead of copying it ahead")
+        for does, width in (("copies", self.narrowest_copy), ("loads", self.narrowest_load)):
+            if 0 < width < self.wanted_width:
+                found.append(f"{does} {width} bytes at a time in its main loop, not {self.wanted_width}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -66,11 +89,7 @@ class Compiled:
             found.append(f"takes {self.registers} registers of {max_registers}")
         if self.shared > limit:
             found.append(f"takes {self.shared} bytes of shared memory of {limit}")
-        if self.main_loop and self.main_loop.wants_wgmma and self.main_loop.instruction != "wgmma":
-            found.append(f"multiplies by {self.main_loop.instruction}, not wgmma")
-        if self.main_loop and self.main_loop.wants_wide_copies and self.main_loop.narrowest_copy != 16:
-            found.append(f"copies {self.main_loop.narrowest_copy} bytes at a time in its main loop, not 16")
-        return found
+        return found + (self.main_loop.complaints() if self.main_loop else [])
 
 
 def launches_of(case: Case, shape: Shape, dtype: torch.dtype, arch: str) -> list[Launch]:
@@ -84,8 +103,8 @@ def launches_of(case: Case, shape: Shape, dtype: torch.dtype, arch: str) -> list
     with record(arch) as launches:
         out = case.op(*inputs)
         outs = [out] if isinstance(out, torch.Tensor) else list(out)
-        wanted = [t for t in inputs if t.requires_grad]
-        torch.autograd.grad(outs, wanted, [torch.empty_like(t) for t in outs], allow_unused=True)
+        if wanted := [t for t in inputs if t.requires_grad]:
+            torch.autograd.grad(outs, wanted, [torch.empty_like(t) for t in outs], allow_unused=True)
     return launches
 
 
@@ -135,13 +154,12 @@ def _compile(
     built = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=dict(options))
     cubin = built.asm["cubin"]
     registers, stack = _resources(cubin)
-    constants = {signature[i][0]: value for (i,), value in constexprs}
+    constants = {signature[i][0] for (i,), _ in constexprs}
     strides_are_aligned = all(
         i in aligned
         for i, (name, _) in enumerate(signature)
         if name.startswith("stride_") and name not in constants
     )
-    types = [kind for _, kind in signature]
     return Compiled(
         name=built.metadata.name,
         arch=arch,
@@ -149,24 +167,45 @@ def _compile(
         stack=stack,
         shared=built.metadata.shared,
         num_warps=built.metadata.num_warps,
-        signature=tuple(types),
+        signature=tuple(kind for _, kind in signature),
         cubin=cubin,
-        main_loop=_main_loop(built.asm["ptx"], arch, types[0], constants["BLOCK_M"], strides_are_aligned)
-        if "BLOCK_K" in constants
-        else None,
+        main_loop=_main_loop(built.asm, arch, built.metadata, strides_are_aligned),
     )
 
 
-def _main_loop(ptx: str, arch: str, factor: str, BLOCK_M: int, strides_are_aligned: bool) -> MainLoop:
-    """What the assembler text says of a product whose first factor is a tensor of type `factor`."""
-    instruction = "wgmma" if "wgmma.mma_async" in ptx else "mma" if re.search(r"\bmma\.sync", ptx) else "fma"
-    copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", ptx)]
-    is_narrow = factor in ("*fp16", "*bf16")
+# of a tile, and of a vector, such as one number a row, in Triton's intermediate text
+_READ_OF_A_TILE = re.compile(r"(tt\.load|async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<\D+(\d+)>")
+_LOAD_OF_A_VECTOR = re.compile(r"tt\.load .*tensor<\d+x!tt\.ptr<\D+(\d+)>")
+_COPY_OF_A_VECTOR = re.compile(r"async_copy_global_to_local .*tensor<\d+x!tt\.ptr")
+# in the assembler text: a copy's bytes; a load's numbers and the bits of each
+_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)")
+_LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)")
+
+
+def _main_loop(asm: dict[str, str], arch: str, settings: Any, strides_are_aligned: bool) -> MainLoop | None:
+    """What the intermediate and the assembler text say of a kernel that multiplies matrices."""
+    factors = re.findall(r"tt\.dot .* : tensor<(\d+)x\d+x(\w+)>", asm["ttir"])
+    if not factors:
+        return None
+    ptx, text = asm["ptx"], asm["ttgir"]
+    loops = [body for _, body in re.findall(r"^( *)[^\n]* = scf\.for ([^\n]*\n.*?)^\1}", text, re.M | re.S)]
+    loop = "".join(body for body in loops if "dot " in body)
+    tiles = _READ_OF_A_TILE.findall(loop or text)
+    sizes = [int(rows) * int(columns) * int(bits) // 8 for _, rows, columns, bits in tiles]
+    smallest = min((size // (32 * settings.num_warps) for size in sizes), default=0)
+    # the assembler text says how wide, and not of what: of a vector a thread copies one number for each copy
+    # in the intermediate text, or loads single numbers
+    copies = sorted(int(size, 0) for size in _COPY.findall(ptx))[len(_COPY_OF_A_VECTOR.findall(text)) :]
+    singles = {("", bits) for bits in _LOAD_OF_A_VECTOR.findall(text)}
+    loads = [int(n or 1) * int(bits) // 8 for n, bits in _LOAD.findall(ptx) if (n, bits) not in singles]
+    is_narrow = all(kind in ("f16", "bf16") for _, kind in factors)
     return MainLoop(
-        instruction,
+        "mma" if re.search(r"\bmma\.sync", ptx) else "wgmma" if "wgmma.mma_async" in ptx else "fma",
         min(copies, default=0),
-        wants_wgmma=arch == "sm90" and is_narrow and BLOCK_M >= 64,
-        wants_wide_copies=is_narrow and strides_are_aligned,
+        min(loads, default=0) if any(how == "tt.load" for how, *_ in tiles) else 0,
+        wants_wgmma=arch == "sm90" and is_narrow and all(int(rows) >= 64 for rows, _ in factors),
+        wants_copies=strides_are_aligned and bool(loop),
+        wanted_width=min(16, smallest) if strides_are_aligned else 0,
     )
 
 
@@ -209,13 +248,15 @@ class Job:
     dtype: torch.dtype
     settings: str
     kernel: Compiled
+    number: int = 1  # among those of one name that the case starts there: rope turns, and turns back
 
     @property
     def label(self) -> str:
         """Its name within the case and the arch."""
         size, kind = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         any_arch = "" if self.settings == self.kernel.arch else f"-{self.settings}"
-        return f"{self.kernel.name.strip('_')}-{size}-{kind}{any_arch}"
+        number = "" if self.number == 1 else f"-{self.number}"
+        return f"{self.kernel.name.strip('_')}{number}-{size}-{kind}{any_arch}"
 
     @property
     def complaints(self) -> list[str]:
@@ -224,7 +265,7 @@ class Job:
 
 def calls_of(case: Case, settings: str) -> Iterator[tuple[Shape, torch.dtype, Launch]]:
     """What `case` launches: sizes people run in every dtype, and, in bfloat16, rows that are not aligned."""
-    wanted = [(shape, dtype) for shape in case.bench for dtype in case.dtypes]
+    wanted = [(shape, dtype) for shape in (*case.bench, *case.edges) for dtype in case.dtypes]
     wanted += [(shape, torch.bfloat16) for shape in case.shapes[2:3] if torch.bfloat16 in case.dtypes]
     for shape, dtype in wanted:
         for call in launches_of(case, shape, dtype, settings):
@@ -235,12 +276,14 @@ def jobs(arch: str, cases: Iterable[Case]) -> Iterator[Job]:
     """Every kernel of the cases, compiled for `arch`: under its own settings, and under those named "any"."""
     for case in cases:
         seen = set()
+        named: Counter[tuple[Any, ...]] = Counter()
         for settings in (arch, "any"):
             for shape, dtype, call in calls_of(case, settings):
                 kernel = compile_for(call, arch)
                 if id(kernel) not in seen:
                     seen.add(id(kernel))
-                    yield Job(case, shape, dtype, settings, kernel)
+                    named[name := (kernel.name, shape, dtype, settings)] += 1
+                    yield Job(case, shape, dtype, settings, kernel, named[name])
 
 
 def _write(out: Path, job: Job) -> None:
@@ -289,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
             kernel = job.kernel
             print(
                 f"{kernel.name:<34}{job.case.name:<24}{size:<17}{kind:<10}{arch:<6}{job.settings:<9}"
-                f"{kernel.registers:>9}{kernel.stack:>7}{kernel.shared:>8}  {str(kernel.main_loop or ''):<12}"
+                f"{kernel.registers:>9}{kernel.stack:>7}{kernel.shared:>8}  {str(kernel.main_loop or ''):<32}"
                 f"{'; '.join(job.complaints)}".rstrip(),
                 flush=True,
             )

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from trm_kernels.backend import backend, runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
+from trm_kernels.ops.decode_attention import decode_attention, decode_attention_ref
 from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
 from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
 from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
 from trm_kernels.ops.norm_add import norm_add, norm_add_ref
 from trm_kernels.ops.recursion import trm_recursion
+from trm_kernels.ops.rope import Angles, rope, rope_angles, rope_ref
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
@@ -46,10 +48,12 @@ class Case:
     name: str
     op: Callable[..., Any]  # tensors -> a tensor, or several
     ref: Callable[..., Any]
-    inputs: Callable[[Shape, torch.dtype, int], list[Tensor]]  # (shape, dtype, seed), on the CPU
+    # (shape, dtype, seed), on the CPU; those that take a gradient require one, and may be none at all
+    inputs: Callable[[Shape, torch.dtype, int], list[Tensor]]
     shapes: tuple[Shape, ...]  # small and awkward, for the interpreter
     bench: tuple[Shape, ...]  # sizes people run
     moved: Callable[[list[Tensor]], int]  # bytes a perfect forward reads and writes
+    edges: tuple[Shape, ...] = ()  # compiled besides: where rows of the settings table end, or fit worst
     launches: int = 1  # kernels one forward starts
     launches_with_gradient: int = 2  # kernels one forward and one backward start
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -127,6 +131,9 @@ def _read_once_and_written(*widths: str) -> Callable[[list[Tensor]], int]:
     return moved
 
 
+# a softmax summed in blocks, and a gradient that is the difference of two such sums
+_ATTENTION_FLOOR = {**_FLOOR, torch.float32: 2e-7}
+
 # rows, then the summed axis and the columns of the product: long sums, several axes, no multiples, long rows
 _PRODUCTS: tuple[Shape, ...] = ((4, 520, 24), (3, 7, 48, 40), (70, 33, 65), (5, 24, 520))
 _MLP_SIZES: tuple[Shape, ...] = ((768 * 97, 512, 1536), (8192, 2048, 5632))
@@ -139,25 +146,71 @@ def _projection(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
     return [(1.5 * torch.randn(shape, generator=g)).to(dtype).requires_grad_()]
 
 
-def _attention(name: str, heads: int, groups: int, causal: bool, **fields: Any) -> Case:
+def _left_padding(B: int, S: int, device: torch.device) -> Tensor:
+    """The first key that counts in each row, [B]; some key always does."""
+    return 3 * torch.arange(B, device=device) % S
+
+
+def _attention(
+    name: str, heads: int, groups: int, causal: bool, is_padded: bool = False, **fields: Any
+) -> Case:
     """A case of rope_attention with H = heads and G = groups, by our own kernels wherever they run."""
+
+    def attend(qkv: Tensor, implementation: str) -> Tensor:
+        B, T = qkv.shape[:2]
+        key_mask = None
+        if is_padded:
+            key_mask = torch.arange(T, device=qkv.device) >= _left_padding(B, T, qkv.device)[:, None]
+        return rope_attention(
+            qkv, None, heads, groups, causal=causal, key_mask=key_mask, implementation=implementation
+        )
 
     def op(qkv: Tensor) -> Tensor:
         has_kernel = qkv.dtype != torch.float64
         ours = runs_triton("rope_attention", qkv, has_kernel=has_kernel)
-        implementation = "triton" if ours else "reference"
-        return rope_attention(qkv, None, heads, groups, causal=causal, implementation=implementation)
+        return attend(qkv, "triton" if ours else "reference")
 
     def ref(qkv: Tensor) -> Tensor:
-        return rope_attention(qkv, None, heads, groups, causal=causal, implementation="reference")
+        return attend(qkv, "reference")
 
     def moved(tensors: list[Tensor]) -> int:
         (qkv,) = tensors
         return qkv.nbytes + qkv.nbytes // (heads + 2 * groups) * heads + 4 * heads * qkv[..., 0].numel()
 
-    # a softmax summed in blocks, and a gradient that is the difference of two such sums
-    floor = _FLOOR | {torch.float32: 2e-7}
-    return Case(name, op, ref, _projection, moved=moved, floor=floor, **fields)
+    return Case(name, op, ref, _projection, moved=moved, floor=_ATTENTION_FLOOR, **fields)
+
+
+def _cached(groups: int) -> Callable[[Shape, torch.dtype, int], list[Tensor]]:
+    """q [B, H, K], k and v [B, G, S, K], without gradients; a shape is [B, H, S, K]."""
+
+    def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+        B, H, S, K = shape
+        g = torch.Generator().manual_seed(seed)
+        sizes = (B, H, K), (B, groups, S, K), (B, groups, S, K)
+        return [torch.randn(size, generator=g).to(dtype) for size in sizes]
+
+    return inputs
+
+
+def _padded_decode(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With left padding, free slots at the end of the cache, and every seventh key masked."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, S = k.shape[0], k.shape[2]
+        starts = _left_padding(B, S, q.device)
+        ends = S - torch.arange(B, device=q.device) % 2
+        key_mask = (torch.arange(S, device=q.device) % 7 != 3).expand(B, S)
+        return attend(q, k, v, starts, ends, key_mask)
+
+    return padded
+
+
+def _heads_and_angles(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """u [B, T, N, K], and RoPE's cosines and sines [B, T, K/2] for tokens anywhere in a long text."""
+    B, T, _, K = shape
+    g = torch.Generator().manual_seed(seed)
+    u = torch.randn(shape, generator=g).to(dtype).requires_grad_()
+    return [u, *rope_angles(torch.randint(0, 5000, (B, T), generator=g), K, 10000.0)]
 
 
 def _state_and_weights(
@@ -399,7 +452,7 @@ CASES: tuple[Case, ...] = (
         heads=8,
         groups=8,
         causal=False,
-        shapes=((1, 9, 24 * 16), (1, 33, 24 * 8), (1, 65, 24 * 16)),
+        shapes=((1, 9, 24 * 16), (1, 33, 24 * 8), (1, 35, 24 * 16)),
         bench=((768, 97, 24 * 64), (192, 916, 24 * 64)),
         launches_with_gradient=4,  # one to turn q and k, two of the gradient; in 16 bits sm90 does it in one
     ),
@@ -408,7 +461,7 @@ CASES: tuple[Case, ...] = (
         heads=16,
         groups=4,
         causal=True,
-        shapes=((1, 7, 24 * 16), (1, 33, 24 * 20)),
+        shapes=((1, 7, 24 * 16), (1, 17, 24 * 20)),
         bench=((4, 2048, 24 * 128),),
         launches_with_gradient=4,
     ),
@@ -440,5 +493,62 @@ CASES: tuple[Case, ...] = (
         bench=((768, 96, 512, 1536),),
         launches=15,
         launches_with_gradient=28,
+    ),
+    _attention(
+        "rope_attention-padded",  # in a language model, everything on: the most registers
+        heads=4,
+        groups=2,
+        causal=True,
+        is_padded=True,
+        shapes=((1, 5, 8 * 16), (2, 41, 8 * 8)),
+        bench=tuple((4, 2048, 8 * K) for K in (32, 64, 96, 128)),
+        edges=tuple((4, 2048, 8 * K) for K in (24, 62, 88, 126)),  # 126: of rows up to 127, K being even
+        launches_with_gradient=4,
+        dtypes=(torch.float32, torch.bfloat16),
+    ),
+    _attention(
+        "rope_attention-tile",  # of a puzzle, everything on
+        heads=2,
+        groups=2,
+        causal=True,
+        is_padded=True,
+        shapes=((1, 5, 6 * 16), (2, 33, 6 * 8)),
+        bench=tuple((768, 97, 6 * K) for K in (32, 64)),
+        edges=((768, 97, 6 * 16), (768, 97, 6 * 48)),
+        launches_with_gradient=4,
+        dtypes=(torch.bfloat16,),
+    ),
+    Case(
+        "rope",
+        lambda u, cos, sin: rope(u, Angles(cos, sin)),
+        lambda u, cos, sin: rope_ref(u, Angles(cos, sin)),
+        _heads_and_angles,
+        shapes=((1, 1, 1, 2), (2, 7, 3, 16), (1, 33, 5, 40)),
+        bench=tuple((4, 2048, 20, K) for K in (64, 128, 256)),
+        moved=lambda tensors: sum(t.nbytes for t in tensors) + tensors[0].nbytes,
+    ),
+    Case(
+        "decode_attention",
+        decode_attention,
+        decode_attention_ref,
+        _cached(groups=1),
+        shapes=((1, 1, 1, 16), (2, 2, 300, 16), (3, 20, 33, 40)),  # a key; two parts; more than 16 heads
+        bench=tuple((16, 16, 2048, K) for K in (64, 128)),
+        moved=lambda tensors: sum(t.nbytes for t in tensors) + tensors[0].nbytes,
+        floor=_ATTENTION_FLOOR,
+        launches_with_gradient=1,  # it has none
+    ),
+    Case(
+        "decode_attention-padded",
+        _padded_decode(decode_attention),
+        _padded_decode(decode_attention_ref),
+        _cached(groups=2),
+        shapes=((1, 2, 5, 16), (3, 4, 300, 24)),
+        bench=tuple((16, 16, 2048, K) for K in (64, 128)),
+        edges=tuple((16, 16, 2048, K) for K in (24, 126)),
+        moved=lambda tensors: sum(t.nbytes for t in tensors) + tensors[0].nbytes,
+        floor=_ATTENTION_FLOOR,
+        launches_with_gradient=1,
+        dtypes=(torch.float32, torch.bfloat16),
     ),
 )

@@ -73,6 +73,7 @@ class AttentionLaunch:
     num_stages: int
     element_size: int = 2  # bytes: serves dtypes up to this size
     max_keys: int | None = None  # serves sequences up to this length
+    multiple_of: int = 1  # serves head widths that are multiples of this: those of 16 load 16 bytes at a time
     measured_on: str = _UNTIMED
 
 
@@ -141,7 +142,8 @@ _TABLE: dict[str, dict[str, tuple[RowLaunch, ...]]] = {
     },
     "rope": {
         "any": (
-            RowLaunch(max_block_d=64, BLOCK_M=32, num_warps=4),
+            RowLaunch(max_block_d=64, BLOCK_M=32, num_warps=4),  # 8 elements a thread: 16 bytes in 16 bits
+            RowLaunch(max_block_d=128, BLOCK_M=16, num_warps=4),
             RowLaunch(max_block_d=512, BLOCK_M=8, num_warps=4),
         ),
     },
@@ -187,6 +189,10 @@ _CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "injection_blend": {"any": (Choice(2, _ANY_WIDTH, "fused"), Choice(4, _ANY_WIDTH, "mm"))},
 }
 
+_DKV_32_BITS = (
+    AttentionLaunch(64, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+    AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2, element_size=4),
+)
 # kernel -> arch -> settings, the first that serves. A kernel without a tile on some arch has no row there.
 ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
     "rope_attention_fwd": {
@@ -214,27 +220,34 @@ ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
         ),
         "sm90": (
             AttentionLaunch(64, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-            AttentionLaunch(128, BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, multiple_of=16),
+            AttentionLaunch(127, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
             AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
             AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
         ),
     },
     "rope_attention_bwd_dkv": {
         "any": (
-            AttentionLaunch(63, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
+            AttentionLaunch(63, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, multiple_of=16),
+            AttentionLaunch(63, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),  # two stages spill
             AttentionLaunch(64, BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
-            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2),
-            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, multiple_of=16),
+            AttentionLaunch(127, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),
+            *_DKV_32_BITS,
         ),
         "sm90": (
             AttentionLaunch(64, BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
             AttentionLaunch(128, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
-            AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
+            *_DKV_32_BITS,
         ),
     },
     "rope_attention_bwd_tile": {
         "any": (),  # spills on sm80 and sm89, at 64 keys as at 128
-        "sm90": (AttentionLaunch(64, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=1, max_keys=128),),
+        "sm90": (
+            AttentionLaunch(
+                64, BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=1, max_keys=128, multiple_of=16
+            ),
+        ),
     },
 }
 
@@ -307,7 +320,8 @@ def find_attention(
     """The settings of an attention kernel on `arch`, or None where it has no tile that serves."""
     for row in ATTENTION[kernel].get(arch, ATTENTION[kernel]["any"]):
         is_wide_enough = head_width <= row.max_head_width and element_size <= row.element_size
-        if is_wide_enough and (row.max_keys is None or keys <= row.max_keys):
+        is_aligned = head_width % row.multiple_of == 0
+        if is_wide_enough and is_aligned and (row.max_keys is None or keys <= row.max_keys):
             return row
     return None
 

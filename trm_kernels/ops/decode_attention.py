@@ -89,9 +89,9 @@ def _decode_attention_fwd_kernel(
     CHUNKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
     part, rest = tl.program_id(0) % P, tl.program_id(0) // P
     chunk, rest = rest % CHUNKS, rest // CHUNKS
-    b, g = (rest // G).to(tl.int64), rest % G
+    b, g = (rest // G).to(tl.int64), (rest % G).to(tl.int64)
     offs_h, offs_k = chunk * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, WIDTH)[None, :]
-    heads = (g * GROUP + offs_h).to(tl.int64)  # this group's; those past GROUP are padding for tl.dot
+    heads = g * GROUP + offs_h  # this group's; those past GROUP are padding for tl.dot
     is_head = (offs_h < GROUP)[:, None] & (offs_k < K)
     q = tl.load(
         q_ptr + b * stride_qb + heads[:, None] * stride_qh + offs_k,
@@ -263,7 +263,7 @@ def _check(q, k, v, starts, ends, key_mask) -> None:
     if q.ndim != 3 or k.ndim != 4 or k.shape != v.shape or k.shape[0] != q.shape[0]:
         fits = False
     else:
-        fits = k.shape[3] == q.shape[2] and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+        fits = k.shape[3] == q.shape[2] > 0 and k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
     if not fits:
         raise ValueError(
             "decode_attention: expected q [B, H, K] and k, v [B, G, S, K] with H a multiple of G, "

@@ -2,7 +2,7 @@
 
 Shapes   u [B, T, N, K], N heads of any kind; angles [B, T, K/2] or [1, T, K/2]; the result has u's shape.
 Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in float32 (float64 for float64).
-Errors   ValueError when the sizes disagree or K is odd.
+Errors   ValueError when sizes or devices disagree, K is odd, or above the widest tuned head.
 Source   "RoFormer", Su et al., 2021, section 3.2, in its rotate-half form.
 
 The cosines and sines are a table made once for all heads, layers and steps: made in the kernel they would be
@@ -141,9 +141,12 @@ def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
 
 def rope(u: Tensor, angles: Angles) -> Tensor:
     """u with RoPE applied. See the top of this file for shapes and dtypes."""
-    if u.ndim != 4:
-        raise ValueError(f"rope: expected u [B, T, N, K], got {tuple(u.shape)}.")
+    if u.ndim != 4 or not u.is_floating_point():
+        raise ValueError(f"rope: expected floating u [B, T, N, K], got {tuple(u.shape)} of {u.dtype}.")
     check_angles("rope", angles, u.shape[0], u.shape[1], u.shape[3])
+    for t in angles:
+        if t.device != u.device:
+            raise ValueError(f"rope: expected angles on {u.device}, where u is, got {t.device}.")
     if not runs_triton("rope", u, has_kernel=u.dtype != torch.float64):
         return rope_ref(u, angles)
     return _Rope.apply(rows(u), angles.cos.contiguous(), angles.sin.contiguous())

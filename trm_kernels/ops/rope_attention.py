@@ -892,7 +892,7 @@ def rope_attention(
                      one of ops/library_attention.py. One that was asked for is had, or is an error.
     """
     H, G = num_heads, num_key_value_heads or num_heads
-    _check(qkv, H, G, mask, key_mask, angles, rope_theta)
+    _check(qkv, H, G, positions, mask, key_mask, angles, rope_theta)
     B, T = qkv.shape[:2]
     K = int(qkv.shape[2]) // (H + 2 * G)
     name = _choose(implementation, qkv, K, mask)
@@ -977,14 +977,16 @@ def _check(
     qkv: Tensor,
     H: int,
     G: int,
+    positions: Tensor | None,
     mask: Tensor | None,
     key_mask: Tensor | None,
     angles: Angles | None,
     rope_theta: float | None,
 ) -> None:
-    if qkv.ndim != 3 or H < 1 or H % G or qkv.shape[-1] % (H + 2 * G) or not qkv.is_floating_point():
+    fits = qkv.ndim == 3 and H > 0 and H % G == 0 and qkv.shape[-1] > 0 and qkv.shape[-1] % (H + 2 * G) == 0
+    if not fits or not qkv.is_floating_point():
         raise ValueError(
-            "rope_attention: expected floating qkv [B, T, (H + 2G) K] with H a multiple of G, "
+            "rope_attention: expected floating qkv [B, T, (H + 2G) K] with H a multiple of G and K > 0, "
             f"got {tuple(qkv.shape)} of {qkv.dtype} with H = {H} and G = {G}."
         )
     K = qkv.shape[-1] // (H + 2 * G)
@@ -1000,7 +1002,7 @@ def _check(
                 f"rope_attention: expected key_mask [{qkv.shape[0]}, S] of bool, "
                 f"got {tuple(key_mask.shape)} of {key_mask.dtype}."
             )
-    for t in (mask, key_mask, *(angles or ())):
+    for t in (positions, mask, key_mask, *(angles or ())):
         if t is not None and t.device != qkv.device:
             raise ValueError(
                 f"rope_attention: expected all tensors on {qkv.device}, where qkv is, got {t.device}."
