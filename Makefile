@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
 	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py
 
-.PHONY: demo test test-oldest check format lint types floors gpu bench cubins resources clean
+.PHONY: demo test test-oldest slow check format lint types floors gpu bench cubins resources clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -22,6 +22,9 @@ demo: $(READY)
 test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+
+slow: $(READY)
+	$(PYTEST) -m slow
 
 check: lint types floors test
 

@@ -13,6 +13,7 @@ from trm_kernels.ops.rope import rope, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp
+from trm_kernels.reference_trm import patch_reference_trm
 from trm_kernels.trm import TRM
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "linear_residual",
     "linear_swiglu",
     "norm_add",
+    "patch_reference_trm",
     "rope",
     "rope_angles",
     "rope_attention",

@@ -1,0 +1,299 @@
+"""A Tiny Recursive Model that learns Sudoku: `python examples/tiny_recursive_models.py --puzzle 4x4`
+
+    puzzle -> x = [learned prefix | cells] -> trm_kernels.TRM, y and z in and out -> y of cells -> digits
+                                                                                  -> first y -> done?
+
+One supervision step is one call of the recursion, one loss and one step of the optimiser; y and z, detached,
+are where the next one goes on. A row that says it is done, or has had all its steps, makes way for a new
+puzzle. The puzzles are those of sudoku.py.
+
+Backend  `backend("auto")`: Triton kernels on CUDA, in bfloat16, and the reference on a CPU, in float32.
+Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871. Other than there: plain
+         cross entropy (not stablemax), AdamW for everything (the puzzle embedding too), no moving average.
+"""
+
+import argparse
+import math
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sudoku import sudoku
+from torch import Tensor, nn
+
+from trm_kernels import TRM
+
+HELD_OUT = 500  # puzzles
+SHOWN = (1, 2, 4, 8, 16)  # supervision steps at inference
+EXPLORATION = 0.1  # share of rows that go on for a drawn number of steps although they say they are done
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be chosen; the 9x9 values are the paper's, but for the steps."""
+
+    box: int  # a box has box x box cells, a grid box^4
+    hidden_size: int = 512
+    num_heads: int = 8  # without mlp_t
+    prefix: int = 16  # tokens in front; they hold the puzzle embedding
+    mlp_t: bool = True  # cells are mixed by an MLP over them, the paper's choice for Sudoku, not by attention
+    n: int = 6  # updates of z in a cycle
+    cycles: int = 3  # updates of y; gradients pass through the last
+    supervision_steps: int = 16  # at most, for one puzzle in training
+    steps: int = 20_000  # of the optimiser
+    batch_size: int = 768
+    learning_rate: float = 1e-4
+    puzzles: int = 50_000  # to train on
+    givens: tuple[int, int] = (33, 45)  # fewest and most
+
+
+PUZZLES = {
+    "4x4": Settings(
+        box=2,
+        hidden_size=64,
+        num_heads=4,
+        prefix=1,
+        n=2,
+        cycles=2,
+        supervision_steps=4,
+        steps=600,
+        batch_size=32,
+        learning_rate=2e-3,
+        puzzles=20_000,
+        givens=(4, 6),
+    ),
+    "9x9": Settings(box=3),
+}
+
+
+# The model
+
+
+class PuzzleModel(nn.Module):
+    """Embeddings, a TRM and two heads. Outside the TRM, parameters have the names of the paper's code.
+
+    Tokens are the paper's: 0 pads and never occurs here, 1 is a blank, d + 1 the digit d.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        width, cells, vocabulary = settings.hidden_size, settings.box**4, settings.box**2 + 2
+        self.width, self.prefix = width, settings.prefix
+        embedding = torch.randn(vocabulary, width) / math.sqrt(width)
+        self.embed_tokens = nn.ParameterDict({"embedding_weight": nn.Parameter(embedding)})
+        self.puzzle_emb = nn.ParameterDict(
+            {"weights": nn.Parameter(torch.zeros(1, width))}
+        )  # one kind: Sudoku
+        self.trm = TRM(
+            width,
+            settings.num_heads,
+            num_recursion_steps=settings.n,
+            num_cycles=settings.cycles,
+            mlp_t=settings.mlp_t,
+            seq_len=settings.prefix + cells if settings.mlp_t else None,
+        )
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.q_head = nn.Linear(width, 2)  # as in the paper's code; its second output is not used
+        nn.init.zeros_(self.q_head.weight)
+        nn.init.constant_(self.q_head.bias, -5.0)
+
+    def embed(self, puzzles: Tensor) -> Tensor:
+        """x [B, prefix + cells, D]: the puzzle embedding, padded with zeros to the prefix, then the cells."""
+        cells = F.embedding(puzzles + 1, self.embed_tokens["embedding_weight"])
+        kind = F.pad(self.puzzle_emb["weights"], (0, (self.prefix - 1) * self.width))
+        prefix = kind.view(1, self.prefix, self.width).expand(len(puzzles), -1, -1)
+        x = math.sqrt(self.width) * torch.cat([prefix, cells], dim=1)
+        return x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+
+    def start(self, puzzles: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, z) before the first supervision step, each [B, prefix + cells, D]."""
+        x = self.embed(puzzles).detach()
+        return self.trm.y_init.detach().to(x).expand_as(x), self.trm.z_init.detach().to(x).expand_as(x)
+
+    def forward(self, puzzles: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(y, z, logits [B, cells, V], q [B]) of a supervision step; q > 0 says that all cells are right."""
+        y, z = self.trm(self.embed(puzzles), y, z)
+        logits, q = self.lm_head(y[:, self.prefix :].float()), self.q_head(y[:, 0].float())
+        return y.detach(), z.detach(), logits, q[:, 0]
+
+
+# Training and evaluation
+
+
+class Carry(NamedTuple):
+    """Where the rows of a batch stand between two supervision steps, each at one of its own."""
+
+    y: Tensor  # [B, prefix + cells, D], as z
+    z: Tensor
+    puzzles: Tensor  # [B, cells], as solutions
+    solutions: Tensor
+    steps: Tensor  # [B] that the row has had
+    halted: Tensor  # [B] whether it makes way for a new puzzle
+
+
+def refill(model: PuzzleModel, carry: Carry, puzzles: Tensor, solutions: Tensor) -> Carry:
+    """The carry with new puzzles, from their start, in the rows that have halted."""
+    halted, row = carry.halted, carry.halted[:, None]
+    y, z = model.start(puzzles)
+    return Carry(
+        torch.where(row[:, None], y, carry.y),
+        torch.where(row[:, None], z, carry.z),
+        torch.where(row, puzzles, carry.puzzles),
+        torch.where(row, solutions, carry.solutions),
+        torch.where(halted, 0, carry.steps),
+        torch.zeros_like(halted),
+    )
+
+
+def supervise(model: PuzzleModel, carry: Carry, most_steps: int) -> tuple[Tensor, Carry]:
+    """(loss, carry) of one supervision step: cross entropy of the cells, and of "all of them are right"."""
+    y, z, logits, q = model(carry.puzzles, carry.y, carry.z)
+    right = (logits.argmax(-1) == carry.solutions + 1).all(-1)
+    loss = F.cross_entropy(logits.flatten(0, 1), carry.solutions.flatten() + 1)
+    loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, right.float())
+    steps = carry.steps + 1
+    fewest_steps = torch.randint_like(steps, 1, most_steps + 1) * (torch.rand_like(q) < EXPLORATION)
+    halted = (steps >= most_steps) | ((q > 0) & (steps >= fewest_steps))
+    return loss, carry._replace(y=y, z=z, steps=steps, halted=halted)
+
+
+def train(model: PuzzleModel, puzzles: Tensor, solutions: Tensor, settings: Settings) -> list[float]:
+    """Deep supervision; returns the loss of every step."""
+    parameters, rate = model.parameters(), settings.learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(puzzles), (settings.batch_size,)).to(puzzles.device)
+        return puzzles[rows], solutions[rows]
+
+    first = draw()
+    halted = torch.ones(settings.batch_size, dtype=torch.bool, device=puzzles.device)
+    carry = Carry(*model.start(first[0]), *first, steps=halted.long(), halted=halted)
+    losses, began, every = [], time.perf_counter(), max(1, settings.steps // 10)
+    for step in range(1, settings.steps + 1):
+        loss, carry = supervise(model, refill(model, carry, *draw()), settings.supervision_steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        losses.append(loss.detach())
+        if step % every == 0:
+            recent, seconds = torch.stack(losses[-every:]).mean(), time.perf_counter() - began
+            print(f"step {step}/{settings.steps}  loss {recent:.3f}  {seconds:.0f} s", flush=True)
+    return [float(loss) for loss in losses]
+
+
+@torch.no_grad()
+def evaluate(
+    model: PuzzleModel, puzzles: Tensor, solutions: Tensor, supervision_steps: int
+) -> list[list[float]]:
+    """After each supervision step the shares of whole grids right, of blanks right, of grids said to be."""
+    shares, blank = [], puzzles == 0
+    y, z = model.start(puzzles)
+    for _ in range(supervision_steps):
+        y, z, logits, q = model(puzzles, y, z)
+        right = logits.argmax(-1) == solutions + 1
+        shares.append([t.float().mean().item() for t in (right.all(-1), right[blank], q > 0)])
+    return shares
+
+
+def show(shares: list[list[float]]) -> None:
+    """What `evaluate` found on the held-out puzzles, as a table."""
+    print(f"\n| {'supervision steps at inference':>30} |" + "".join(f" {step:6d} |" for step in SHOWN))
+    print(f"| {'-' * 29}: |" + " -----: |" * len(SHOWN))
+    for i, name in enumerate(("whole grid right", "blanks right", "says that it is right")):
+        print(f"| {name:>30} |" + "".join(f" {shares[step - 1][i]:6.1%} |" for step in SHOWN))
+
+
+# Weights on disk: safetensors, under the names of the paper's code
+
+
+def save(model: PuzzleModel, file: Path) -> None:
+    """`inner.` and L_level.layers..., H_init, L_init, embed_tokens.embedding_weight, lm_head.weight, ..."""
+    theirs = {"trm.layers": "L_level.layers", "trm.y_init": "H_init", "trm.z_init": "L_init"}
+    names = {
+        name: re.sub("|".join(theirs), lambda ours: theirs[ours[0]], name) for name in model.state_dict()
+    }
+    save_file({f"inner.{names[name]}": tensor for name, tensor in model.state_dict().items()}, file)
+
+
+def load(model: PuzzleModel, file: Path) -> None:
+    """Weights of `save`, or of the paper's code in the same sizes, whatever stands before `inner.`.
+
+    Errors: ValueError when a tensor is missing, not known or of another shape.
+    """
+    tensors = load_file(file)
+    left_alone = model.trm.load_reference_state_dict(tensors)
+    rest = {re.sub(r"^.*\binner\.", "", name): tensors[name] for name in left_alone}
+    ours = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("trm.")}
+    if (got := {name: tuple(tensor.shape) for name, tensor in rest.items()}) != ours:
+        raise ValueError(f"{file}: expected beside the recursion {ours}, got {got}.")
+    model.load_state_dict(rest, strict=False)
+
+
+# Command line
+
+
+def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | None) -> list[float]:
+    """Test, train, test again, save; returns the losses. Without steps it tests a checkpoint."""
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = PuzzleModel(settings)
+    if checkpoint is not None:
+        load(model, checkpoint)
+    model.to(device)
+    to_train_on = sudoku(settings.puzzles, settings.box, settings.givens, seed)
+    held_out = sudoku(HELD_OUT, settings.box, settings.givens, seed, held_out=True)
+    for name, (puzzles, solutions) in {"to train on": to_train_on, "held out": held_out}.items():
+        print(f"{len(puzzles):,} puzzles {name}, with {len(solutions.unique(dim=0)):,} solutions")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device.type}", flush=True)
+    to_train_on, held_out = ((a.to(device), b.to(device)) for a, b in (to_train_on, held_out))
+    before, *_ = evaluate(model, *held_out, supervision_steps=1)
+    print(f"step 0: {before[0]:.1%} of the held-out grids are right", flush=True)
+    losses = train(model, *to_train_on, settings)
+    show(evaluate(model, *held_out, supervision_steps=max(SHOWN)))
+    if saved is not None:
+        save(model, saved)
+    print(f"\n{time.perf_counter() - began:.0f} s, {time.process_time():.0f} s of CPU time")
+    return losses
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A Tiny Recursive Model that learns Sudoku.")
+    parser.add_argument("--puzzle", choices=PUZZLES, default="4x4")
+    for name in ("hidden_size", "n", "cycles", "steps", "batch_size"):
+        defaults = ", ".join(
+            f"{getattr(settings, name):,} for {puzzle}" for puzzle, settings in PUZZLES.items()
+        )
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar="NUMBER", help=f"default {defaults}"
+        )
+    parser.add_argument("--mlp-t", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write the weights there")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE.safetensors", help="begin with these weights"
+    )
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    settings = PUZZLES[given.pop("puzzle")]
+    files = {"checkpoint": given.pop("checkpoint", None), "saved": given.pop("save", None)}
+    seed = given.pop("seed")
+    try:
+        if given.get("batch_size", 1) < 1 or given.get("steps", 0) < 0:
+            raise ValueError("expected --batch-size of at least 1 and --steps of at least 0.")
+        run(replace(settings, **given), seed, **files)
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
