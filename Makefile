@@ -12,7 +12,7 @@ READY := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
 INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
-	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py
+	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py
 
 .PHONY: demo test test-oldest slow check format lint types floors gpu bench cubins resources clean
 

@@ -4,9 +4,100 @@ Layer `base layers + (injection, cycle, step, layer)` of the cache belongs to th
 layer. transformers reorders, crops and repeats a cache by looping over its layers, so beam search and
 assisted generation carry the TRM along. How many layers there are says with which number of
 recursion steps the cache was filled.
+
+Decoding appends one token to each of these layers at every step. StaticLayer writes it in place; GrowingLayer
+does so too, where transformers' DynamicLayer copies all tokens before it. What is copied is the new token
+alone, once: from where RoPE and the projection left its key and its value.
 """
 
+from typing import Any
+
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """A DynamicLayer whose keys and values are the beginning of larger tensors, where new tokens are written.
+
+    There is room for the tokens of the first update, so that a prefill alone takes no more than before; it
+    doubles whenever it is full. What replaces `keys` (a reordered batch, another device) is found out at the
+    next update, which makes new room. Two things are concatenated as in DynamicLayer: keys or values that
+    require gradients, which autograd keeps and nobody may write to, and a traced graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: list[Tensor] = []  # [B, G, capacity, K] of keys and of values
+        self._shown: list[Tensor] = []  # keys and values, as we left them
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, G, S, K], after the new ones [B, G, T, K] were added."""
+        new, old, seen = [key_states, value_states], self._old(), self.get_seq_length()
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in new + old)
+        if torch.compiler.is_compiling() or wants_gradient or (old and not _are_alike(new, old)):
+            self._room, self._shown = [], []
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        total = seen + key_states.shape[2]
+        if not (self._is_as_we_left_it() and self._has_room(total)):
+            self._room, self._shown = [], []  # what may be freed is freed first
+            capacity = max(total, 2 * seen)
+            self._room = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in new]
+            if old:
+                _write(self._room, 0, old)
+        _write(self._room, seen, new)
+        self._show(total)
+        return self._shown[0], self._shown[1]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        is_ours = self._is_as_we_left_it()
+        super().crop(tokens_to_remove)
+        if is_ours:
+            self._show(self.get_seq_length())
+
+    def offload(self) -> None:
+        super().offload()
+        self._free_what_was_replaced()
+
+    def reset(self) -> None:
+        super().reset()
+        self._free_what_was_replaced()
+
+    def _old(self) -> list[Tensor]:
+        """Keys and values so far; none of the placeholders that lazy_initialization makes."""
+        return [t for t in (self.keys, self.values) if t is not None and t.ndim == 4]
+
+    def _is_as_we_left_it(self) -> bool:
+        return bool(self._shown) and self.keys is self._shown[0] and self.values is self._shown[1]
+
+    def _has_room(self, tokens: int) -> bool:
+        is_read_only = self._room[0].is_inference() and not torch.is_inference_mode_enabled()
+        return self._room[0].shape[2] >= tokens and not is_read_only
+
+    def _show(self, tokens: int) -> None:
+        self._shown = [t[:, :, :tokens] for t in self._room]
+        self.keys, self.values = self._shown
+
+    def _free_what_was_replaced(self) -> None:
+        if not self._is_as_we_left_it():
+            self._room, self._shown = [], []
+
+
+def _are_alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether they differ in their number of tokens at most."""
+    return all(
+        (a.dtype, a.device, a.shape[:2], a.shape[3:]) == (b.dtype, b.device, b.shape[:2], b.shape[3:])
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def _write(room: list[Tensor], start: int, new: list[Tensor]) -> None:
+    for r, t in zip(room, new, strict=True):
+        r[:, :, start : start + t.shape[2]] = t
 
 
 def make_room(
@@ -31,7 +122,7 @@ def make_room(
     static = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     cache.layers.extend(DynamicLayer() for _ in range(num_base_layers - len(cache.layers)))
     for _ in range(num_trm_layers):
-        cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else DynamicLayer())
+        cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else GrowingLayer())
 
 
 def _is_filled(cache: Cache) -> bool:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hybrid.config import HybridConfig
 from hybrid.options import add_config_options, config_of, given_fields
+from trm_kernels.backend import NAMES, backend, describe
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HELD_OUT_BLOCKS = 64
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
         logging.disable_progress_bar()
-        return arguments.command(arguments)
+        with _backend(arguments):
+            return arguments.command(arguments)
     except (ValueError, OSError) as error:
         print(f"trm-hybrid: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -36,6 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+
+
+def _backend(arguments: argparse.Namespace) -> backend:
+    """What --backend asks for, where a command has it. Errors: ValueError where it cannot run."""
+    try:
+        return backend(getattr(arguments, "backend", "auto"))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -96,6 +106,7 @@ def _train(arguments: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*", category=FutureWarning)
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    say(describe(processes.device))
     say(f"phase {arguments.phase}: trains {count_trained(model):,} of {count(model):,} parameters")
     say(f"{len(data):,} sequences of {arguments.sequence_length:,} tokens; held out: {_sizes(held_out)}")
     result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer)
@@ -249,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the report")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quick", action="store_true", help="a few steps of everything; learns nothing")
+    # it trains on a GPU where there is one, and measures on the CPU, where Triton cannot run
+    _add_backend_option(demo, [name for name in NAMES if name != "triton"])
 
     train = commands.add_parser("train", help="train a TRM inside a language model, or both")
     train.set_defaults(command=_train)
@@ -290,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    _add_backend_option(train)
     _add_data_options(train)
     _add_model_options(train)
     add_config_options(train)
@@ -340,11 +354,22 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
+def _add_backend_option(parser: argparse.ArgumentParser, names: Sequence[str] = NAMES) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=names,
+        default="auto",
+        help="what runs the recursive block: Triton kernels or, as reference, eager PyTorch; "
+        "default: auto, Triton on a CUDA device",
+    )
+
+
 def _add_inference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a saved hybrid or a run's folder; any causal language model"
     )
     parser.add_argument("--num-recursion-steps", type=int, help="default: as trained")
+    _add_backend_option(parser)
     _add_model_options(parser)
 
 

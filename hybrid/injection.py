@@ -7,6 +7,7 @@ closure would point at the original after a deepcopy.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
 from hybrid.config import TRM_DTYPES, HybridConfig
+from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
+from trm_kernels.backend import backend
 from trm_kernels.trm import Matrix
 
 
@@ -28,9 +31,12 @@ class InjectionCall:
     """What all injection points of one forward share; settled once, in HybridModel.forward."""
 
     positions: Tensor  # [B, T], in tokens
-    mask: Tensor | None  # see trm_kernels/ops/rope_attention.py
+    visible: Visible
     cache: Cache | None
     num_recursion_steps: int
+    backend: (
+        str  # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
+    )
     done: int = 0  # injections so far
 
 
@@ -69,6 +75,7 @@ class Injection(GradientCheckpointingLayer):
             causal=True,
             rope_theta=config.trm_rope_theta,
             eps=config.trm_rms_norm_eps,
+            attention=config.trm_attention,
             **factory,
         )
         self.out_proj = Matrix(hidden_size, d, **factory)
@@ -89,31 +96,37 @@ class Injection(GradientCheckpointingLayer):
         self,
         h: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        visible: Visible,
         num_recursion_steps: int,
+        backend_name: str,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
         The cache comes as a keyword because gradient checkpointing takes it away by that name.
         """
+        mask, key_mask, num_keys = visible
         update_cache = None
         if past_key_values is not None:
             first = self.first_cache_layer + self.index * self.recursion.evaluations(num_recursion_steps)
 
             def update_cache(evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                return past_key_values.update(k, v, first + evaluation)
+                k, v = past_key_values.update(k, v, first + evaluation)
+                return (k, v) if num_keys is None else (k[:, :, :num_keys], v[:, :, :num_keys])
 
-        x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
-        y, _ = self.recursion(
-            x,
-            positions=positions,
-            mask=mask,
-            update_cache=update_cache,
-            num_recursion_steps=num_recursion_steps,
-        )
-        gate = (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype)) if self.is_gated else ()
-        return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
+        # a traced graph keeps the backend in force while it is traced
+        with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):
+            x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
+            y, _ = self.recursion(
+                x,
+                positions=positions,
+                mask=mask,
+                key_mask=key_mask,
+                update_cache=update_cache,
+                num_recursion_steps=num_recursion_steps,
+            )
+            gate = (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype)) if self.is_gated else ()
+            return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -205,8 +218,9 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     return injection(
         h,
         call.positions.to(h.device),
-        None if call.mask is None else call.mask.to(h.device),
+        call.visible.to(h.device),
         call.num_recursion_steps,
+        call.backend,
         past_key_values=call.cache,
     )
 

@@ -21,11 +21,10 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -33,7 +32,9 @@ from hybrid import checkpoint
 from hybrid.cache import make_room
 from hybrid.config import HybridConfig
 from hybrid.injection import Injection, InjectionCall, attach, current_call, keep_call_in_checkpoints
+from hybrid.masks import Visible, as_entries, from_entries, visible
 from trm_kernels import TRM
+from trm_kernels.backend import current_backend
 from trm_kernels.ops.recursion import evaluations
 from trm_kernels.trm import Matrix
 
@@ -84,6 +85,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
+        self._needs_input_gradients = True
         attach(llm_model, config)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
@@ -155,8 +157,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             if past_key_values is not None:
                 make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
             positions = self._positions(inputs, position_ids, past_key_values)
-            base_mask, trm_mask = self._masks(inputs, attention_mask, positions, past_key_values)
-            call = InjectionCall(positions, trm_mask, past_key_values, n)
+            base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
+            call = InjectionCall(positions, what, past_key_values, n, current_backend())
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
         arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
@@ -223,17 +225,16 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self,
         inputs: Tensor,
         mask: Tensor | dict[str, Tensor | None] | None,
-        positions: Tensor,
+        position_ids: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Any, Tensor | None]:
-        """(the base's mask, the TRMs' mask)"""
-        if isinstance(mask, dict):  # made beforehand by create_masks_for_generate
-            mask = dict(mask)
-            trm_mask = mask.pop("trm") if "trm" in mask else mask["full_attention"]
-            return mask.pop("base", mask), trm_mask
-        # of the embeddings, the mask is made from sizes, dtype and device only
-        sizes = torch.empty((*inputs.shape[:2], 0), dtype=self.dtype, device=inputs.device)
-        return mask, _trm_mask(self.config, sizes, mask, cache, positions)
+    ) -> tuple[Any, Visible]:
+        """(the base's mask, what the TRMs may look at)"""
+        if not isinstance(mask, dict):
+            return mask, visible(inputs, mask, cache, self._num_base_layers, position_ids)
+        # made beforehand by create_masks_for_generate
+        of_trm = from_entries(mask, inputs.shape[1], cache, self._num_base_layers)
+        of_base = {name: t for name, t in mask.items() if name not in ("trm", "trm_keys")}
+        return of_base.get("base", of_base), of_trm
 
     def _warn_of_float16_training(self) -> None:
         if self._warned_of_float16 or not (self.training and torch.is_grad_enabled()):
@@ -276,8 +277,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor | None]:
-        """The base's masks and one more for the TRMs, made before the compiled forward."""
+    ) -> Any:
+        """The base's masks, and the TRMs' beside them, made before the compiled forward."""
         of_base = getattr(self.llm_model, "create_masks_for_generate", create_masks_for_generate)
         base = of_base(
             config=self.llm_model.config,
@@ -287,8 +288,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             **kwargs,
         )
-        trm = _trm_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        return {**base, "trm": trm} if isinstance(base, dict) else {"base": base, "trm": trm}
+        if not self.injection_enabled:
+            return base
+        what = visible(inputs_embeds, attention_mask, past_key_values, self._num_base_layers, position_ids)
+        trm = as_entries(what, inputs_embeds)
+        return {**base, **trm} if isinstance(base, dict) else {"base": base, **trm}
 
     # Files
 
@@ -349,6 +353,17 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         keep_call_in_checkpoints(self)
+        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        self._needs_input_gradients = options.get("use_reentrant", True)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing, under checkpoints that are not reentrant: those find the TRMs' parameters by themselves.
+
+        transformers calls it whenever checkpointing is switched on. A frozen base would then be recomputed
+        and differentiated down to its embeddings, for gradients of which none is used.
+        """
+        if self._needs_input_gradients:
+            super().enable_input_require_grads()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -377,29 +392,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
-
-
-# "sdpa" is transformers' name for a boolean mask
-_BOOLEAN_MASK = PreTrainedConfig()
-_BOOLEAN_MASK._attn_implementation = "sdpa"
-
-
-def _trm_mask(
-    config: HybridConfig, embeds: Tensor, mask: Tensor | None, cache: Cache | None, positions: Tensor | None
-) -> Tensor | None:
-    """[B, 1, T, S] bool, True = may look at; None for plain causal attention; a 4D mask as it came."""
-    first_trm_layer = config.get_text_config(decoder=True).num_hidden_layers
-    # a static cache hands back free slots after the newest key, so "the last query is the last key" is untrue
-    may_be_none = cache is None or not cache.is_compileable
-    return create_causal_mask(  # type: ignore[return-value]  # "sdpa" makes no BlockMask
-        _BOOLEAN_MASK,
-        embeds,
-        mask,
-        cache,
-        positions,
-        layer_idx=first_trm_layer,
-        allow_is_causal_skip=may_be_none,
-    )
 
 
 def _unloaded_base(config: HybridConfig) -> PreTrainedModel:

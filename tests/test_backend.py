@@ -10,7 +10,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from trm_kernels.backend import backend, current_backend, interpreting, runs_triton
+from trm_kernels.backend import backend, current_backend, describe, interpreting, runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,17 @@ def test_threads_do_not_mix():
     with ThreadPoolExecutor(threads) as pool:
         for i, seen in enumerate(pool.map(work, range(threads))):
             assert seen == {("auto", "reference")[i % 2]}
+
+
+def test_a_log_line_says_which_and_why(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    with backend("reference"):
+        assert describe(cuda) == "backend: reference (asked for)"
+    assert describe(cuda) == "backend: triton (auto: a CUDA device)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert describe(cpu) == "backend: reference (auto: no CUDA device)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert describe(cpu) == "backend: reference (auto: computing on cpu)"
 
 
 def test_auto_on_cpu_tensors_is_the_reference():

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
+import hybrid.injection
 from hybrid import HybridModel, PresetConfigs
 from hybrid.cli import main
 from hybrid.config import trm_fields
 from hybrid.injection import Injection
 from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_hybrid
+from trm_kernels.backend import current_backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +94,33 @@ def test_train_says_what_came_of_it(base, texts, tmp_path, capsys):
     for name in ("new", "known"):
         assert re.search(rf"held-out loss, {name} text: \d\.\d{{4}} -> \d\.\d{{4}} nats per token", out)
     assert "checkpoint-000006" in out
+
+
+def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monkeypatch, capsys):
+    """On a CPU it is the reference either way, bit for bit; the log says which and why, once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    chosen, injection_in = [], hybrid.injection.injection_in
+
+    def spy(*given):
+        chosen.append(current_backend())
+        return injection_in(*given)
+
+    monkeypatch.setattr(hybrid.injection, "injection_in", spy)
+    weights = []
+    for name, why in (("auto", "reference (auto: no CUDA device)"), ("reference", "reference (asked for)")):
+        folder = tmp_path / name
+        assert main(train_command(base, texts, folder, "--backend", name, steps=2)) == 0
+        assert re.findall("^backend: (.*)$", capsys.readouterr().out, re.MULTILINE) == [why]
+        weights.append((folder / "checkpoint-000002" / "model.safetensors").read_bytes())
+        assert set(chosen) == {name}
+        chosen.clear()
+    assert weights[0] == weights[1]
+    for command in (["generate", "--prompt", "a"], ["eval", "--data", str(texts / "new.txt")]):
+        more = ["--sequence-length", "16"] if command[0] == "eval" else ["--max-new-tokens", "2"]
+        assert main([*command, *more, "--model", str(trained), "--backend", "reference"]) == 0
+        assert set(chosen) == {"reference"}
+        chosen.clear()
+    assert current_backend() == "auto", "and for this command only"
 
 
 def test_a_resumed_command_ends_where_a_straight_one_does(trained, base, texts, tmp_path, monkeypatch):
@@ -176,6 +205,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_rope_theta": 500.0,
         "trm_rms_norm_eps": 1e-4,
         "trm_dtype": "bfloat16",
+        "trm_attention": "sdpa",
     }
     assert fields.keys() == set(trm_fields())
     config = config_of(_parser().parse_args(["info", *options(fields)]))
@@ -475,11 +505,22 @@ def test_a_text_longer_than_the_base_can_read(base, texts, tmp_path, capsys):
         (["--learning-rate", "-1"], "expected learning_rate above 0, got -1"),
         (["--phase", "3"], "argument --phase: invalid choice: 3"),
         (["--resume"], "expected a run to resume in"),
+        (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
         (["--held-out", "gone.txt"], "expected a file gone.txt, got no such file"),
     ],
 )
 def test_a_training_that_cannot_be(words, message, base, texts, tmp_path, capsys):
     assert message in refused(capsys, *train_command(base, texts, tmp_path / "run", *words))
+
+
+def test_triton_where_it_cannot_run(trained, base, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    why = "backend: 'triton' cannot run here: PyTorch finds no CUDA device"
+    assert why in refused(capsys, *train_command(base, texts, tmp_path / "run", "--backend", "triton"))
+    assert why in refused(capsys, "generate", "--model", trained, "--prompt", "a", "--backend", "triton")
+    assert why in refused(capsys, "eval", "--model", trained, "--data", "x", "--backend", "triton")
+    assert "invalid choice: 'triton'" in refused(capsys, "demo", "--backend", "triton")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import HybridModel, PresetConfigs, phases
+from hybrid.cli import main
 from hybrid.data import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import encode, make_base, make_tokenizer
@@ -194,6 +195,18 @@ def test_a_second_run_replaces_the_first_with_the_same_figures(quick):
     assert run(quick.folder, seed=3, quick=True) == 0
     assert (quick.folder / report.REPORT).read_text() == page
     assert torch.get_num_threads() == threads
+
+
+def test_the_reference_gives_the_same_as_the_default(quick, tmp_path, capsys):
+    """As long as the default is the reference: where there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("the default trains on the GPU here")
+    assert main(["demo", "--quick", "--seed", "3", "--backend", "reference", "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("backend: reference (asked for)\n")
+    assert (tmp_path / report.REPORT).read_text() == (quick.folder / report.REPORT).read_text()
+    for folder in ("base", "game", "text"):
+        files = [path / folder / "model.safetensors" for path in (tmp_path, quick.folder)]
+        assert files[0].read_bytes() == files[1].read_bytes(), folder
 
 
 def test_saved_hybrid_is_its_base_but_for_the_injection(quick):

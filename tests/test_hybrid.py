@@ -1,9 +1,14 @@
 """The hybrid against its base: equal when fresh, causal, cached, injected at every point, base untouched."""
 
 import copy
+import functools
+import gc
+import importlib.util
 import pickle
 import threading
 import warnings
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +23,10 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from hybrid import CombinedTRMLLM, HybridModel
+from hybrid import injection as hybrid_injection
 from tests.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
+from trm_kernels.backend import backend, current_backend, interpreting
+from trm_kernels.ops import library_attention
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -155,6 +163,48 @@ def test_gate_and_strength_reach_the_blend():
     assert torch.equal(shut(ids).logits, plain)
 
 
+@torch.no_grad()
+def test_who_computes_the_trms_attention(monkeypatch):
+    asked, attend = [], library_attention.attend
+
+    def spy(op, name, *others):
+        asked.append(name)
+        return attend(op, name, *others)
+
+    monkeypatch.setattr(library_attention, "attend", spy)
+    ids = tokens()
+    want = tiny_hybrid()(ids).logits
+    assert not asked
+    torch.testing.assert_close(tiny_hybrid(trm_attention="sdpa")(ids).logits, want, rtol=1e-5, atol=1e-5)
+    assert set(asked) == {"sdpa"}
+    hybrid = tiny_hybrid(trm_attention="sdpa_cudnn")
+    with pytest.raises(RuntimeError, match="implementation 'sdpa_cudnn' expects CUDA tensors, got cpu"):
+        hybrid(ids)
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(RuntimeError, match="needs the package flash-attn, and it is not installed"):
+            tiny_hybrid(trm_attention="flash_attn")(ids)
+    if not (torch.cuda.is_available() or interpreting()):
+        with pytest.raises(RuntimeError, match="Triton cannot run here"):
+            tiny_hybrid(trm_attention="triton")(ids)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_bases_attention_is_the_users(implementation, tmp_path):
+    base = tiny_base()
+    base.set_attn_implementation(implementation)
+    hybrid = HybridModel(llm_model=base, config=tiny_config(trm_attention="sdpa"))
+    assert base.config._attn_implementation == hybrid.config._attn_implementation == implementation
+    assert {layer.self_attn.config._attn_implementation for layer in base.model.layers} == {implementation}
+    other = {"eager": "sdpa", "sdpa": "eager"}[implementation]
+    hybrid.set_attn_implementation(other)
+    assert base.config._attn_implementation == other
+    assert base.model.layers[1].trm.recursion.attention == hybrid.config.trm_attention == "sdpa"
+    hybrid.save_pretrained(tmp_path)
+    loaded = HybridModel.from_pretrained(tmp_path, attn_implementation=implementation)
+    assert loaded.llm_model.config._attn_implementation == implementation
+    assert loaded.llm_model.model.layers[1].trm.recursion.attention == "sdpa"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_trm_stays_float32_in_a_half_precision_base(dtype):
     hybrid = awaken(HybridModel(llm_model=tiny_base().to(dtype), config=tiny_config())).freeze_base().train()
@@ -214,6 +264,85 @@ def test_eight_threads_do_not_mix_their_contexts():
     assert not wrong
 
 
+# What autograd keeps
+
+
+class Keepsake:
+    """What autograd holds of a tensor that it saved."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def kept_tensors(hybrid, ids):
+    """How many tensors autograd keeps after a forward, by where: in a layer, by its number, or in the "trm";
+    and which layers' hidden states require a gradient."""
+    where, kept, handles, requires_grad = [], [], [], {}
+
+    def leave(*_):
+        where.pop()
+
+    def watch(module, name):
+        handles.append(module.register_forward_pre_hook(lambda *_: where.append(name)))
+        handles.append(module.register_forward_hook(leave))
+
+    def keep(tensor):
+        keepsake = Keepsake(tensor)
+        kept.append((where[-1] if where else "outside", weakref.ref(keepsake)))
+        return keepsake
+
+    def before_layer(layer, args, kwargs, name):
+        requires_grad[name] = (args[0] if args else kwargs["hidden_states"]).requires_grad
+
+    for i, layer in enumerate(hybrid.llm_model.model.layers):
+        look = functools.partial(before_layer, name=i)
+        handles.append(layer.register_forward_pre_hook(look, with_kwargs=True))
+        watch(layer, i)
+        if hasattr(layer, "trm"):
+            watch(layer.trm, "trm")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda keepsake: keepsake.tensor):
+        loss = hybrid(ids, labels=ids).loss
+    gc.collect()
+    counts = Counter(name for name, keepsake in kept if keepsake() is not None)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    return counts, requires_grad
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_graph_is_kept_below_the_first_injection(checkpointing):
+    """A frozen base learns nothing there: no hidden state requires a gradient, no tensor is saved."""
+    hybrid = tiny_hybrid(injection_layers=[2]).freeze_base().train()
+    if checkpointing:
+        hybrid.gradient_checkpointing_enable({"use_reentrant": False})
+    counts, requires_grad = kept_tensors(hybrid, tokens())
+    assert requires_grad == {0: False, 1: False, 2: True}
+    assert counts[0] == counts[1] == 0, counts
+    if not checkpointing:  # which keeps its own record
+        assert counts["trm"] > 0 and counts[2] > 0, counts
+    assert all(p.grad is None for _, p in hybrid.base_named_parameters())
+
+    if not checkpointing:  # a test that could fail: this makes a graph of it
+        hybrid.enable_input_require_grads()
+        counts, requires_grad = kept_tensors(hybrid, tokens())
+        assert all(requires_grad.values()) and counts[0] > 0 and counts[1] > 0
+
+
+def test_reentrant_checkpoints_have_the_inputs_they_need():
+    """They find gradients by their inputs only: without any, the TRM's parameters would get none."""
+    gradients = []
+    for is_reentrant in (False, True):
+        hybrid = tiny_hybrid(injection_layers=[2]).freeze_base().train()
+        hybrid.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+        hybrid(tokens(), labels=tokens()).loss.backward()
+        gradients.append([p.grad for p in hybrid.trm_parameters()])
+        hybrid.gradient_checkpointing_disable()
+    assert any(g is not None for g in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
 # Recursion as a knob
 
 
@@ -256,6 +385,26 @@ def test_a_drawn_number_holds_under_checkpoint_recomputation():
         gradients.append([p.grad for p in hybrid.trm_parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_chosen_backend_holds_under_checkpoint_recomputation(monkeypatch):
+    """On a GPU autograd recomputes in a thread of its own, which chose nothing."""
+    chosen, blend = [], hybrid_injection.injection_blend
+
+    def spy(*given):
+        chosen.append(current_backend())
+        return blend(*given)
+
+    monkeypatch.setattr(hybrid_injection, "injection_blend", spy)
+    hybrid = tiny_hybrid().freeze_base().train()
+    hybrid.gradient_checkpointing_enable({"use_reentrant": False})
+    with backend("reference"):
+        loss = hybrid(tokens(), labels=tokens()).loss
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert len(chosen) >= 2 * 3, "each injection ran once forward and again in backward"
+    assert set(chosen) == {"reference"}
 
 
 @torch.no_grad()

@@ -53,6 +53,17 @@ def current_backend() -> str:
     return _chosen.get()
 
 
+def describe(device: torch.device) -> str:
+    """One line for a log: which code runs for tensors on `device`, and why."""
+    name = current_backend()
+    if name != "auto":
+        return f"backend: {name} (asked for)"
+    if device.type == "cuda":
+        return "backend: triton (auto: a CUDA device)"
+    why = f"computing on {device.type}" if torch.cuda.is_available() else "no CUDA device"
+    return f"backend: reference (auto: {why})"
+
+
 def runs_triton(op: str, *tensors: Tensor, has_kernel: bool = True, choice: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on these tensors.
 

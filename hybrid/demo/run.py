@@ -26,7 +26,9 @@ from hybrid.demo.texts import english_prose, python_sources
 from hybrid.info import count, count_trained
 from hybrid.model import HybridModel
 from hybrid.presets import PresetConfigs
+from hybrid.processes import this_process
 from hybrid.train import TrainResult, TrainSettings, seed_everything, train
+from trm_kernels.backend import describe
 
 _ROW = 64  # characters in a row of text
 _BATCH_SIZE = 32  # games, or rows to pre-train on
@@ -93,6 +95,7 @@ class _Demo:
 
     def go(self) -> int:
         began, cpu_began = time.perf_counter(), time.process_time()
+        _say(describe(this_process().device))
         base = self.pretrain()
         hybrid = self.fresh_hybrid()
         findings = Findings(
