@@ -228,12 +228,12 @@ def _heads(qkv: Tensor, s: Setting) -> Tensor:
 
 def _tokens_last(rows: Tensor, s: Setting) -> Tensor:
     """[B T, D] -> [B D, T], copied."""
-    return rows.view(s.B, s.T, -1).transpose(1, 2).reshape(-1, s.T)
+    return rows.view(s.B, s.T, -1).transpose(1, 2).contiguous().view(-1, s.T)
 
 
 def _tokens_first(rows: Tensor, s: Setting) -> Tensor:
     """[B D, T] -> [B T, D], copied."""
-    return rows.view(s.B, -1, s.T).transpose(1, 2).reshape(s.B * s.T, -1)
+    return rows.view(s.B, -1, s.T).transpose(1, 2).contiguous().view(s.B * s.T, -1)
 
 
 def _normed_over_tokens(h: Tensor, s: Setting) -> Tensor:
