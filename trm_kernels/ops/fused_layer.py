@@ -149,11 +149,12 @@ def _attention_forward(
     s: Setting,
     attend: Attend | None,
 ) -> None:
-    torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
     o = inner.o
     if attend is not None:
-        o = attend(inner.qkv.view(s.B, s.T, -1)).reshape(o.shape)
+        qkv = torch.mm(v, w.qkv_proj.t())  # fresh each time: a cache may keep its values as they are
+        o = attend(qkv.view(s.B, s.T, -1)).reshape(o.shape)
     else:
+        torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
         q, k, value = _heads(inner.qkv, s).split((s.H, s.G, s.G), dim=2)
         o_heads, visible = o.view(s.B, s.T, -1), (s.key_mask, s.causal, s.query_offset)
         _fill_rope_attention(o_heads, inner.lse, q, k, value, s.cos, s.sin, *visible)
