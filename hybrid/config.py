@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
+from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.trm import check_sizes
 
 BLENDING_STRATEGIES = ("linear", "gated")
@@ -34,6 +35,8 @@ class HybridConfig(PreTrainedConfig):
     trm_rms_norm_eps         eps of every norm of the TRM
     trm_dtype                of the TRM's parameters: "float32", "bfloat16" or "float16"; it computes in the
                              base's dtype all the same
+    trm_save                 what the TRMs keep for backward: "auto", "all", "layer" or "step"; see
+                             trm_kernels/ops/fused_recursion.py
     trm_attention            who computes the TRM's attention: "auto", "triton", "sdpa", "reference", ...; see
                              trm_kernels/ops/rope_attention.py; one that is not there is an error when it runs
     base_config              the language model's config; HybridModel fills it in
@@ -64,6 +67,7 @@ class HybridConfig(PreTrainedConfig):
         trm_rope_theta: float = 10000.0,
         trm_rms_norm_eps: float = 1e-5,
         trm_dtype: str = "float32",
+        trm_save: str = "auto",
         trm_attention: str = "auto",
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
@@ -87,6 +91,7 @@ class HybridConfig(PreTrainedConfig):
         self.trm_rope_theta = trm_rope_theta
         self.trm_rms_norm_eps = trm_rms_norm_eps
         self.trm_dtype = str(trm_dtype).removeprefix("torch.")
+        self.trm_save = trm_save
         self.trm_attention = trm_attention
         self._check()
         _refuse_misspelt(kwargs)
@@ -162,6 +167,7 @@ class HybridConfig(PreTrainedConfig):
             ("blending_strategy", BLENDING_STRATEGIES),
             ("recursion_sampling", RECURSION_SAMPLINGS),
             ("trm_dtype", tuple(TRM_DTYPES)),
+            ("trm_save", ("auto", *SAVES)),
             ("trm_attention", IMPLEMENTATIONS),
         ):
             if getattr(self, name) not in allowed:

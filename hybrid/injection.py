@@ -23,6 +23,7 @@ from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.backend import backend
+from trm_kernels.ops.rope import Angles
 from trm_kernels.trm import Matrix
 
 
@@ -30,7 +31,7 @@ from trm_kernels.trm import Matrix
 class InjectionCall:
     """What all injection points of one forward share; settled once, in HybridModel.forward."""
 
-    positions: Tensor  # [B, T], in tokens
+    angles: Angles  # of RoPE, for every token's position
     visible: Visible
     cache: Cache | None
     num_recursion_steps: int
@@ -76,6 +77,7 @@ class Injection(GradientCheckpointingLayer):
             rope_theta=config.trm_rope_theta,
             eps=config.trm_rms_norm_eps,
             attention=config.trm_attention,
+            save=config.trm_save,
             **factory,
         )
         self.out_proj = Matrix(hidden_size, d, **factory)
@@ -95,7 +97,7 @@ class Injection(GradientCheckpointingLayer):
     def forward(
         self,
         h: Tensor,
-        positions: Tensor,
+        angles: Angles,
         visible: Visible,
         num_recursion_steps: int,
         backend_name: str,
@@ -119,7 +121,7 @@ class Injection(GradientCheckpointingLayer):
             x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
             y, _ = self.recursion(
                 x,
-                positions=positions,
+                angles=angles,
                 mask=mask,
                 key_mask=key_mask,
                 update_cache=update_cache,
@@ -217,7 +219,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     call.done += 1
     return injection(
         h,
-        call.positions.to(h.device),
+        Angles(*(t.to(h.device) for t in call.angles)),
         call.visible.to(h.device),
         call.num_recursion_steps,
         call.backend,

@@ -36,6 +36,7 @@ from hybrid.masks import Visible, as_entries, from_entries, visible
 from trm_kernels import TRM
 from trm_kernels.backend import current_backend
 from trm_kernels.ops.recursion import evaluations
+from trm_kernels.ops.rope import Angles, rope_angles
 from trm_kernels.trm import Matrix
 
 
@@ -156,9 +157,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             n = self._recursion_steps(num_recursion_steps, past_key_values)
             if past_key_values is not None:
                 make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
-            positions = self._positions(inputs, position_ids, past_key_values)
+            angles = self._angles(inputs, position_ids, past_key_values)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
-            call = InjectionCall(positions, what, past_key_values, n, current_backend())
+            call = InjectionCall(angles, what, past_key_values, n, current_backend())
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
         arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
@@ -215,11 +216,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         each = evaluations(self.config.trm_num_layers, num_recursion_steps, self.config.num_cycles)
         return each * len(self.config.injection_layers)
 
-    def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        if position_ids is not None:
-            return position_ids
-        seen = 0 if cache is None else cache.get_seq_length()
-        return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
+    def _angles(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Angles:
+        """RoPE's table for the TRMs, all of which see the same positions."""
+        if position_ids is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
+        head_width = self.config.trm_hidden_size // self.config.trm_num_heads
+        return rope_angles(position_ids, head_width, self.config.trm_rope_theta)
 
     def _masks(
         self,

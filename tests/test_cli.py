@@ -205,6 +205,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_rope_theta": 500.0,
         "trm_rms_norm_eps": 1e-4,
         "trm_dtype": "bfloat16",
+        "trm_save": "step",
         "trm_attention": "sdpa",
     }
     assert fields.keys() == set(trm_fields())

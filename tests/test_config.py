@@ -36,6 +36,7 @@ from tests.tiny import tiny_base, tiny_config
         ({"blending_strategy": "mean"}, "blending_strategy to be one of linear, gated, got 'mean'"),
         ({"recursion_sampling": "normal"}, "recursion_sampling to be one of fixed, uniform, got 'normal'"),
         ({"trm_dtype": "int8"}, "trm_dtype to be one of float32, bfloat16, float16, got 'int8'"),
+        ({"trm_save": "steps"}, "trm_save to be one of auto, all, layer, step, got 'steps'"),
         ({"trm_attention": "sdpaa"}, "trm_attention to be one of auto, triton, sdpa, .*, got 'sdpaa'"),
         ({"injection_strength": "1"}, "injection_strength to be a number, got '1'"),
         ({"num_recursions_steps": 3}, "no field 'num_recursions_steps'; did you mean 'num_recursion_steps'"),
@@ -56,6 +57,7 @@ def test_a_config_survives_its_file(tmp_path):
         recursion_sampling="uniform",
         grad_cycles=None,
         trm_dtype=torch.bfloat16,
+        trm_save="layer",
         trm_attention="sdpa",
         base_config=tiny_base().config,
     )

@@ -16,6 +16,7 @@ from trm_kernels.ops.recursion import (
     evaluations,
     trm_recursion,
 )
+from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
@@ -203,6 +204,7 @@ class TRM(nn.Module):
         query_offset: int | None = None,
         update_cache: EvaluationCache | None = None,
         num_recursion_steps: int | None = None,
+        angles: Angles | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
 
@@ -212,6 +214,7 @@ class TRM(nn.Module):
         mask, key_mask, query_offset   what each token may look at, see ops/rope_attention.py
         update_cache          keeps keys and values, see ops/recursion.py
         num_recursion_steps   n for this call; None takes the module's
+        angles                rope_angles of the positions, for a caller with more than one call
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
@@ -238,6 +241,7 @@ class TRM(nn.Module):
             query_offset=query_offset,
             attention=self.attention,
             save=self.save,
+            angles=angles,
         )
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -128,6 +128,7 @@ def trm_recursion(
     attention: str = "auto",
     save: str = "auto",
     candidate: str | None = None,
+    angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) after all cycles. See the top of this file; attention's arguments are rope_attention's.
 
@@ -139,11 +140,12 @@ def trm_recursion(
     save                  what is kept for backward: "all", "layer" or "step", see ops/fused_recursion.py;
                           "auto": all if a share of the free memory holds it, else step
     candidate             of the products with epilogues, "fused" or "mm"; None: as the table of settings says
+    angles                RoPE's table, for a caller with more than one call; else of positions and rope_theta
     """
     _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save)
     H, G = num_heads, num_key_value_heads or num_heads
     with_gradient = num_cycles if grad_cycles is None else grad_cycles
-    angles = _angles(x, weights, H, positions, rope_theta, query_offset)
+    angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
 
     def attend(evaluation: int, qkv: Tensor) -> Tensor:
         return rope_attention(
@@ -221,14 +223,16 @@ def _angles(
     positions: Tensor | None,
     rope_theta: float | None,
     query_offset: int | None,
+    angles: Angles | None,
 ) -> Angles | None:
     """RoPE's table, once for all evaluations."""
     if rope_theta is None or not any(isinstance(w.mixer, AttentionWeights) for w in weights):
         return None
     B, T, D = x.shape
-    if positions is None:
-        positions = torch.arange(T, device=x.device)[None] + (query_offset or 0)
-    angles = rope_angles(positions, D // num_heads, rope_theta)
+    if angles is None:
+        if positions is None:
+            positions = torch.arange(T, device=x.device)[None] + (query_offset or 0)
+        angles = rope_angles(positions, D // num_heads, rope_theta)
     check_angles("trm_recursion", angles, B, T, D // num_heads)
     return angles
 
