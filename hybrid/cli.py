@@ -155,9 +155,10 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from hybrid.info import KNOWN_BASES, PRESET_BASES, count, count_trained, on_meta, parts
+    from hybrid.info import KNOWN_BASES, PRESET_BASES, count, count_trained, on_meta, parts, saved_by_token
     from hybrid.loading import load_config
     from hybrid.phases import enter
+    from trm_kernels.ops.saved_bytes import SAVES
 
     name = arguments.base or PRESET_BASES.get(arguments.preset)
     if name is None:
@@ -177,6 +178,9 @@ def _info(arguments: argparse.Namespace) -> int:
     print(f"parameters of {name} with a TRM of width {config.trm_hidden_size} after layers {points}")
     for row, parameters in rows:
         print(f"{row:<24}{parameters:>20,}")
+    print("bytes that the TRMs keep of a token for backward, in bfloat16, by trm_save")
+    for save in SAVES:
+        print(f"{save:<24}{saved_by_token(model, save):>20,}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Parameter counts by part, of a model that need not be loaded: it is built on the meta device."""
+"""Parameters by part, and what training keeps of a token, of a model that is built on the meta device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hybrid.config import HybridConfig
 from hybrid.injection import Injection
 from hybrid.model import HybridModel
+from trm_kernels.ops.saved_bytes import saved_bytes
 
 
 def _llama_2(width: int, inner_width: int, layers: int, heads: int, key_value_heads: int) -> LlamaConfig:
@@ -83,3 +84,27 @@ def count(module: torch.nn.Module) -> int:
 def count_trained(model: PreTrainedModel) -> int:
     """Parameters that require gradients."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def saved_by_injection(injection: Injection, h: torch.Tensor, save: str, num_recursion_steps: int) -> int:
+    """Bytes that an injection into h [B, T, D] keeps for backward on the Triton kernels.
+
+    Only shapes and dtypes are read. Not counted: parameters, and RoPE's table, which all points share.
+    """
+    B, T, D = h.shape
+    trm = injection.recursion
+    x = torch.empty(B, T, trm.hidden_size, dtype=h.dtype, device="meta")
+    weights = [layer(trm.y_init.dtype) for layer in trm.layers]
+    cycles = trm.num_cycles if trm.grad_cycles is None else trm.grad_cycles
+    states = 2 if cycles == trm.num_cycles else 4  # x, the last y, and those with which gradients start
+    of_projections = B * T * (D * h.element_size() + 4)  # h and its float32 rstd
+    of_recursion = cycles * (num_recursion_steps + 1) * saved_bytes(save, x, weights, trm.num_heads)
+    return of_projections + states * x.nbytes + of_recursion
+
+
+def saved_by_token(model: HybridModel, save: str) -> int:
+    """Bytes that all injections keep of one token for backward, in bfloat16, on the Triton kernels."""
+    width = model.config.get_text_config(decoder=True).hidden_size
+    h = torch.empty(1, 1, width, dtype=torch.bfloat16, device="meta")
+    n = model.config.num_recursion_steps
+    return sum(saved_by_injection(m, h, save, n) for m in model.modules() if isinstance(m, Injection))

@@ -1,5 +1,8 @@
 """generate() with a TRM inside: every way of searching, every cache, padded batches, compiled."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -98,11 +101,14 @@ def test_the_forward_compiles_in_one_graph(family):
         assert torch.equal(compiled(ids, use_cache=False).logits, hybrid.llm_model(ids).logits)
 
 
-def test_a_training_step_compiles_in_one_graph():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_training_step_compiles_in_one_graph(compiler):
+    if compiler == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor on a CPU needs a C++ compiler, and there is no g++")
     torch._dynamo.reset()
     hybrid, ids = tiny_hybrid(**BRIEF).freeze_base().train(), tokens()
     gradients = []
-    for model in (torch.compile(hybrid, backend="aot_eager", fullgraph=True), hybrid):
+    for model in (torch.compile(hybrid, backend=compiler, fullgraph=True), hybrid):
         model(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in hybrid.trm_parameters() if p.grad is not None])
         hybrid.zero_grad()
