@@ -12,9 +12,10 @@ READY := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
 INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
-	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py
+	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py \
+	tests/test_recursion.py tests/test_injection.py
 
-.PHONY: demo test test-oldest slow check format lint types floors gpu bench cubins resources clean
+.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench cubins resources clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -25,6 +26,10 @@ test: $(READY)
 
 slow: $(READY)
 	$(PYTEST) -m slow
+
+# the recursion at its full depth, in the interpreter
+deep: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/test_recursion.py
 
 check: lint types floors test
 
