@@ -15,7 +15,7 @@ INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests
 	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py \
 	tests/test_recursion.py tests/test_injection.py
 
-.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench cubins resources clean
+.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench static cubins resources clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -54,6 +54,10 @@ gpu: $(READY)
 bench: $(READY)
 	mkdir -p build
 	$(BIN)/pytest bench --benchmark-json=build/bench.json
+
+# what is exact and gated: launches, bytes and parameters counted, registers and shared memory compiled
+static: resources
+	$(BIN)/python -m bench static
 
 cubins: $(READY)
 	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --out build/cubins

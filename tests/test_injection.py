@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from bench.counting import Counting, nbytes, storages_kept
 from hybrid.info import saved_by_injection
 from hybrid.injection import Injection
 from hybrid.masks import Visible
-from tests.counting import Counting, nbytes, storages_kept
 from tests.tiny import WIDTH, tiny_config, tiny_hybrid, tokens
 from trm_kernels.backend import backend, interpreting
 from trm_kernels.launch import record

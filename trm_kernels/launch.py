@@ -38,6 +38,8 @@ class _Recording:
 
 _recording: ContextVar[_Recording | None] = ContextVar("trm_kernels_recording", default=None)
 
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each custom op runs, by the op's name
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Start `kernel` on the device its tensors live on, or keep the launch while recording."""
@@ -99,6 +101,8 @@ def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
         with nullcontext() if is_recording() else record():
             return function(*args, **kwargs)
 
-    op = torch.library.custom_op(f"trm_kernels::{function.__name__.lstrip('_')}", function, mutates_args=())
+    name = function.__name__.lstrip("_")
+    LAUNCHERS[name] = function
+    op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=())
     op.register_fake(fake)
     return op

@@ -74,10 +74,10 @@ def weight_gradient(dy: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
 
 def add_weight_gradient(dw: Tensor, dy: Tensor, x: Tensor) -> None:
     """dw += dy^T x, dw in float32: a weight that is used many times has its gradient rounded once."""
-    if dy.device.type == "cuda" and dy.dtype != torch.float32:
-        torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw)
-    else:
+    if dy.device.type == "cpu" or dy.dtype == torch.float32:
         dw.addmm_(dy.t().float(), x.float())
+    else:
+        torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

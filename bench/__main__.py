@@ -1,0 +1,45 @@
+"""python -m bench static | tables | report | compare: parses, calls, prints."""
+
+import argparse
+
+from bench import static, tables
+
+
+def _static(chosen: argparse.Namespace) -> int:
+    found = []
+    for name, count in static.COUNTS.items():
+        figures = count(True)
+        if chosen.check:
+            found += static.check(name, static.load(name), figures)
+        else:
+            static.write(name, figures)
+    if not chosen.check:
+        tables.rewrite()
+    print("\n".join(found) or ("nothing differs" if chosen.check else f"written to {static.FOLDER}"))
+    return 1 if found else 0
+
+
+def _tables(chosen: argparse.Namespace) -> int:
+    print("README.md is written" if tables.rewrite() else "README.md is as it was")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("static", help="count launches, bytes and parameters; write them")
+    command.add_argument("--check", action="store_true", help="write nothing: say what differs, exit code 1")
+    command.set_defaults(run=_static)
+
+    command = commands.add_parser("tables", help="make the README's tables anew from bench/results")
+    command.set_defaults(run=_tables)
+
+    chosen = parser.parse_args(argv)
+    code: int = chosen.run(chosen)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
