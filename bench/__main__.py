@@ -1,8 +1,8 @@
-"""python -m bench static | tables | report | compare: parses, calls, prints."""
+"""python -m bench static | tables | picture | report | compare: parses, calls, prints."""
 
 import argparse
 
-from bench import static, tables
+from bench import picture, static, tables
 
 
 def _static(chosen: argparse.Namespace) -> int:
@@ -24,6 +24,12 @@ def _tables(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _picture(chosen: argparse.Namespace) -> int:
+    picture.draw()
+    print(f"{picture.FILE} is written")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -35,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("tables", help="make the README's tables anew from bench/results")
     command.set_defaults(run=_tables)
+
+    command = commands.add_parser("picture", help="draw what is fused: docs/fused-recursion.png")
+    command.set_defaults(run=_picture)
 
     chosen = parser.parse_args(argv)
     code: int = chosen.run(chosen)

@@ -222,7 +222,9 @@ def save(model: PuzzleModel, file: Path) -> None:
     names = {
         name: re.sub("|".join(theirs), lambda ours: theirs[ours[0]], name) for name in model.state_dict()
     }
-    save_file({f"inner.{names[name]}": tensor for name, tensor in model.state_dict().items()}, file)
+    beside = file.with_name(f"{file.name}.part")  # renamed when whole: a killed run leaves the old weights
+    save_file({f"inner.{names[name]}": tensor for name, tensor in model.state_dict().items()}, beside)
+    beside.replace(file)
 
 
 def load(model: PuzzleModel, file: Path) -> None:

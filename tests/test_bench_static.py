@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import static, tables
+from bench import picture, static, tables
 from bench.__main__ import main
 from trm_kernels.backend import interpreting
 from trm_kernels.ops import fused_layer, fused_recursion
@@ -113,3 +113,12 @@ def test_a_table_is_rewritten_between_its_markers(tmp_path):
 def test_refuses_tables(text, says):
     with pytest.raises(ValueError, match=says):
         tables.rewritten(text)
+
+
+def test_the_picture_shows_what_is_counted(tmp_path):
+    columns, rows = picture.columns(), static.load("launches")["rows"]
+    assert len(columns) == rows["ours, save=all"][0]
+    # r is added for the first layer of an f only: half an operator an evaluation, with two layers
+    assert sum(len(column.eager) for column in columns) - 0.5 == rows[static.EAGER][0]
+    picture.draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

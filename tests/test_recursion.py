@@ -172,8 +172,8 @@ def test_float32_equals_a_loop_and_the_policies_equal_each_other(changes, key_ma
 def test_float32_at_full_depth(D, T):
     """42 evaluations of a layer.
 
-    With fresh weights the loop amplifies a rounding: eager's own errors are up to 1.2e-5 and 1.2e-4 then. With
-    weights of 0.7 their size they are 5e-7 and 1.3e-6, and the limits mean something.
+    With fresh weights the loop amplifies a rounding: eager's own errors are up to 1.2e-5 and 1.2e-4 then.
+    With weights of 0.7 their size they are 5e-7 and 1.3e-6, and the limits mean something.
     """
     trm = make(hidden_size=D, intermediate_size=2 * D, num_recursion_steps=6, num_cycles=3)
     with torch.no_grad():
