@@ -88,7 +88,7 @@ def plain_recursion(trm: TRM, x, y, z, weights, key_mask=None):
 def make(dtype=torch.float32, **changes) -> TRM:
     fields = {
         "hidden_size": 64,
-        "num_heads": 4,
+        "num_heads": 2,
         "num_layers": 2,
         "intermediate_size": 40,
         "num_recursion_steps": 2,
@@ -156,7 +156,9 @@ PAD = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
     [
         pytest.param({}, None, id="one-cycle-with-gradient"),
         pytest.param({"grad_cycles": None, "num_recursion_steps": 1}, None, id="all-cycles"),
-        pytest.param({"causal": True, "num_key_value_heads": 2}, PAD, id="causal-groups-padding"),
+        pytest.param(
+            {"causal": True, "num_heads": 4, "num_key_value_heads": 2}, PAD, id="causal-groups-padding"
+        ),
         pytest.param({"num_cycles": 3, "grad_cycles": 2, "num_layers": 1}, PAD, id="two-of-three-cycles"),
         pytest.param({"mlp_t": True, "seq_len": 7, "grad_cycles": None, "num_cycles": 1}, None, id="mlp_t"),
         pytest.param({"num_layers": 3, "num_recursion_steps": 1, "num_cycles": 1}, None, id="three-layers"),
@@ -242,7 +244,7 @@ def test_padding_changes_nothing():
 @torch.no_grad()
 def test_with_a_cache_as_without():
     """A prompt and a token more, keys and values kept between them, equal one call over both."""
-    trm = make(causal=True, num_key_value_heads=2)
+    trm = make(causal=True, num_heads=4, num_key_value_heads=2)
     x, *_ = tensors(2, 6, 64)
     kept = {}
 

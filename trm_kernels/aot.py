@@ -176,7 +176,6 @@ def _compile(
 # of a tile, and of a vector, such as one number a row, in Triton's intermediate text
 _READ_OF_A_TILE = re.compile(r"(tt\.load|async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<\D+(\d+)>")
 _LOAD_OF_A_VECTOR = re.compile(r"tt\.load .*tensor<\d+x!tt\.ptr<\D+(\d+)>")
-_COPY_OF_A_VECTOR = re.compile(r"async_copy_global_to_local .*tensor<\d+x!tt\.ptr")
 # in the assembler text: a copy's bytes; a load's numbers and the bits of each
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)")
 _LOAD = re.compile(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)")
@@ -193,9 +192,16 @@ def _main_loop(asm: dict[str, str], arch: str, settings: Any, strides_are_aligne
     tiles = _READ_OF_A_TILE.findall(loop or text)
     sizes = [int(rows) * int(columns) * int(bits) // 8 for _, rows, columns, bits in tiles]
     smallest = min((size // (32 * settings.num_warps) for size in sizes), default=0)
-    # the assembler text says how wide, and not of what: of a vector a thread copies one number for each copy
-    # in the intermediate text, or loads single numbers
-    copies = sorted(int(size, 0) for size in _COPY.findall(ptx))[len(_COPY_OF_A_VECTOR.findall(text)) :]
+    # the assembler text says how wide, and not of what: of a vector, as of one number a row, a thread copies
+    # or loads single numbers. The tiles' copies are the widest, as many as there would be of 16 bytes.
+    each = 16 * 32 * settings.num_warps
+    copied = [
+        int(n) * int(k) * int(bits) // 8
+        for how, n, k, bits in _READ_OF_A_TILE.findall(text)
+        if how != "tt.load"
+    ]
+    copies = sorted((int(size, 0) for size in _COPY.findall(ptx)), reverse=True)
+    copies = copies[: sum(max(1, size // each) for size in copied)]
     singles = {("", bits) for bits in _LOAD_OF_A_VECTOR.findall(text)}
     loads = [int(n or 1) * int(bits) // 8 for n, bits in _LOAD.findall(ptx) if (n, bits) not in singles]
     is_narrow = all(kind in ("f16", "bf16") for _, kind in factors)

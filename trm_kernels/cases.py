@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,42 +213,54 @@ def _heads_and_angles(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tenso
     return [u, *rope_angles(torch.randint(0, 5000, (B, T), generator=g), K, 10000.0)]
 
 
-def _state_and_weights(
-    heads: int, groups: int | None, shape: Shape, dtype: torch.dtype, seed: int
-) -> list[Tensor]:
+class _Heads(NamedTuple):
+    """How attention's heads follow from the width, D."""
+
+    width: int  # of a head; in small tests it is narrower, so that there are two
+    share: int  # heads that share keys and values
+
+    def counts(self, D: int) -> tuple[int, int]:
+        """H and G."""
+        H = max(2, D // self.width)
+        return H, H // self.share
+
+
+def _state_and_weights(heads: _Heads | None, shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
     """x, y, z [B, T, D], two matrices for tokens and two for channels; a shape is B, T, D, F.
 
-    groups   key/value heads; None: tokens are mixed by an MLP
+    heads   None: tokens are mixed by an MLP
     """
     B, T, D, F = shape
     g = torch.Generator().manual_seed(seed)
-    tokens = [(2 * F, T), (T, F)] if groups is None else [((heads + 2 * groups) * D // heads, D), (D, D)]
+    tokens = [(2 * F, T), (T, F)]
+    if heads is not None:
+        H, G = heads.counts(D)
+        tokens = [((H + 2 * G) * D // H, D), (D, D)]
     tensors = [torch.randn(B, T, D, generator=g) for _ in range(3)]
     for n_out, n_in in (*tokens, (2 * F, D), (D, F)):
         tensors.append(torch.randn(n_out, n_in, generator=g) * n_in**-0.5)
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-def _recursion(
-    name: str, heads: int, groups: int | None, candidate: str | None = None, **fields: Any
-) -> Case:
+def _recursion(name: str, heads: _Heads | None, candidate: str | None = None, **fields: Any) -> Case:
     """A case of trm_recursion, the shortest: one layer, one cycle of one step."""
 
     def recursion(
         x: Tensor, y: Tensor, z: Tensor, *weights: Tensor, candidate: str | None = None
     ) -> tuple[Tensor, Tensor]:
         mixer: AttentionWeights | SwiGLUWeights = SwiGLUWeights(*weights[:2])
-        if groups is not None:
-            mixer = AttentionWeights(*weights[:2])
+        H, G = 1, 1
+        if heads is not None:
+            mixer, (H, G) = AttentionWeights(*weights[:2]), heads.counts(x.shape[2])
         return trm_recursion(
             x,
             y,
             z,
             [LayerWeights(mixer, SwiGLUWeights(*weights[2:]))],
-            num_heads=heads,
-            num_key_value_heads=groups,
+            num_heads=H,
+            num_key_value_heads=G,
             num_recursion_steps=1,
-            causal=groups is not None,
+            causal=heads is not None,
             candidate=candidate,
         )
 
@@ -259,7 +271,7 @@ def _recursion(
     def moved(tensors: list[Tensor]) -> int:
         return sum(t.nbytes for t in tensors) + 2 * tensors[0].nbytes
 
-    inputs = partial(_state_and_weights, heads, groups)
+    inputs = partial(_state_and_weights, heads)
     op = partial(recursion, candidate=candidate)
     dtypes = (torch.float32, torch.bfloat16)  # its kernels are those of the ops above, float16 included
     return Case(name, op, ref, inputs, moved=moved, dtypes=dtypes, floor=_PRODUCT_FLOOR, seeds=6, **fields)
@@ -524,8 +536,7 @@ CASES: tuple[Case, ...] = (
     ),
     _recursion(
         "trm_recursion-fused",
-        heads=8,
-        groups=4,
+        heads=_Heads(width=64, share=2),
         candidate="fused",
         shapes=((1, 3, 32, 24), (2, 5, 48, 20)),
         bench=((768, 97, 512, 1536),),
@@ -534,8 +545,7 @@ CASES: tuple[Case, ...] = (
     ),
     _recursion(
         "trm_recursion-mm",
-        heads=16,
-        groups=16,
+        heads=_Heads(width=128, share=1),
         candidate="mm",
         shapes=((1, 3, 32, 24), (1, 5, 64, 20)),
         bench=((4, 2048, 2048, 5632),),
@@ -544,8 +554,7 @@ CASES: tuple[Case, ...] = (
     ),
     _recursion(
         "trm_recursion-tokens",
-        heads=1,
-        groups=None,
+        heads=None,
         shapes=((1, 3, 32, 24), (2, 5, 40, 20)),
         bench=((768, 96, 512, 1536),),
         launches=15,

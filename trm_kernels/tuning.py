@@ -237,7 +237,8 @@ ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
         ),
         "sm90": (
             AttentionLaunch(64, BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
-            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2),
+            AttentionLaunch(128, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2, multiple_of=16),
+            AttentionLaunch(127, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),  # 64 spill on Triton 3.6
             *_DKV_32_BITS,
         ),
     },
