@@ -47,13 +47,13 @@ types: $(READY)
 floors: $(READY)
 	$(BIN)/pytest -q tests/test_floors.py
 
+# on a CUDA device: correctness, sanitizer, small questions, W1 to W6, within nine minutes; again, to go on
 gpu: $(READY)
-	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"
-	$(BIN)/pytest
+	$(BIN)/python -m bench.gpu --out build/gpu $(ARGS)
 
 bench: $(READY)
 	mkdir -p build
-	$(BIN)/pytest bench --benchmark-json=build/bench.json
+	$(BIN)/pytest bench -rs --show-capture=no --benchmark-columns=median,iqr,rounds --benchmark-json=build/bench.json
 
 # what is exact and gated: launches, bytes and parameters counted, registers and shared memory compiled
 static: resources
@@ -65,6 +65,7 @@ cubins: $(READY)
 # registers, stack and shared memory of every kernel, for review
 resources: $(READY)
 	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --write bench/results/static/resources.json
+	$(BIN)/python -m bench tables
 
 # torch first, by itself: resolving it together with what needs it can pick another build
 $(READY): setup.py constraints.txt

@@ -1,8 +1,9 @@
-"""python -m bench static | tables | picture | report | compare: parses, calls, prints."""
+"""python -m bench static | tables | picture | roofline | report | compare: parses, calls, prints."""
 
 import argparse
+from pathlib import Path
 
-from bench import picture, static, tables
+from bench import picture, report, static, tables
 
 
 def _static(chosen: argparse.Namespace) -> int:
@@ -24,6 +25,25 @@ def _tables(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _roofline(chosen: argparse.Namespace) -> int:
+    print(tables.predicted())
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    paths = chosen.files or [
+        p for p in (Path("build/bench.json"), Path("build/gpu"), report.RESULTS) if p.exists()
+    ]
+    print(report.write(paths, chosen.out))
+    print(f"{chosen.out / 'report.md'} is written, with its plots.")
+    return 0
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    print(report.compare(report.read([chosen.a]), report.read([chosen.b])))
+    return 0
+
+
 def _picture(chosen: argparse.Namespace) -> int:
     picture.draw()
     print(f"{picture.FILE} is written")
@@ -41,6 +61,21 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("tables", help="make the README's tables anew from bench/results")
     command.set_defaults(run=_tables)
+
+    command = commands.add_parser("roofline", help="predicted floors of the workloads on four cards")
+    command.set_defaults(run=_roofline)
+
+    command = commands.add_parser("report", help="tables and plots of measured results")
+    command.add_argument("files", nargs="*", type=Path, help="folders of bench.gpu, files of pytest bench")
+    command.add_argument(
+        "--out", type=Path, default=Path("build/report"), help="folder for report.md and plots"
+    )
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser("compare", help="two runs: ratios, and what is within noise")
+    command.add_argument("a", type=Path)
+    command.add_argument("b", type=Path)
+    command.set_defaults(run=_compare)
 
     command = commands.add_parser("picture", help="draw what is fused: docs/fused-recursion.png")
     command.set_defaults(run=_picture)

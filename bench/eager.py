@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights
+from trm_kernels.precision import wide
 
 
 class Recursion(NamedTuple):
@@ -37,8 +38,8 @@ class Recursion(NamedTuple):
         return self.num_cycles * (self.num_recursion_steps + 1) * self.num_layers
 
 
-# (evaluation, keys, values [B, H, T, K]) -> those of all tokens so far
-UpdateCache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+# keys and values [B, H, S, K] of all tokens, with room for the newest in the last place; one each evaluation
+Cache = tuple[Tensor, Tensor]
 
 
 class Parts(NamedTuple):
@@ -54,9 +55,9 @@ class Parts(NamedTuple):
 def turn(u: Tensor, angles: Angles) -> Tensor:
     """u [B, T, N, K] turned, in float32 on the way; angles [B or 1, T, 1, K]."""
     cos, sin = angles
-    wide = u.float()
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(u.dtype)
+    u_wide = wide(u)
+    low, high = u_wide.chunk(2, dim=-1)
+    return (u_wide * cos + torch.cat((-high, low), dim=-1) * sin).to(u.dtype)
 
 
 def plain_rope(qk: Tensor, angles: Angles) -> Sequence[Tensor]:
@@ -72,8 +73,8 @@ def plain_rms(v: Tensor, eps: float) -> Tensor:
 
 
 def paper_rms(v: Tensor, eps: float) -> Tensor:
-    wide = v.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+    v_wide = wide(v)
+    return (v_wide * torch.rsqrt(v_wide.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
 
 def plain_attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
@@ -99,7 +100,7 @@ def layer(
     angles: Angles,
     numbers: Recursion,
     parts: Parts,
-    update_cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """One evaluation of a layer; v [B, T, D]."""
     assert isinstance(w.mixer, AttentionWeights)
@@ -107,13 +108,20 @@ def layer(
     q, k = parts.rope(heads[:, :, : 2 * numbers.H], angles)
     q, k, value = (t.transpose(1, 2) for t in (q, k, heads[:, :, 2 * numbers.H :]))
     is_causal = numbers.causal
-    if update_cache is not None:
-        k, value = update_cache(k, value)
+    if cache is not None:
+        k, value = write(cache, k, value)
         is_causal = False  # the one query there is comes last
     o = parts.attend(q, k, value, is_causal).transpose(1, 2).flatten(2)
     v = parts.rms(v + parts.linear(o, w.mixer.o_proj), numbers.eps)
     a = parts.swiglu(parts.linear(v, w.mlp.gate_up_proj))
     return parts.rms(v + parts.linear(a, w.mlp.down_proj), numbers.eps)
+
+
+def write(cache: Cache, k: Tensor, v: Tensor) -> Cache:
+    """The cache, with the newest token's keys and values in it."""
+    for all_tokens, newest in zip(cache, (k, v), strict=True):
+        all_tokens[:, :, -1:] = newest
+    return cache
 
 
 def f(
@@ -123,12 +131,12 @@ def f(
     angles: Angles,
     numbers: Recursion,
     parts: Parts,
-    updates: Sequence[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None] | None = None,
+    caches: Sequence[Cache] | None = None,
 ) -> Tensor:
     """All layers, from state + r."""
     v = state + r
     for i, w in enumerate(weights):
-        v = layer(v, w, angles, numbers, parts, None if updates is None else updates[i])
+        v = layer(v, w, angles, numbers, parts, None if caches is None else caches[i])
     return v
 
 
@@ -139,21 +147,20 @@ def recursion(
     weights: Sequence[LayerWeights],
     angles: Angles,
     numbers: Recursion,
+    caches: Sequence[Cache] | None = None,
+    *,
     parts: Parts = PLAIN,
     apply_f: Callable[..., Tensor] = f,
-    update_cache: UpdateCache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, z). apply_f is f, or f compiled; angles [B or 1, T, K/2]."""
-    evaluation = 0
+    """(y, z). apply_f is f, or f compiled; angles [B or 1, T, K/2]; caches, one each evaluation."""
     angles = Angles(*(torch.cat((t, t), dim=-1)[:, :, None] for t in angles))  # for both halves, all heads
+    L, calls = len(weights), 0
 
     def next_f(state: Tensor, r: Tensor) -> Tensor:
-        nonlocal evaluation
-        updates = None
-        if update_cache is not None:
-            updates = [_of_evaluation(update_cache, evaluation + i) for i in range(len(weights))]
-        evaluation += len(weights)
-        return apply_f(state, r, weights, angles, numbers, parts, updates)
+        nonlocal calls
+        of_call = None if caches is None else caches[L * calls : L * (calls + 1)]
+        calls += 1
+        return apply_f(state, r, weights, angles, numbers, parts, of_call)
 
     for cycle in range(numbers.num_cycles):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cycle == numbers.num_cycles - 1):
@@ -162,9 +169,3 @@ def recursion(
                 z = next_f(z, y_and_x)
             y = next_f(y, z)
     return y, z
-
-
-def _of_evaluation(
-    update_cache: UpdateCache, evaluation: int
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return lambda k, v: update_cache(evaluation, k, v)

@@ -22,8 +22,6 @@ from torch import Tensor
 from bench import eager
 from bench.counting import Counting, nbytes, storages_kept
 from bench.eager import PAPER, PLAIN, Recursion
-from hybrid.info import KNOWN_BASES, PRESET_BASES, on_meta, parts
-from hybrid.presets import PresetConfigs
 from trm_kernels.backend import backend
 from trm_kernels.launch import record
 from trm_kernels.ops.recursion import trm_recursion
@@ -84,12 +82,12 @@ class Counted:
             num_cycles=n.num_cycles,
             save=save,
             candidate=candidate,
+            angles=self.angles,
         )
 
-    def eager(self, parts: eager.Parts, apply_f: Callable[..., Tensor] = eager.f) -> tuple[Tensor, Tensor]:
-        return eager.recursion(
-            self.x, self.x, self.x, self.weights, self.angles, self.numbers, parts, apply_f
-        )
+    def eager(self, ways: eager.Parts, apply_f: Callable[..., Tensor] = eager.f) -> tuple[Tensor, Tensor]:
+        state = self.x, self.x, self.x
+        return eager.recursion(*state, self.weights, self.angles, self.numbers, parts=ways, apply_f=apply_f)
 
     def backward(self, out: tuple[Tensor, Tensor]) -> None:
         torch.autograd.grad(out, [self.x, *self.flat], [torch.empty_like(t) for t in out])
@@ -218,6 +216,9 @@ def count_saved(with_compiled: bool = True) -> Figures:
 
 def count_parameters() -> Figures:
     """Parameters of the presets, from the modules."""
+    from hybrid.info import KNOWN_BASES, PRESET_BASES, on_meta, parts
+    from hybrid.presets import PresetConfigs
+
     rows = {}
     for preset, base in PRESET_BASES.items():
         counts: Counter[str] = Counter()

@@ -4,20 +4,16 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m ben
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from bench import static
+from bench import roofline, static
+from bench.report import RESULTS, Measured, ms, read, table
+from bench.workloads import WORKLOADS
 
 README = Path(__file__).parents[1] / "README.md"
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column to the left, numbers to the right."""
-    lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def number(value: float) -> str:
@@ -28,14 +24,14 @@ def number(value: float) -> str:
 def launches() -> str:
     figures = static.load("launches")
     rows = [[name, *map(number, row)] for name, row in figures["rows"].items()]
-    return markdown(("kernels started by", *figures["columns"]), rows)
+    return table(("kernels started by", *figures["columns"]), rows)
 
 
 def saved_bytes() -> str:
     figures = static.load("saved")
     most = figures["rows"][static.EAGER][0]
     rows = [[name, number(row[0]), f"1/{most / row[0]:.1f}"] for name, row in figures["rows"].items()]
-    return markdown(("kept for backward", "bytes per token and evaluation", "of eager's"), rows)
+    return table(("kept for backward", "bytes per token and evaluation", "of eager's"), rows)
 
 
 def parameters() -> str:
@@ -44,7 +40,7 @@ def parameters() -> str:
         [f"`{name}`", number(base), number(trm), number(base + trm)]
         for name, (base, trm) in figures["rows"].items()
     ]
-    return markdown(("preset", "base", "TRM", "together"), rows)
+    return table(("preset", "base", "TRM", "together"), rows)
 
 
 def resources() -> str:
@@ -61,7 +57,53 @@ def resources() -> str:
         "stack, bytes a thread",
         "shared, bytes a block",
     )
-    return markdown(columns, rows)
+    return table(columns, rows)
+
+
+def predicted() -> str:
+    """Floors of each workload, in milliseconds; a prediction, whatever will be measured."""
+    rows = []
+    for workload in WORKLOADS:
+        row = [f"{workload.name}: {workload.title}"]
+        for name, card in roofline.CARDS.items():
+            floors = [
+                roofline.floor_ms(workload, workload.batch[name], way, card)[1] for way in roofline.WAYS
+            ]
+            row.append(f"{' / '.join(map(ms, floors))} ({workload.batch[name]})")
+        rows.append(row)
+    return table(["predicted floor, ms: eager / torch.compile / ours (batch)", *roofline.CARDS], rows)
+
+
+def measured() -> str:
+    """Workloads by device: ours in milliseconds, and how much faster; only of devices that were measured."""
+    found = [m for m in read([RESULTS]) if m.kind != "flushed"]
+    devices = list(dict.fromkeys(m.device for m in found))
+    if not devices:
+        return "No card has been measured yet."
+    rows = []
+    for workload in WORKLOADS:
+        row = [workload.name]
+        for device in devices:
+            row += _measured_cells([m for m in found if (m.device, m.workload) == (device, workload.name)])
+        rows.append(row)
+    columns = [
+        f"{device}: {what}"
+        for device in devices
+        for what in ("ours, ms", "faster than eager by", "than the best torch.compile by")
+    ]
+    return table(["", *columns], rows)
+
+
+def _measured_cells(found: list[Measured]) -> list[str]:
+    """Ours, and ratios of medians to it: the better of plain and CUDA graph, each."""
+
+    def best(*begins: str) -> float | None:
+        return min((m.ms for m in found if m.ms and m.peer.startswith(begins)), default=None)
+
+    ours, eager, compiled = best("ours"), best("eager", "TRM paper"), best("torch.compile")
+    if ours is None:
+        return ["", "", ""]
+    return [ms(ours), *("" if other is None else f"{other / ours:.2f}" for other in (eager, compiled))]
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -69,6 +111,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "saved-bytes": saved_bytes,
     "parameters": parameters,
     "resources": resources,
+    "predicted": predicted,
+    "measured": measured,
 }
 
 
@@ -80,12 +124,12 @@ def rewritten(text: str) -> str:
     if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
         raise ValueError(f"README tables: expected an end to each of {begun} tables, got {found}.")
 
-    def table(block: re.Match[str]) -> str:
+    def anew(block: re.Match[str]) -> str:
         if block["name"] not in TABLES:
             raise ValueError(f"README tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
         return f"{block[1]}{TABLES[block['name']]()}\n{block[4]}"
 
-    return _BLOCK.sub(table, text)
+    return _BLOCK.sub(anew, text)
 
 
 def rewrite(path: Path = README) -> bool:

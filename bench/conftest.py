@@ -1,0 +1,9 @@
+"""`pytest bench --card rtx4090`: whose batch sizes to take on a GPU."""
+
+import pytest
+
+from bench.workloads import CARDS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--card", choices=CARDS, help="whose batch sizes to take; default: by the device's name")

@@ -1,0 +1,54 @@
+"""Results on disk: one JSON file, written whole after every record, so that a time limit loses nothing.
+
+A record is first written as "running". One that is found so by a later run did not finish; it is tried anew,
+TRIES times in all, and then left as it is.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+TRIES = 3
+
+
+class Store:
+    """Facts, and records by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"facts": {}, "records": {}}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+
+    @property
+    def records(self) -> dict[str, Record]:
+        records: dict[str, Record] = self.content["records"]
+        return records
+
+    def set_facts(self, **facts: Any) -> None:
+        self.content["facts"].update(facts)
+        self._write()
+
+    def is_done(self, name: str) -> bool:
+        record = self.records.get(name)
+        if record is None:
+            return False
+        return record["state"] != "running" or record.get("tries", 1) >= TRIES
+
+    def start(self, name: str) -> None:
+        tries = self.records.get(name, {}).get("tries", 0) + 1
+        self.records[name] = {"state": "running", "tries": tries}
+        self._write()
+
+    def finish(self, name: str, **record: Any) -> None:
+        self.records[name] = record
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(new, self.path)
