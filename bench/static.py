@@ -22,6 +22,9 @@ from torch import Tensor
 from bench import eager
 from bench.counting import Counting, nbytes, storages_kept
 from bench.eager import PAPER, PLAIN, Recursion
+from hybrid import HybridModel
+from hybrid.info import KNOWN_BASES, PRESET_BASES, on_meta, parts
+from hybrid.presets import PresetConfigs
 from trm_kernels.backend import backend
 from trm_kernels.launch import record
 from trm_kernels.ops.recursion import trm_recursion
@@ -178,6 +181,35 @@ def _calls_in_generated_code(counted: Counted, with_backward: bool) -> int:
     return found
 
 
+def count_decode(with_compiled: bool = True) -> Figures:
+    """Kernels that the TRMs of level 1 start for one token of generate(): all that the base does not.
+
+    Batch 1, a dynamic cache, everything in bfloat16. The recursions themselves, the projections around them,
+    and RoPE's table, which is made once for all.
+    """
+    preset = "llama_2_7b_level1"
+    rows = {}
+    for name, regime in (("launched per op", "per_op"), ("in one launch", "one_launch")):
+        config = getattr(PresetConfigs, preset)()
+        config.trm_regime, config.trm_dtype = regime, "bfloat16"
+        model = on_meta(config, KNOWN_BASES[PRESET_BASES[preset]]).bfloat16().eval()
+        with_trms = _launches_of_a_token(model)
+        with model.disable_injection():
+            rows[name] = [float(with_trms - _launches_of_a_token(model))]
+    return _figures("kernels started by the TRMs of level 1", ("a token",), rows)
+
+
+@torch.no_grad()
+def _launches_of_a_token(model: HybridModel) -> int:
+    """After a prompt and a first token, for which a dynamic cache makes room."""
+    ids, cache = torch.zeros(1, 8, dtype=torch.long, device="meta"), None
+    for tokens in (8, 1, 1):
+        with backend("auto"), _counting() as total:
+            cache = model(ids[:, :tokens], past_key_values=cache, use_cache=True).past_key_values
+            count = total()
+    return count
+
+
 def count_saved(with_compiled: bool = True) -> Figures:
     """Bytes kept for backward, for a token and an evaluation of a layer, at d 512.
 
@@ -216,9 +248,6 @@ def count_saved(with_compiled: bool = True) -> Figures:
 
 def count_parameters() -> Figures:
     """Parameters of the presets, from the modules."""
-    from hybrid.info import KNOWN_BASES, PRESET_BASES, on_meta, parts
-    from hybrid.presets import PresetConfigs
-
     rows = {}
     for preset, base in PRESET_BASES.items():
         counts: Counter[str] = Counter()
@@ -230,6 +259,7 @@ def count_parameters() -> Figures:
 
 COUNTS: dict[str, Callable[[bool], Figures]] = {
     "launches": count_launches,
+    "decode": count_decode,
     "saved": count_saved,
     "parameters": lambda with_compiled: count_parameters(),
 }

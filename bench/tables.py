@@ -27,6 +27,11 @@ def launches() -> str:
     return table(("kernels started by", *figures["columns"]), rows)
 
 
+def decode() -> str:
+    rows = static.load("decode")["rows"].items()
+    return table(("the TRMs of level 1", "kernels a token"), [[name, number(row[0])] for name, row in rows])
+
+
 def saved_bytes() -> str:
     figures = static.load("saved")
     most = figures["rows"][static.EAGER][0]
@@ -108,6 +113,7 @@ def _measured_cells(found: list[Measured]) -> list[str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "launches": launches,
+    "decode": decode,
     "saved-bytes": saved_bytes,
     "parameters": parameters,
     "resources": resources,

@@ -7,7 +7,8 @@ recursion steps the cache was filled.
 
 Decoding appends one token to each of these layers at every step. StaticLayer writes it in place; GrowingLayer
 does so too, where transformers' DynamicLayer copies all tokens before it. What is copied is the new token
-alone, once: from where RoPE and the projection left its key and its value.
+alone, once: from where RoPE and the projection left its key and its value. A recursion in one launch copies
+nothing: it is given the tensors themselves, with room for its tokens, and writes where they stay.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from trm_kernels.ops.one_launch.recursion import CacheRoom
 
 
 class GrowingLayer(DynamicLayer):
@@ -35,23 +38,39 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """All keys and values [B, G, S, K], after the new ones [B, G, T, K] were added."""
-        new, old, seen = [key_states, value_states], self._old(), self.get_seq_length()
-        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in new + old)
-        if torch.compiler.is_compiling() or wants_gradient or (old and not _are_alike(new, old)):
+        new, seen, tokens = [key_states, value_states], self.get_seq_length(), key_states.shape[2]
+        room = self.room_for(tokens, new)
+        if room is None:
             self._room, self._shown = [], []
             return super().update(key_states, value_states, *args, **kwargs)
+        _write(room, seen, new)
+        self.written(tokens)
+        return self._shown[0], self._shown[1]
+
+    def room_for(self, tokens: int, like: list[Tensor]) -> list[Tensor] | None:
+        """The tensors [B, G, capacity, K] of keys and of values, with room for so many tokens more.
+
+        like   keys and values of this kind, with any number of tokens
+
+        None where they cannot be written to: for gradients, in a traced graph, or for tokens of another kind.
+        """
+        old, seen = self._old(), self.get_seq_length()
+        wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in like + old)
+        if torch.compiler.is_compiling() or wants_gradient or (old and not _are_alike(like, old)):
+            return None
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        total = seen + key_states.shape[2]
-        if not (self._is_as_we_left_it() and self._has_room(total)):
+            self.lazy_initialization(like[0], like[1])
+        if not (self._is_as_we_left_it() and self._has_room(seen + tokens)):
             self._room, self._shown = [], []  # what may be freed is freed first
-            capacity = max(total, 2 * seen)
-            self._room = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in new]
+            capacity = max(seen + tokens, 2 * seen)
+            self._room = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in like]
             if old:
                 _write(self._room, 0, old)
-        _write(self._room, seen, new)
-        self._show(total)
-        return self._shown[0], self._shown[1]
+        return self._room
+
+    def written(self, tokens: int) -> None:
+        """So many were written into the room, after those that were there."""
+        self._show(self.get_seq_length() + tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         is_ours = self._is_as_we_left_it()
@@ -98,6 +117,57 @@ def _are_alike(some: list[Tensor], others: list[Tensor]) -> bool:
 def _write(room: list[Tensor], start: int, new: list[Tensor]) -> None:
     for r, t in zip(room, new, strict=True):
         r[:, :, start : start + t.shape[2]] = t
+
+
+class InjectionCache:
+    """The layers of a cache that belong to one injection point, in the form that trm_recursion takes.
+
+    first_layer   of the cache, evaluation 0's
+    num_keys      so many of a static layer's slots are handed back; None: all
+    """
+
+    def __init__(self, cache: Cache, first_layer: int, num_keys: int | None) -> None:
+        self.cache, self.first_layer, self.num_keys = cache, first_layer, num_keys
+        self._layers: list[Any] = []  # those that there was room in
+
+    def __call__(self, evaluation: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.cache.update(keys, values, self.first_layer + evaluation)
+        return (k, v) if self.num_keys is None else (k[:, :, : self.num_keys], v[:, :, : self.num_keys])
+
+    def room(
+        self, x: Tensor, num_key_value_heads: int, head_width: int, evaluations: int
+    ) -> CacheRoom | None:
+        """Where the keys and values of x's tokens go; None where a layer cannot be written to."""
+        layers: list[Any] = self.cache.layers[self.first_layer : self.first_layer + evaluations]
+        if len(layers) < evaluations or len({type(layer) for layer in layers}) > 1 or self.cache.offloading:
+            return None
+        B, T = x.shape[:2]
+        empty = x.new_empty(B, num_key_value_heads, 0, head_width)
+        rooms = [_room_in(layer, T, empty) for layer in layers]
+        if any(room is None for room in rooms):
+            return None
+        self._layers = layers
+        keys, values = ([room[i] for room in rooms if room] for i in range(2))
+        if isinstance(layers[0], GrowingLayer):
+            return CacheRoom(keys, values, [], layers[0].get_seq_length())
+        return CacheRoom(keys, values, [layer.cumulative_length for layer in layers], 0)
+
+    def written(self, tokens: int) -> None:
+        """So many were written into the room; of a static layer the length counts them already."""
+        for layer in self._layers:
+            if isinstance(layer, GrowingLayer):
+                layer.written(tokens)
+
+
+def _room_in(layer: Any, tokens: int, empty: Tensor) -> list[Tensor] | None:
+    if isinstance(layer, GrowingLayer):
+        return layer.room_for(tokens, [empty, empty])
+    if type(layer) is not StaticLayer:
+        return None
+    if not layer.is_initialized:
+        layer.lazy_initialization(empty, empty)
+    room: list[Any] = [layer.keys, layer.values]
+    return room if _are_alike([empty, empty], room) else None
 
 
 def make_room(

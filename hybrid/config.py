@@ -8,7 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
+from trm_kernels.quantize import QUANTIZE
 from trm_kernels.trm import check_sizes
+from trm_kernels.tuning import REGIMES
 
 BLENDING_STRATEGIES = ("linear", "gated")
 RECURSION_SAMPLINGS = ("fixed", "uniform")
@@ -39,6 +41,10 @@ class HybridConfig(PreTrainedConfig):
                              trm_kernels/ops/fused_recursion.py
     trm_attention            who computes the TRM's attention: "auto", "triton", "sdpa", "reference", ...; see
                              trm_kernels/ops/rope_attention.py; one that is not there is an error when it runs
+    trm_regime               how the TRMs are launched without gradient: "auto", "per_op", "one_launch" or
+                             "per_phase"; see trm_kernels/ops/one_launch/recursion.py
+    trm_quantize             the TRMs' matrices in 8 bits for inference: "int8" or "fp8"; default none; see
+                             trm_kernels/quantize.py
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
 
@@ -69,6 +75,8 @@ class HybridConfig(PreTrainedConfig):
         trm_dtype: str = "float32",
         trm_save: str = "auto",
         trm_attention: str = "auto",
+        trm_regime: str = "auto",
+        trm_quantize: str | None = None,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         **kwargs: Any,
@@ -93,6 +101,8 @@ class HybridConfig(PreTrainedConfig):
         self.trm_dtype = str(trm_dtype).removeprefix("torch.")
         self.trm_save = trm_save
         self.trm_attention = trm_attention
+        self.trm_regime = trm_regime
+        self.trm_quantize = trm_quantize
         self._check()
         _refuse_misspelt(kwargs)
 
@@ -169,10 +179,12 @@ class HybridConfig(PreTrainedConfig):
             ("trm_dtype", tuple(TRM_DTYPES)),
             ("trm_save", ("auto", *SAVES)),
             ("trm_attention", IMPLEMENTATIONS),
+            ("trm_regime", ("auto", *REGIMES)),
+            ("trm_quantize", (None, *QUANTIZE)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"HybridConfig: expected {name} to be one of {', '.join(allowed)}, "
+                    f"HybridConfig: expected {name} to be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}."
                 )
 

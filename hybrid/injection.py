@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
+from hybrid.cache import InjectionCache
 from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
@@ -78,6 +79,8 @@ class Injection(GradientCheckpointingLayer):
             eps=config.trm_rms_norm_eps,
             attention=config.trm_attention,
             save=config.trm_save,
+            regime=config.trm_regime,
+            quantize=config.trm_quantize,
             **factory,
         )
         self.out_proj = Matrix(hidden_size, d, **factory)
@@ -111,10 +114,7 @@ class Injection(GradientCheckpointingLayer):
         update_cache = None
         if past_key_values is not None:
             first = self.first_cache_layer + self.index * self.recursion.evaluations(num_recursion_steps)
-
-            def update_cache(evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-                k, v = past_key_values.update(k, v, first + evaluation)
-                return (k, v) if num_keys is None else (k[:, :, :num_keys], v[:, :, :num_keys])
+            update_cache = InjectionCache(past_key_values, first, num_keys)
 
         # a traced graph keeps the backend in force while it is traced
         with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):

@@ -78,6 +78,8 @@ def _type_of(hint: Any) -> dict[str, Any]:
     """What argparse has to know about a field of this type."""
     if hint == list[int] | None:
         return {"type": int, "nargs": "+", "metavar": "N"}
+    if hint == str | None:
+        return {"type": _name_or_none, "metavar": "NAME"}
     if isinstance(hint, types.UnionType):
         return {"type": _whole_number_or_none, "metavar": "N"}
     return {"type": hint, "metavar": {int: "N", float: "X", str: "NAME"}[hint]}
@@ -85,6 +87,10 @@ def _type_of(hint: Any) -> dict[str, Any]:
 
 def _whole_number_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
+
+
+def _name_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
 
 
 def _meanings() -> dict[str, str]:

@@ -153,6 +153,35 @@ def _mend_dot() -> None:
     InterpreterBuilder.create_dot = _widens(InterpreterBuilder.create_dot)
 
 
+# --- whole numbers to bfloat16: they become the bit patterns
+
+
+@triton.jit
+def _whole_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    offs_n = tl.arange(0, N)
+    tl.store(out_ptr + offs_n, tl.load(x_ptr + offs_n).to(tl.bfloat16))
+
+
+def _whole_numbers_are_right() -> bool:
+    x = torch.tensor([-127, -1, 0, 1, 2, 3, 100, 127], dtype=torch.int8)
+    out = torch.zeros(8, dtype=torch.bfloat16)
+    _whole_kernel[(1,)](x, out, N=8)
+    return torch.equal(out, x.bfloat16())
+
+
+def _mend_whole_numbers() -> None:
+    def widens(convert: Callable) -> Callable:
+        def convert_wide(self, source, kind):
+            if kind.scalar != tl.bfloat16:
+                return convert(self, source, kind)
+            return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+
+        return convert_wide
+
+    for name in ("create_si_to_fp", "create_ui_to_fp"):
+        setattr(InterpreterBuilder, name, widens(getattr(InterpreterBuilder, name)))
+
+
 # --- sums of bfloat16: as arithmetic, the bit patterns are added up
 
 
@@ -196,6 +225,7 @@ TRAPS = (
     Trap("rounding to bfloat16", _rounding_is_right, _mend_rounding),
     Trap("bfloat16 arithmetic", _arithmetic_is_right, _mend_arithmetic),
     Trap("bfloat16 dot", _dot_is_right, _mend_dot),
+    Trap("whole numbers to bfloat16", _whole_numbers_are_right, _mend_whole_numbers),
     Trap("bfloat16 sum", _sum_is_right, _mend_sum),
 )
 FOUND: list[str] = []  # the traps this Triton has

@@ -1,19 +1,24 @@
 """Every kernel compiles for every GPU and keeps within its limits; every op starts the kernels it should."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from bench.static import changes
 from trm_kernels import aot, tuning
 from trm_kernels.aot import SHARED_LIMIT, MainLoop, calls_of, compile_for, jobs, launches_of
 from trm_kernels.backend import interpreting
-from trm_kernels.cases import CASES
+from trm_kernels.cases import CASES, _by_names
 from trm_kernels.launch import Launch, record
 from trm_kernels.ops.add_rms_norm import _add_rms_norm_fwd_kernel
+from trm_kernels.ops.one_launch.grid_barrier import grid_barrier
+from trm_kernels.ops.recursion import trm_recursion
 
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -60,6 +65,7 @@ def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
     for name in ("lookup", "gemm", "tile", "find_attention"):
         watch(name)
     watch("lookup_decode", "decode_attention")
+    watch("one_launch", "one_launch")
     for case in CASES:
         for settings in (*ARCHS, "any"):
             looked_up.clear()
@@ -69,8 +75,8 @@ def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
                     for op, row in looked_up
                     if call.kernel.fn.__name__.startswith(f"_{op}") and takes(call, row)
                 }
-    decode = {"decode_attention": tuning.DECODE}
-    for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES, tuning.ATTENTION, decode):
+    others = {"decode_attention": tuning.DECODE, "one_launch": tuning.ONE_LAUNCH}
+    for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES, tuning.ATTENTION, others):
         for op, archs in table.items():
             for arch, rows in archs.items():
                 takers = (arch,) if arch in ARCHS else ("any",)
@@ -215,3 +221,32 @@ def test_an_unknown_gpu_is_refused(capsys):
         aot.main(["--arch", "42"])
     assert stop.value.code == 2
     assert "invalid choice: 42" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_grid_barrier_looks_by_loads_that_acquire(arch):
+    """And arrives by an atomic addition that acquires and releases; both for the whole GPU."""
+    source = ASTSource(grid_barrier, {"counter_ptr": "*i32"}, {}, {})
+    ptx = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32)).asm["ptx"]
+    assert len(re.findall(r"\bld\.global\.gpu\.acquire\.", ptx)) == 2, "the first look, and those of the loop"
+    assert len(re.findall(r"\batom\.global\.gpu\.acq_rel\.add\.", ptx)) == 1
+    assert ptx.count("bar.sync") >= 2
+
+
+@pytest.mark.parametrize("arch", ("sm89", "sm90"))
+def test_one_launch_with_weights_in_fp8(arch):
+    """No case of CASES: an A100 has no such type."""
+
+    def recursion(*tensors):
+        weights, scales = (_by_names(tensors[i : i + 4]) for i in (1, 5))
+        sizes = {"num_heads": 16, "num_recursion_steps": 1, "causal": True}
+        x = tensors[0]
+        return trm_recursion(x, x, x, [weights], scales=[scales], regime="one_launch", **sizes)
+
+    sizes = (3 * 2048, 2048), (2048, 2048), (2 * 5632, 2048), (2048, 5632)
+    weights = [torch.empty(size, dtype=torch.float8_e4m3fn, device="meta") for size in sizes]
+    scales = [torch.empty(size[0], device="meta") for size in sizes]
+    with record(arch) as launches:
+        recursion(torch.empty(1, 1, 2048, dtype=torch.bfloat16, device="meta"), *weights, *scales)
+    kernel = compile_for(launches[0], arch)
+    assert kernel.stack == 0 and kernel.shared <= SHARED_LIMIT[arch]

@@ -11,7 +11,7 @@ from trm_kernels.ops import fused_layer, fused_recursion
 pytestmark = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")
 
 # torch.compile's launches wait for a C++ compiler: `python -m bench static --check` counts them too
-QUICK = {"launches": False, "saved": True, "parameters": True}
+QUICK = {"launches": False, "decode": True, "saved": True, "parameters": True}
 
 
 @pytest.mark.parametrize("name", static.COUNTS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,8 @@ BUGS = [
     ("add_rms_norm-three", "add_rms_norm.fwd", "h += tl.load", "h = 0 * h + tl.load"),
     ("norm_add", "norm_add.fwd", "/ D + eps", "/ D"),
     ("norm_add", "norm_add.bwd", "- y * along_y", "+ y * along_y"),
-    ("linear_swiglu", "linear_swiglu.fwd", "(N + offs_n)", "(0 + offs_n)"),
-    ("linear_swiglu", "linear_swiglu.fwd", "offs_k < K - k", "offs_k < K"),
+    ("linear_swiglu", "linear_swiglu.fwd", "N + offs_n,", "0 + offs_n,"),
+    ("linear_swiglu", "linear_swiglu.rows_by_two_weights", "offs_k < K - k", "offs_k < K"),
     ("linear_swiglu", "linear_swiglu.fwd", "gu_ptrs + N, u", "gu_ptrs + N, g"),
     ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale[:, None]", "pass"),
     ("linear_swiglu-mm", "linear_swiglu.act", "tl.sigmoid(g)", "tl.sigmoid(u)"),
@@ -66,12 +67,21 @@ BUGS = [
     ("rope_attention", "rope_attention._load_turned", "cos, sin)", "cos, -sin)"),
     ("rope_attention-padded", "rope_attention._only_visible", "key <= query", "key < query"),
     ("decode_attention", "decode_attention.fwd", "chunk * BLOCK_H", "0"),
-    ("decode_attention", "decode_attention.fwd", "total * shrink", "total"),
+    ("decode_attention", "decode_attention.softmax_step", "total * shrink", "total"),
     ("decode_attention", "decode_attention.fwd", "highest + tl.log2(total)", "tl.log2(total)"),
     ("decode_attention-padded", "decode_attention.fwd", "(offs_n >= start) & ", ""),
     ("decode_attention-padded", "decode_attention.fwd", "tl.load(ends_ptr", "1 + tl.load(ends_ptr"),
     ("decode_attention-padded", "decode_attention.fwd", "visible & (tl.load(", "visible | (tl.load("),
-    ("decode_attention", "decode_attention.merge", "weight[:, None] * part", "part"),
+    ("decode_attention", "decode_attention.merge_parts", "weight[:, None] * part", "part"),
+    ("trm_recursion-one-launch", "one_launch.phases._sum_at_start", "mask=mask & adds_x", "mask=mask"),
+    ("trm_recursion-one-launch", "one_launch.phases._store_state", "tl.sum(h * h,", "tl.sum(h,"),
+    ("trm_recursion-one-launch", "one_launch.kernel.gate_up_phase", " F + offs_n,\n", " offs_n,\n"),
+    ("trm_recursion-one-launch", "one_launch.kernel.down_phase", "* rstd[:, None]", ""),
+    ("trm_recursion-decode", "one_launch.kernel.project_phase", "(seen + t) * stride_ks", "t * stride_ks"),
+    ("trm_recursion-decode", "one_launch.kernel.project_phase", "head < H + G", "head < H"),
+    ("trm_recursion-decode", "one_launch.kernel.attention_phase", "+ offs_r % GROUP", ""),
+    ("trm_recursion-decode", "one_launch.kernel.attention_phase", "tl.load(key_mask", "1 + tl.load(key_mask"),
+    ("trm_recursion-decode-int8", "one_launch.phases._channel_scale", "+ offs_n", "+ 0 * offs_n"),
 ]  # fmt: skip
 
 
@@ -79,15 +89,16 @@ BUGS = [
 @pytest.mark.skipif(not interpreting(), reason="arithmetic: the interpreter shows it")
 @pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
 def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):
-    file, part = place.split(".")
+    file, part = place.rsplit(".", 1)
     op_file = importlib.import_module(f"trm_kernels.ops.{file}")
     kernel = part if hasattr(op_file, part) else f"_{file}_{part}_kernel"
-    source = inspect.getsource(getattr(op_file, kernel).fn)
+    function = getattr(op_file, kernel).fn
+    source, home = inspect.getsource(function), sys.modules[function.__module__]
     assert right in source
-    names = [name for name in vars(op_file) if not name.startswith("__")]
+    names = [name for name in vars(home) if not name.startswith("__")]
     # a kernel of its own, in the surroundings of the right one
     path = tmp_path / "bug.py"
-    path.write_text(f"from {op_file.__name__} import {', '.join(names)}\n\n\n{source.replace(right, wrong)}")
+    path.write_text(f"from {home.__name__} import {', '.join(names)}\n\n\n{source.replace(right, wrong)}")
     spec = importlib.util.spec_from_file_location("bug", path)
     bug = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bug)

@@ -170,6 +170,7 @@ def test_float32_equals_a_loop_and_the_policies_equal_each_other(changes, key_ma
 
 @kernels_run
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("D", "T"), [(64, 13), (64, 97), (128, 13), (128, 97)])
 def test_float32_at_full_depth(D, T):
     """42 evaluations of a layer.
@@ -186,6 +187,7 @@ def test_float32_at_full_depth(D, T):
 
 @kernels_run
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("save", SAVES)
 def test_bfloat16_at_full_depth(save):
     trm = make(torch.bfloat16, num_recursion_steps=6, num_cycles=3, grad_cycles=None)

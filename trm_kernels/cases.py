@@ -5,7 +5,7 @@ and compiled by adding its row.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,12 +21,14 @@ from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
 from trm_kernels.ops.linear_swiglu import linear_swiglu, linear_swiglu_ref
 from trm_kernels.ops.norm_add import norm_add, norm_add_ref
+from trm_kernels.ops.one_launch.recursion import CacheRoom
 from trm_kernels.ops.recursion import trm_recursion
 from trm_kernels.ops.rope import Angles, rope, rope_angles, rope_ref
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.quantize import quantize
 
 Shape = tuple[int, ...]
 
@@ -216,12 +218,12 @@ def _heads_and_angles(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tenso
 class _Heads(NamedTuple):
     """How attention's heads follow from the width, D."""
 
-    width: int  # of a head; in small tests it is narrower, so that there are two
+    width: int  # of a head; in small tests it is narrower, so that there are several
     share: int  # heads that share keys and values
 
     def counts(self, D: int) -> tuple[int, int]:
         """H and G."""
-        H = max(2, D // self.width)
+        H = max(2, self.share, D // self.width)
         return H, H // self.share
 
 
@@ -242,11 +244,23 @@ def _state_and_weights(heads: _Heads | None, shape: Shape, dtype: torch.dtype, s
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
-def _recursion(name: str, heads: _Heads | None, candidate: str | None = None, **fields: Any) -> Case:
+def _recursion(
+    name: str,
+    heads: _Heads | None,
+    candidate: str | None = None,
+    regime: str = "per_op",
+    with_gradient: bool = True,
+    **fields: Any,
+) -> Case:
     """A case of trm_recursion, the shortest: one layer, one cycle of one step."""
 
     def recursion(
-        x: Tensor, y: Tensor, z: Tensor, *weights: Tensor, candidate: str | None = None
+        x: Tensor,
+        y: Tensor,
+        z: Tensor,
+        *weights: Tensor,
+        candidate: str | None = None,
+        regime: str = "per_op",
     ) -> tuple[Tensor, Tensor]:
         mixer: AttentionWeights | SwiGLUWeights = SwiGLUWeights(*weights[:2])
         H, G = 1, 1
@@ -262,19 +276,105 @@ def _recursion(name: str, heads: _Heads | None, candidate: str | None = None, **
             num_recursion_steps=1,
             causal=heads is not None,
             candidate=candidate,
+            regime=regime,
         )
 
     def ref(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         with backend("reference"):
             return recursion(*tensors)
 
+    def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+        tensors = _state_and_weights(heads, shape, dtype, seed)
+        return tensors if with_gradient else [t.detach() for t in tensors]
+
     def moved(tensors: list[Tensor]) -> int:
         return sum(t.nbytes for t in tensors) + 2 * tensors[0].nbytes
 
-    inputs = partial(_state_and_weights, heads)
-    op = partial(recursion, candidate=candidate)
+    op = partial(recursion, candidate=candidate, regime=regime)
     dtypes = (torch.float32, torch.bfloat16)  # its kernels are those of the ops above, float16 included
     return Case(name, op, ref, inputs, moved=moved, dtypes=dtypes, floor=_PRODUCT_FLOOR, seeds=6, **fields)
+
+
+@dataclass
+class _Slots:
+    """A cache of tensors [B, G, S, K], one pair for every evaluation; the last slot is the new token's."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def __call__(self, evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        both = (self.keys[evaluation], k), (self.values[evaluation], v)
+        old_and_new = [torch.cat((old[:, :, : -new.shape[2]], new), dim=2) for old, new in both]
+        return old_and_new[0], old_and_new[1]
+
+    def room(self, x: Tensor, *_: int) -> CacheRoom:
+        return CacheRoom(self.keys, self.values, [], self.keys[0].shape[2] - x.shape[1])
+
+    def written(self, tokens: int) -> None: ...
+
+
+_ONE_LAUNCH_EVALUATIONS = 2  # one layer, one cycle of one step
+
+
+def _decoding(
+    heads: _Heads, quantized: str | None, shape: Shape, dtype: torch.dtype, seed: int
+) -> list[Tensor]:
+    """x, y, z [B, 1, D], four matrices, and keys and values of two evaluations; a shape is B, S, D, F.
+
+    quantized   the matrices are in 8 bits, and their scales follow them
+    """
+    B, S, D, F = shape
+    x, y, z, *weights = _state_and_weights(heads, (B, 1, D, F), torch.float32, seed)
+    g, (H, G) = torch.Generator().manual_seed(seed + 1), heads.counts(D)
+    slots = [torch.randn(B, G, S, D // H, generator=g) for _ in range(2 * _ONE_LAUNCH_EVALUATIONS)]
+    tensors = [t.detach().to(dtype) for t in (x, y, z, *weights, *slots)]
+    if quantized is None:
+        return tensors
+    pairs = [quantize(w, quantized) for w in weights]
+    return [*tensors[:3], *(w for w, _ in pairs), *(scale for _, scale in pairs), *tensors[7:]]
+
+
+def _one_launch(name: str, heads: _Heads, quantized: str | None = None, **fields: Any) -> Case:
+    """A case of trm_recursion in one launch: one token a sequence, over a cache."""
+
+    def recursion(regime: str, x: Tensor, y: Tensor, z: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        weights, rest, scales = _by_names(rest[:4]), rest[4:], None
+        if quantized is not None:
+            scales, rest = [_by_names(rest[:4])], rest[4:]
+        slots = [t.contiguous().clone() for t in rest]
+        cache = _Slots(slots[:_ONE_LAUNCH_EVALUATIONS], slots[_ONE_LAUNCH_EVALUATIONS:])
+        (B, G, S, _), (H, _) = slots[0].shape, heads.counts(x.shape[2])
+        y, z = trm_recursion(
+            x,
+            y,
+            z,
+            [weights],
+            num_heads=H,
+            num_key_value_heads=G,
+            num_recursion_steps=1,
+            causal=True,
+            positions=torch.full((1, 1), S - 1, device=x.device),
+            update_cache=cache,
+            key_mask=torch.arange(S, device=x.device) >= _left_padding(B, S, x.device)[:, None],
+            scales=scales,
+            regime=regime,
+        )
+        return y, z
+
+    def ref(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with backend("reference"):
+            return recursion("per_op", *tensors)
+
+    def moved(tensors: list[Tensor]) -> int:
+        return sum(t.nbytes for t in tensors) + 2 * tensors[0].nbytes
+
+    inputs = partial(_decoding, heads, quantized)
+    op = partial(recursion, "one_launch")
+    return Case(name, op, ref, inputs, moved=moved, floor=_PRODUCT_FLOOR, seeds=6, **fields)
+
+
+def _by_names(matrices: Sequence[Tensor]) -> LayerWeights:
+    return LayerWeights(AttentionWeights(*matrices[:2]), SwiGLUWeights(*matrices[2:]))
 
 
 CASES: tuple[Case, ...] = (
@@ -559,5 +659,34 @@ CASES: tuple[Case, ...] = (
         bench=((768, 96, 512, 1536),),
         launches=15,
         launches_with_gradient=28,
+    ),
+    _recursion(
+        "trm_recursion-one-launch",
+        heads=_Heads(width=64, share=1),
+        regime="one_launch",
+        with_gradient=False,
+        shapes=((1, 3, 32, 24), (2, 5, 48, 20)),
+        bench=((1, 97, 512, 1536),),
+        launches=1,
+        launches_with_gradient=1,
+    ),
+    _one_launch(
+        "trm_recursion-decode",
+        heads=_Heads(width=128, share=4),
+        dtypes=(torch.float32, torch.bfloat16),
+        shapes=((1, 3, 32, 24), (2, 5, 64, 20)),
+        bench=tuple((B, 2048, 2048, 5632) for B in (1, 32, 64)),
+        launches=1,
+        launches_with_gradient=1,
+    ),
+    _one_launch(
+        "trm_recursion-decode-int8",
+        heads=_Heads(width=128, share=4),
+        quantized="int8",
+        dtypes=(torch.bfloat16,),
+        shapes=((1, 3, 32, 24), (2, 5, 64, 20)),
+        bench=tuple((B, 2048, 2048, 5632) for B in (1, 32)),
+        launches=1,
+        launches_with_gradient=1,
     ),
 )

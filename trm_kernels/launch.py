@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,11 +92,17 @@ def _arch_of_device(index: int) -> str:
     return f"sm{major}{minor}"
 
 
-def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
+def launcher(
+    function: Callable[..., Any] | None = None, *, mutates_args: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """Register a launcher as the custom op `trm_kernels::<its name>`.
 
     Every parameter and the result need annotations, from which PyTorch reads the op's schema.
+
+    mutates_args   the parameters that it writes to: tensors, or lists of them
     """
+    if function is None:
+        return partial(launcher, mutates_args=mutates_args)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         with nullcontext() if is_recording() else record():
@@ -103,6 +110,6 @@ def launcher(function: Callable[..., Any]) -> Callable[..., Any]:
 
     name = function.__name__.lstrip("_")
     LAUNCHERS[name] = function
-    op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=())
+    op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=mutates_args)
     op.register_fake(fake)
     return op

@@ -32,6 +32,14 @@ def tile_of_program(  # type: ignore[no-untyped-def]  # Triton, not Python
     return (first_m + pid_in_group % rows_in_group).to(tl.int64), (pid_in_group // rows_in_group).to(tl.int64)
 
 
+@triton.jit
+def as_wide_as(w, v):  # type: ignore[no-untyped-def]  # Triton, not Python
+    """A tile of a weight in the dtype of v, by which it is multiplied."""
+    if w.dtype == tl.float8e4nv:
+        w = w.to(tl.float32)  # on sm_89, Triton 3.6 knows no way from it to bfloat16
+    return w.to(v.dtype)
+
+
 def are_aligned(*factors: Tensor) -> bool:
     """Whether rows of the factors [rows, K] can be loaded 16 bytes at a time: Triton asks for 16 elements."""
     return all(

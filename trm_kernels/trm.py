@@ -20,6 +20,9 @@ from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.products import wants_gradient
+from trm_kernels.quantize import QUANTIZE, quantize_layers
+from trm_kernels.tuning import REGIMES
 
 # TRM's own code pads the inner width of an MLP to a multiple of this
 _INNER_MULTIPLE = 256
@@ -118,6 +121,10 @@ class TRM(nn.Module):
     seq_len                tokens in every input, with mlp_t only
     attention              who computes it: one of ops/rope_attention.py's implementations
     save                   what is kept for backward, "auto", "all", "layer" or "step": see ops/recursion.py
+    regime                 how a call without gradient is launched, "auto", "per_op", "one_launch" or
+                           "per_phase": see ops/recursion.py; one with a gradient is launched per op
+    quantize               None, or "int8" or "fp8": the matrices in 8 bits, see quantize.py; for calls
+                           without gradient only. Copies are made anew when a matrix has changed
 
     Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
     Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
@@ -141,6 +148,8 @@ class TRM(nn.Module):
         eps: float = 1e-5,
         attention: str = "auto",
         save: str = "auto",
+        regime: str = "auto",
+        quantize: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -159,6 +168,10 @@ class TRM(nn.Module):
             )
         if save not in ("auto", *SAVES):
             raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
+        if regime not in ("auto", *REGIMES):
+            raise ValueError(f"TRM: expected regime to be auto, {', '.join(REGIMES)}, got {regime!r}.")
+        if quantize not in (None, *QUANTIZE):
+            raise ValueError(f"TRM: expected quantize to be None, {', '.join(QUANTIZE)}, got {quantize!r}.")
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -172,6 +185,9 @@ class TRM(nn.Module):
         self.eps = eps
         self.attention = attention
         self.save = save
+        self.regime = regime
+        self.quantize = quantize
+        self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = intermediate_size or default_intermediate_size(hidden_size)
@@ -221,11 +237,13 @@ class TRM(nn.Module):
         if self.seq_len is not None and x.shape[1] != self.seq_len:
             raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
         n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        regime = "per_op" if wants_gradient(x, y, z, *self.parameters()) else self.regime
+        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
         return trm_recursion(
             x,
             self.y_init.to(x.dtype).expand_as(x) if y is None else y,
             self.z_init.to(x.dtype).expand_as(x) if z is None else z,
-            [layer(x.dtype) for layer in self.layers],
+            layers,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
             num_recursion_steps=n,
@@ -242,7 +260,34 @@ class TRM(nn.Module):
             attention=self.attention,
             save=self.save,
             angles=angles,
+            regime=regime,
+            scales=scales,
         )
+
+    def _weights(
+        self, dtype: torch.dtype, has_gradient: bool
+    ) -> tuple[list[LayerWeights], list[LayerWeights] | None]:
+        """The matrices in `dtype`; or in 8 bits, and their scales."""
+        if self.quantize is None:
+            return [layer(dtype) for layer in self.layers], None
+        if has_gradient:
+            raise RuntimeError(
+                f"TRM: quantize={self.quantize!r} expected a call without gradient (torch.no_grad()), got "
+                "one with: rounded weights cannot be trained."
+            )
+        known = self._in_8_bits
+        if torch.compiler.is_compiling():
+            if known is None:
+                raise RuntimeError(
+                    f"TRM: quantize={self.quantize!r} expected one call before torch.compile, in which the "
+                    "copies in 8 bits are made."
+                )
+            return known[1], known[2]
+        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.layers.parameters()]
+        if known is None or known[0] != state:
+            layers = [layer(next(layer.parameters()).dtype) for layer in self.layers]
+            self._in_8_bits = known = (state, *quantize_layers(layers, self.quantize))
+        return known[1], known[2]
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
         """Load a state dict of the TRM paper's code; returns the keys it left alone (embeddings, heads).

@@ -91,6 +91,41 @@ class DecodeLaunch:
 
 
 @dataclass(frozen=True)
+class OneLaunch:
+    """All phases of a recursion in one launch, over up to max_rows rows (tokens of all sequences)."""
+
+    element_size: int  # bytes of an element of the weights
+    max_rows: int
+    BLOCK_M: int  # rows, columns and the summed axis of a tile of a product
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_Q: int  # queries and keys of a tile of attention
+    BLOCK_S: int
+    keys: int  # a part's, where one token a sequence looks at many keys
+    num_warps: int = 8
+    num_stages: int = 3
+    maxnreg: int = 192  # registers a thread; left alone the assembler may take 128, and spill
+    measured_on: str = _UNTIMED
+
+    @property
+    def meta(self) -> dict[str, int]:
+        """What a launch passes by name."""
+        names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_Q", "BLOCK_S", "num_warps", "num_stages", "maxnreg"
+        return _numbers(self, *names)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How a recursion without gradient is launched, in what is no larger than this."""
+
+    regime: str  # one of REGIMES
+    max_rows: int = 2**31  # tokens of all sequences
+    max_tokens: int = 2**31  # of a sequence
+    max_width: int = 2**31
+    measured_on: str = "nothing yet"
+
+
+@dataclass(frozen=True)
 class AttentionChoice:
     """Which implementation of attention `auto` takes."""
 
@@ -259,6 +294,43 @@ DECODE: dict[str, tuple[DecodeLaunch, ...]] = {
     ),
 }
 
+_ONE_LAUNCH_SMALL = (  # two buffers ahead fit 99 KB
+    OneLaunch(1, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=240),
+    OneLaunch(
+        1, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=240
+    ),
+    OneLaunch(2, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=240),
+    OneLaunch(2, 32, BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    OneLaunch(2, 64, BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    OneLaunch(
+        2, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, BLOCK_Q=32, BLOCK_S=64, keys=256, maxnreg=224
+    ),
+    OneLaunch(4, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=64, BLOCK_Q=16, BLOCK_S=16, keys=256),
+    OneLaunch(4, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=16, BLOCK_K=64, BLOCK_Q=16, BLOCK_S=16, keys=256),
+)
+_ONE_LAUNCH_LARGE = (  # more of the weights on their way at a time
+    *_ONE_LAUNCH_SMALL[:3],
+    OneLaunch(2, 32, BLOCK_M=32, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    OneLaunch(2, 64, BLOCK_M=64, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    *_ONE_LAUNCH_SMALL[5:],
+)
+# arch -> settings, the first that serves
+ONE_LAUNCH: dict[str, tuple[OneLaunch, ...]] = {
+    "any": _ONE_LAUNCH_SMALL,
+    "sm80": _ONE_LAUNCH_LARGE,
+    "sm90": _ONE_LAUNCH_LARGE,
+}
+
+# per_op: the ops' own kernels. one_launch: all phases in one cooperative launch. per_phase: the same kernel,
+# launched once a phase.
+REGIMES = ("per_op", "one_launch", "per_phase")
+
+# arch -> what "auto" takes, the first that serves
+_REGIME_CHOICES: dict[str, tuple[Regime, ...]] = {"any": (Regime("per_op"),)}
+
+# arch -> multiprocessors, where no device is there to say it: A100, RTX 4090, H100 and H200
+MULTIPROCESSORS = {"sm80": 108, "sm89": 128, "sm90": 132, "any": 1}
+
 # arch -> choices, the first that serves
 ATTENTION_CHOICES: dict[str, tuple[AttentionChoice, ...]] = {
     "any": (
@@ -352,6 +424,22 @@ def lookup_decode(arch: str, head_width: int, element_size: int) -> DecodeLaunch
         f"decode_attention: expected a head width of at most {widest}, got {head_width}; wider heads have no "
         "launch settings. backend('reference') takes any width."
     )
+
+
+def one_launch(arch: str, element_size: int, rows: int) -> OneLaunch:
+    """The settings of a recursion in one launch, by the bytes of a weight's element and the rows."""
+    for row in ONE_LAUNCH.get(arch, ONE_LAUNCH["any"]):
+        if element_size == row.element_size and rows <= row.max_rows:
+            return row
+    raise AssertionError(f"the last row for elements of {element_size} bytes has to take everything")
+
+
+def regime(arch: str, rows: int, tokens: int, width: int) -> str:
+    """What "auto" takes for a recursion without gradient over sequences of so many tokens."""
+    for row in _REGIME_CHOICES.get(arch, _REGIME_CHOICES["any"]):
+        if rows <= row.max_rows and tokens <= row.max_tokens and width <= row.max_width:
+            return row.regime
+    raise AssertionError(f"the last row for {arch} has to take everything")
 
 
 def attention_implementation(arch: str, tokens: int, head_width: int) -> str:

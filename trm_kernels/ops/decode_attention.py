@@ -56,6 +56,17 @@ def decode_attention_ref(
 
 
 @triton.jit
+def softmax_step(o, total, highest, scores, v, PRECISION: tl.constexpr):
+    """Some keys more: o, the sum of p v, and total, the sum of p, both counted from the highest score."""
+    higher = tl.maximum(highest, tl.max(scores, axis=1))
+    p = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    total = total * shrink + tl.sum(p, axis=1)
+    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+    return o, total, higher
+
+
+@triton.jit
 def _decode_attention_fwd_kernel(
     q_ptr,  # [B, H, K]
     k_ptr,  # [B, G, S, K]
@@ -123,12 +134,7 @@ def _decode_attention_fwd_kernel(
 
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(visible[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, axis=1))
-        p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(p, axis=1)
-        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
-        highest = higher
+        o, total, highest = softmax_step(o, total, highest, scores, v, PRECISION)
 
     sees = total > 0.0
     o = o / tl.where(sees, total, 1.0)[:, None]
@@ -139,17 +145,8 @@ def _decode_attention_fwd_kernel(
 
 
 @triton.jit
-def _decode_attention_merge_kernel(
-    part_ptr,  # [M, P, K] float32
-    lse_ptr,  # [M, P] float32
-    o_ptr,  # [M, K], out
-    P,
-    K: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    WIDTH: tl.constexpr,  # K, rounded up to a power of two
-):
-    # one program: one head;  o = sum of 2^lse part / sum of 2^lse, the parts in their order
-    m = tl.program_id(0).to(tl.int64)
+def merge_parts(part_ptr, lse_ptr, o_ptr, m, P, K: tl.constexpr, BLOCK_P: tl.constexpr, WIDTH: tl.constexpr):
+    """Row m of o = sum of 2^lse part / sum of 2^lse, the parts in their order; see the kernel below."""
     offs_p, offs_k = tl.arange(0, BLOCK_P), tl.arange(0, WIDTH)
     highest = tl.full((1,), -1e30, tl.float32)
     total = tl.zeros((1,), tl.float32)
@@ -171,6 +168,20 @@ def _decode_attention_merge_kernel(
         highest = higher
     o = o / tl.where(total > 0.0, total, 1.0)
     tl.store(o_ptr + m * K + offs_k, o.to(o_ptr.dtype.element_ty), mask=offs_k < K)
+
+
+@triton.jit
+def _decode_attention_merge_kernel(
+    part_ptr,  # [M, P, K] float32
+    lse_ptr,  # [M, P] float32
+    o_ptr,  # [M, K], out
+    P,
+    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    WIDTH: tl.constexpr,  # K, rounded up to a power of two
+):
+    # one program: one head
+    merge_parts(part_ptr, lse_ptr, o_ptr, tl.program_id(0).to(tl.int64), P, K, BLOCK_P, WIDTH)
 
 
 @launcher

@@ -27,6 +27,7 @@ from trm_kernels.precision import wide
 from trm_kernels.products import (
     are_aligned,
     as_autocast,
+    as_wide_as,
     check_devices,
     check_dtypes,
     check_row_scale,
@@ -47,6 +48,37 @@ def linear_residual_ref(
         r = (wide(r) * row_scale[..., None]).to(r.dtype)
     h = F.linear(v, w) + r
     return h, wide(h).square().sum(-1, keepdim=True)
+
+
+@triton.jit
+def rows_by_weight(
+    v_ptr,  # [M, K]
+    w_ptr,  # [N, K], in the dtype of v, or a narrower one that is widened as it is read
+    offs_m,
+    in_m,
+    offs_n,
+    in_n,
+    K,
+    stride_vm,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of v W^T: some rows of v by some of w, [BLOCK_M, BLOCK_N] float32."""
+    offs_k = tl.arange(0, BLOCK_K)
+    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        product = tl.dot(v, as_wide_as(w, v), product, input_precision=PRECISION)
+        v_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return product
 
 
 @triton.jit
@@ -75,19 +107,22 @@ def _linear_residual_fwd_kernel(
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     in_m, in_n = offs_m < M, offs_n < N
-
-    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
-    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]
-    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        h = tl.dot(v, w, h, input_precision=PRECISION)
-        v_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+    h = rows_by_weight(
+        v_ptr,
+        w_ptr,
+        offs_m,
+        in_m,
+        offs_n,
+        in_n,
+        K,
+        stride_vm,
+        stride_wn,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     mask = in_m[:, None] & in_n[None, :]
     r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -24,6 +24,7 @@ from trm_kernels.precision import wide
 from trm_kernels.products import (
     are_aligned,
     as_autocast,
+    as_wide_as,
     check_devices,
     check_dtypes,
     check_row_scale,
@@ -57,6 +58,43 @@ def _rstd_of_tiles(
 
 
 @triton.jit
+def rows_by_two_weights(
+    v_ptr,  # [M, K]
+    w_ptr,  # [.., K], in the dtype of v, or a narrower one that is widened as it is read
+    offs_m,
+    in_m,
+    offs_a,
+    offs_b,
+    in_n,
+    K,
+    stride_vm,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Two tiles of v W^T, [BLOCK_M, BLOCK_N] float32: the same rows of v by rows a of w, and by rows b."""
+    offs_k = tl.arange(0, BLOCK_K)
+    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
+    wa_ptrs = w_ptr + offs_a[None, :] * stride_wn + offs_k[:, None]
+    wb_ptrs = w_ptr + offs_b[None, :] * stride_wn + offs_k[:, None]
+    a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        wa = tl.load(wa_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        wb = tl.load(wb_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        a = tl.dot(v, as_wide_as(wa, v), a, input_precision=PRECISION)
+        b = tl.dot(v, as_wide_as(wb, v), b, input_precision=PRECISION)
+        v_ptrs += BLOCK_K
+        wa_ptrs += BLOCK_K
+        wb_ptrs += BLOCK_K
+    return a, b
+
+
+@triton.jit
 def _linear_swiglu_fwd_kernel(
     v_ptr,  # [M, K]
     gate_up_ptr,  # [2N, K]
@@ -85,24 +123,23 @@ def _linear_swiglu_fwd_kernel(
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     in_m, in_n = offs_m < M, offs_n < N
-
-    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
-    wg_ptrs = gate_up_ptr + offs_n[None, :] * stride_gate_upn + offs_k[:, None]
-    wu_ptrs = gate_up_ptr + (N + offs_n)[None, :] * stride_gate_upn + offs_k[:, None]
-    g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        wg = tl.load(wg_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        wu = tl.load(wu_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        g = tl.dot(v, wg, g, input_precision=PRECISION)
-        u = tl.dot(v, wu, u, input_precision=PRECISION)
-        v_ptrs += BLOCK_K
-        wg_ptrs += BLOCK_K
-        wu_ptrs += BLOCK_K
+    g, u = rows_by_two_weights(
+        v_ptr,
+        gate_up_ptr,
+        offs_m,
+        in_m,
+        offs_n,
+        N + offs_n,
+        in_n,
+        K,
+        stride_vm,
+        stride_gate_upn,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
     mask = in_m[:, None] & in_n[None, :]
     if gu_ptr is not None:

@@ -12,6 +12,7 @@ runs over the token axis as well, as in TRM's own code.
 
 On the triton backend the whole loop is one op, ops/recursion_op.py. Elsewhere, and where attention is not by
 our kernels or not by them alone (a general mask, a library, a cache under torch.compile), it runs op by op.
+Without gradient it may be one launch, ops/one_launch/recursion.py.
 
 Shapes   x, y, z [B, T, D]; weights of a layer: see ops/weights.py; y and z are returned.
 Dtypes   one floating dtype for all; norms and softmax in float32 (float64 for float64).
@@ -22,6 +23,7 @@ Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +35,29 @@ from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.linear_swiglu import linear_swiglu
+from trm_kernels.ops.one_launch.recursion import CacheRoom, one_launch_recursion, why_not, why_not_into
 from trm_kernels.ops.recursion_op import Call, fused_recursion, fused_recursion_with_cache
 from trm_kernels.ops.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.saved_bytes import SAVES, choose_save
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights, map_weights
-from trm_kernels.products import as_autocast, rows_of, wants_gradient
+from trm_kernels.products import are_aligned, as_autocast, rows_of, wants_gradient
+from trm_kernels.quantize import dequantize_layers
 
-# (evaluation, keys, values) -> all keys and values so far. Evaluations of a layer are counted from 0
-# through one call: cycle by cycle, step by step, layer by layer.
-EvaluationCache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+class EvaluationCache(Protocol):
+    """Keeps keys and values; a function of this form does.
+
+    Evaluations of a layer are counted from 0: cycle by cycle, step by step, layer by layer.
+
+    One that can be written to in place also has two methods. `room(x, num_key_value_heads, head_width,
+    evaluations)` gives the tensors for the keys and values of x's tokens, a CacheRoom, or None where it
+    cannot. `written(tokens)` is called after so many were written to them.
+    """
+
+    def __call__(self, evaluation: int, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Keeps the keys and values of some tokens [B, G, T, K]; returns those of all so far."""
+
 
 # (evaluation, qkv) -> o, see ops/rope_attention.py
 Attention = Callable[[int, Tensor], Tensor]
@@ -129,6 +144,8 @@ def trm_recursion(
     save: str = "auto",
     candidate: str | None = None,
     angles: Angles | None = None,
+    regime: str = "auto",
+    scales: Sequence[LayerWeights] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) after all cycles. See the top of this file; attention's arguments are rope_attention's.
 
@@ -141,8 +158,12 @@ def trm_recursion(
                           "auto": all if a share of the free memory holds it, else step
     candidate             of the products with epilogues, "fused" or "mm"; None: as the table of settings says
     angles                RoPE's table, for a caller with more than one call; else of positions and rope_theta
+    regime                how it is launched: "per_op", "one_launch" or "per_phase", see
+                          ops/one_launch/recursion.py; "auto": as the table of settings says, per op where
+                          that cannot run
+    scales                of weights in 8 bits, see quantize.py
     """
-    _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save)
+    _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
     H, G = num_heads, num_key_value_heads or num_heads
     with_gradient = num_cycles if grad_cycles is None else grad_cycles
     angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
@@ -163,6 +184,47 @@ def trm_recursion(
             implementation=attention,
         )
 
+    regime, room = _regime(
+        regime,
+        x,
+        y,
+        z,
+        weights,
+        scales,
+        H,
+        G,
+        num_recursion_steps,
+        num_cycles,
+        update_cache,
+        mask,
+        query_offset,
+        attention,
+        candidate,
+    )
+    if regime != "per_op":
+        _check_key_mask(key_mask, x, room)
+        y, z = one_launch_recursion(
+            x,
+            y,
+            z,
+            weights,
+            angles,
+            key_mask,
+            room,
+            scales=scales,
+            num_heads=H,
+            num_key_value_heads=G,
+            causal=causal,
+            eps=eps,
+            num_recursion_steps=num_recursion_steps,
+            num_cycles=num_cycles,
+            regime=regime,
+        )
+        if update_cache is not None:
+            update_cache.written(x.shape[1])  # type: ignore[attr-defined]  # it had room
+        return y, z
+    if scales is not None:
+        weights = dequantize_layers(weights, scales, x.dtype)
     if not _is_fused(x, weights, H, attention, mask, update_cache):
         if candidate is not None:
             raise RuntimeError(
@@ -191,6 +253,58 @@ def trm_recursion(
         return fused_recursion_with_cache(x, y, z, weights, call, attend)
     _check_key_mask(key_mask, x)
     return fused_recursion(x, y, z, weights, angles, key_mask, call)
+
+
+def _regime(
+    asked: str,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    scales: Sequence[LayerWeights] | None,
+    num_heads: int,
+    num_key_value_heads: int,
+    num_recursion_steps: int,
+    num_cycles: int,
+    update_cache: EvaluationCache | None,
+    mask: Tensor | None,
+    query_offset: int | None,
+    attention: str,
+    candidate: str | None,
+) -> tuple[str, CacheRoom | None]:
+    """How the call is launched, and in one launch with a cache where it writes.
+
+    Errors: RuntimeError where what was asked for cannot run.
+    """
+    B, T, D = x.shape
+    regime = asked if asked != "auto" else tuning.regime(arch_of(x), B * T, T, D)
+    flat = [t for w in weights for part in w for t in part]
+    if asked == "auto" and not are_aligned(*map(rows_of, flat)):
+        regime = "per_op"  # rows that are not aligned load slowly, and spill
+    if regime == "per_op":
+        return regime, None
+    why = why_not(
+        x,
+        weights,
+        scales,
+        num_heads,
+        mask,
+        query_offset,
+        attention,
+        candidate,
+        wants_gradient(x, y, z, *flat),
+    )
+    room = None
+    if why is None and update_cache is not None:
+        find = getattr(update_cache, "room", None)
+        count = evaluations(len(weights), num_recursion_steps, num_cycles)
+        room = find(x, num_key_value_heads, D // num_heads, count) if find else None
+        why = why_not_into(room, x)
+    if why is None:
+        return regime, room
+    if asked != "auto":
+        raise RuntimeError(f"trm_recursion: the regime {asked!r} was asked for, and it cannot run: {why}.")
+    return "per_op", None
 
 
 def _is_fused(
@@ -237,10 +351,15 @@ def _angles(
     return angles
 
 
-def _check_key_mask(key_mask: Tensor | None, x: Tensor) -> None:
-    if key_mask is not None and (key_mask.shape != x.shape[:2] or key_mask.dtype != torch.bool):
+def _check_key_mask(key_mask: Tensor | None, x: Tensor, room: CacheRoom | None = None) -> None:
+    if key_mask is None:
+        return
+    B, S = x.shape[0], x.shape[1]
+    if room is not None:  # where only the device knows how many keys there are, the mask may have any length
+        S = key_mask.shape[1] if room.lengths else S + room.seen
+    if key_mask.shape != (B, S) or key_mask.dtype != torch.bool:
         raise ValueError(
-            f"trm_recursion: expected key_mask {tuple(x.shape[:2])} of bool, "
+            f"trm_recursion: expected key_mask {(B, S)} of bool, "
             f"got {tuple(key_mask.shape)} of {key_mask.dtype}."
         )
 
@@ -254,7 +373,12 @@ def _check(
     num_cycles: int,
     grad_cycles: int | None,
     save: str,
+    regime: str,
 ) -> None:
+    if regime not in ("auto", *tuning.REGIMES):
+        raise ValueError(
+            f"trm_recursion: expected regime to be auto, {', '.join(tuning.REGIMES)}, got {regime!r}."
+        )
     if not (x.ndim == 3 and x.shape == y.shape == z.shape):
         got = ", ".join(str(tuple(t.shape)) for t in (x, y, z))
         raise ValueError(f"trm_recursion: expected x, y and z of one shape [B, T, D], got {got}.")

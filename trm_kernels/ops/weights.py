@@ -30,3 +30,11 @@ class LayerWeights(NamedTuple):
 def map_weights(function: Callable[[Tensor], Tensor], w: LayerWeights) -> LayerWeights:
     """A layer with the function's value of each matrix in its place."""
     return LayerWeights(type(w.mixer)(*map(function, w.mixer)), SwiGLUWeights(*map(function, w.mlp)))
+
+
+def map_two_weights(
+    function: Callable[[Tensor, Tensor], Tensor], w: LayerWeights, other: LayerWeights
+) -> LayerWeights:
+    """A layer with the function's value of each matrix, and of what is in its place in the other."""
+    mixer = type(w.mixer)(*map(function, w.mixer, other.mixer))
+    return LayerWeights(mixer, SwiGLUWeights(*map(function, w.mlp, other.mlp)))
