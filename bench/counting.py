@@ -2,13 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybrid.plan.kept import nbytes as nbytes
+from hybrid.plan.kept import storages_kept as storages_kept
 from trm_kernels.launch import LAUNCHERS
 
 _ROOM = re.compile(r"(new_)?empty(_like|_strided)?")
@@ -47,23 +46,3 @@ class Counting(TorchDispatchMode):
     def computing(self) -> Counter[str]:
         """The calls that compute or move something: of these PyTorch starts a kernel."""
         return self._computing
-
-
-def storages_kept(run: Callable[[], Any], own: Iterable[Tensor]) -> list[Tensor]:
-    """One tensor for each storage that autograd holds after `run`, besides those of the tensors in `own`."""
-    known = {t.untyped_storage()._cdata for t in own}
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage()._cdata not in known:
-            kept[t.untyped_storage()._cdata] = t  # held, so that its address is not given to another
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        _ = run()
-    return list(kept.values())
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the whole storages of these tensors."""
-    return sum(t.untyped_storage().nbytes() for t in tensors)

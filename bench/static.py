@@ -23,7 +23,8 @@ from bench import eager
 from bench.counting import Counting, nbytes, storages_kept
 from bench.eager import PAPER, PLAIN, Recursion
 from hybrid import HybridModel
-from hybrid.info import KNOWN_BASES, PRESET_BASES, on_meta, parts
+from hybrid.bases import KNOWN_BASES, PRESET_BASES
+from hybrid.info import on_meta, parts
 from hybrid.presets import PresetConfigs
 from trm_kernels.backend import backend
 from trm_kernels.launch import record

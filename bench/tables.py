@@ -5,11 +5,21 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m ben
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import roofline, static
 from bench.report import RESULTS, Measured, ms, read, table
 from bench.workloads import WORKLOADS
+from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
+from hybrid.options import PRESETS
+from hybrid.plan.cards import CARDS
+from hybrid.plan.fit import fit
+from hybrid.plan.guide import LEVEL_HARDWARE
+from hybrid.plan.memory import memory
+from hybrid.plan.run import Run
+from hybrid.plan.table import text_tokens
+from hybrid.plan.work import speed, work
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -111,12 +121,50 @@ def _measured_cells(found: list[Measured]) -> list[str]:
     return [ms(ours), *("" if other is None else f"{other / ours:.2f}" for other in (eager, compiled))]
 
 
+def plan_of_level(level: int) -> str:
+    """What `trm-hybrid plan --level` says of phase 1 on the guide's hardware, in short, and of phase 2."""
+    cards, card = LEVEL_HARDWARE[level]
+    base = PRESET_BASES[LEVELS[level]]
+    run = Run(base, KNOWN_BASES[base], PRESETS[LEVELS[level]](), CARDS[card], cards)
+    rows = []
+    for phase, dtype in ((1, "bfloat16"), (2, "float32")):
+        asked = run.but(phase=phase, dtype=dtype)
+        found = fit(asked)
+        fitting = found.run or asked
+        taken, fast = memory(fitting), speed(fitting, results=None)
+        per_gb = text_tokens(1) / fast.tokens_per_second / 86400
+        rows.append(
+            [
+                f"{phase}, {cards}x {card}",
+                f"{memory(asked).total / 1e9:,.1f}",
+                "; ".join(found.changes) or "nothing",
+                f"{taken.total / 1e9:,.1f}",
+                f"{work(fitting).total.all / 1e9:,.0f}",
+                f"{fast.tokens_per_second:,.0f}",
+                f"{per_gb:,.2f}",
+                f"{24 * per_gb * fitting.cards:,.0f}",
+            ]
+        )
+    columns = (
+        "phase, cards",
+        "GB a card",
+        "what makes it fit",
+        "GB a card then",
+        "GFLOP a token",
+        "tokens/s at most",
+        "days a GB of text",
+        "GPU-hours a GB",
+    )
+    return table(columns, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "launches": launches,
     "decode": decode,
     "saved-bytes": saved_bytes,
     "parameters": parameters,
     "resources": resources,
+    **{f"plan-level-{level}": partial(plan_of_level, level) for level in LEVELS},
     "predicted": predicted,
     "measured": measured,
 }

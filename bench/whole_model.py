@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from bench.measure import Budget, difference, in_short, within
 from bench.store import Store
 from bench.timing import Run, Timer, card_state, peak_bytes, ratios, spread
 from hybrid import HybridConfig, HybridModel
-from hybrid.info import KNOWN_BASES
+from hybrid.bases import KNOWN_BASES
 from hybrid.injection import Injection
 from hybrid.presets import PresetConfigs
 from trm_kernels.backend import backend
@@ -42,7 +42,8 @@ def build(device: str, is_tiny: bool) -> HybridModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model = HybridModel(llm_model=LlamaForCausalLM(base_config), config=config)
+            base = AutoModelForCausalLM.from_config(base_config)
+            model = HybridModel(llm_model=base, config=config)
     finally:
         torch.set_default_dtype(before)
     for injection in (m for m in model.modules() if isinstance(m, Injection)):

@@ -1,4 +1,4 @@
-"""trm-hybrid: demo | train | generate | eval | info. Parses, calls, prints.
+"""trm-hybrid: demo | train | generate | eval | info | plan. Parses, calls, prints.
 
 What a user can mend (ValueError, OSError) is one line on stderr and exit code 2.
 """
@@ -155,7 +155,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from hybrid.info import KNOWN_BASES, PRESET_BASES, count, count_trained, on_meta, parts, saved_by_token
+    from hybrid.bases import KNOWN_BASES, PRESET_BASES
+    from hybrid.info import count, count_trained, on_meta, parts, saved_by_token
     from hybrid.loading import load_config
     from hybrid.phases import enter
     from trm_kernels.ops.saved_bytes import SAVES
@@ -182,6 +183,65 @@ def _info(arguments: argparse.Namespace) -> int:
     for save in SAVES:
         print(f"{save:<24}{saved_by_token(model, save):>20,}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from hybrid.plan.guide import guide
+    from hybrid.plan.table import as_json, lines, plan
+
+    if arguments.guide:
+        print(guide())
+        return 0
+    made = plan(*_planned(arguments))
+    print(json.dumps(as_json(made), indent=1) if arguments.json else "\n".join(lines(made)))
+    return 0
+
+
+def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(the run, what is asked about it)"""
+    from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
+    from hybrid.loading import load_config
+    from hybrid.plan.cards import parse_cards
+    from hybrid.plan.run import Run
+    from hybrid.plan.table import Wishes, text_tokens
+
+    if arguments.level is not None:
+        if arguments.preset or arguments.config:
+            raise ValueError("plan: expected one of --level, --preset and --config, got two.")
+        arguments.preset = LEVELS[arguments.level]
+    name = arguments.base or PRESET_BASES.get(arguments.preset)
+    if name is None:
+        raise ValueError("plan: expected --base, a saved hybrid as --model, or a --level; got none.")
+    if arguments.cards is None:
+        raise ValueError("plan: expected --cards, such as 8xA100-80GB; got none.")
+    number, card = parse_cards(arguments.cards)
+    start = KNOWN_BASES.get(name.lower()) or load_config(name, arguments.trust_remote_code)
+    config, base = _block(start, arguments)
+    learns = arguments.phase == 2 and arguments.lora is None
+    run = Run(
+        base_name=name,
+        base=base,
+        config=config,
+        card=card,
+        cards=number,
+        phase=arguments.phase,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        accumulation=arguments.accumulation,
+        shards=arguments.shards,
+        dtype=arguments.dtype or ("float32" if learns else "bfloat16"),
+        lora=arguments.lora,
+        checkpointing=arguments.gradient_checkpointing,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tokens = arguments.tokens
+    if arguments.gigabytes is not None:
+        if tokens is not None:
+            raise ValueError("plan: expected --tokens or --gigabytes, got both.")
+        tokens = text_tokens(arguments.gigabytes, arguments.bytes_per_token)
+    return run, Wishes(tokens, arguments.utilisation, arguments.price, arguments.card_price)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -257,7 +317,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="trm-hybrid", description="A recursive block inside a frozen language model.")
     parser.add_argument("--version", action="version", version=f"trm-hybrid {_version()}")
-    commands = parser.add_subparsers(required=True, metavar="demo | train | generate | eval | info")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | generate | eval | info | plan")
 
     demo = commands.add_parser("demo", help="train one from nothing in minutes, on any machine")
     demo.set_defaults(command=_demo)
@@ -339,10 +399,41 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--base",
         "--model",
-        help="as in train, or llama-2-7b, llama-2-13b, llama-2-70b; default: the preset's",
+        help="as in train, or a known shape: llama-2-7b, llama-3-8b, qwen3-8b, ... (hybrid/bases.py); "
+        "default: the preset's",
     )
     info.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_config_options(info)
+
+    plan = commands.add_parser(
+        "plan", help="memory, time and money of a training, before anything is loaded or rented"
+    )
+    plan.set_defaults(command=_plan)
+    plan.add_argument("--guide", action="store_true", help="the training guide's claims, each checked")
+    plan.add_argument("--json", action="store_true", help="figures for programs")
+    plan.add_argument("--level", type=int, choices=(1, 2, 3, 4), help="of the guide; stands for its --preset")
+    plan.add_argument("--base", "--model", help="as in info; only a config is read")
+    plan.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    plan.add_argument("--cards", help="such as 8xA100-80GB or 1xRTX4090")
+    plan.add_argument("--phase", type=int, choices=(1, 2), default=1, help="1: the TRM learns; 2: everything")
+    plan.add_argument("--sequence-length", type=int, default=2048, help="tokens")
+    plan.add_argument("--batch-size", type=int, default=1, help="sequences in one forward on one card")
+    plan.add_argument("--accumulation", type=int, default=1, help="forwards before an optimizer step")
+    plan.add_argument("--shards", type=int, default=1, help="cards that divide weights and moments (FSDP2)")
+    plan.add_argument(
+        "--dtype",
+        choices=(*_DTYPES, "int8"),
+        help="of the base; default: bfloat16, or float32 where it learns",
+    )
+    plan.add_argument("--lora", type=int, metavar="RANK", help="phase 2: adapters learn in place of the base")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    plan.add_argument("--tokens", type=float, help="to train on, such as 5e9")
+    plan.add_argument("--gigabytes", type=float, help="of text, in place of --tokens")
+    plan.add_argument("--bytes-per-token", type=float, default=4.0, help="of that text; English has about 4")
+    plan.add_argument("--utilisation", type=float, help="of the peak; default: measured or by the roofline")
+    plan.add_argument("--price", type=float, help="dollars per GPU-hour; default: hybrid/plan/cards.py")
+    plan.add_argument("--card-price", type=float, help="dollars per card; default: hybrid/plan/cards.py")
+    add_config_options(plan)
     return parser
 
 

@@ -4,41 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hybrid.config import HybridConfig
 from hybrid.injection import Injection
 from hybrid.model import HybridModel
 from trm_kernels.ops.saved_bytes import saved_bytes
-
-
-def _llama_2(width: int, inner_width: int, layers: int, heads: int, key_value_heads: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=inner_width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-
-
-# shapes as published; the weights are not needed to count them
-KNOWN_BASES = {
-    "llama-2-7b": _llama_2(4096, 11008, 32, 32, 32),
-    "llama-2-13b": _llama_2(5120, 13824, 40, 40, 40),
-    "llama-2-70b": _llama_2(8192, 28672, 80, 64, 8),
-}
-# the base that a preset is made for
-PRESET_BASES = {
-    "llama_2_7b_level1": "llama-2-7b",
-    "llama_2_13b_level2": "llama-2-13b",
-    "llama_2_70b_enterprise": "llama-2-70b",
-    "research_experimental": "llama-2-70b",
-}
 
 
 @dataclass(frozen=True)
@@ -50,15 +22,21 @@ class Part:
 
 
 def on_meta(
-    config: HybridConfig, base_config: PreTrainedConfig, trust_remote_code: bool = False
+    config: HybridConfig,
+    base_config: PreTrainedConfig,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> HybridModel:
     """The hybrid without any memory behind its parameters.
+
+    dtype   of the base's; None: as its config says
 
     Errors: ValueError when the config does not fit the base.
     """
     config.check_base(base_config)
+    options = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(base_config, trust_remote_code=trust_remote_code)
+        base = AutoModelForCausalLM.from_config(base_config, trust_remote_code=trust_remote_code, **options)
         return HybridModel(llm_model=base, config=config)
 
 

@@ -207,6 +207,8 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_dtype": "bfloat16",
         "trm_save": "step",
         "trm_attention": "sdpa",
+        "trm_regime": "per_op",
+        "trm_quantize": "int8",
     }
     assert fields.keys() == set(trm_fields())
     config = config_of(_parser().parse_args(["info", *options(fields)]))
