@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from bench.eager import Recursion
 from bench.workloads import Workload
+from hybrid.plan.cards import CARDS as SHEETS
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,19 @@ class Card:
     attention_backward: float = 0.5
 
 
-# NVIDIA's data sheets, dense bfloat16 with float32 sums, and memory: RTX 4090 165 TFLOP/s and 1.008 TB/s;
-# A100-80 SXM 312 and 2.039; H100 SXM 989 and 3.35; H200 989 and 4.8. The shares beside them are assumed; so
-# are those of attention, after what the papers of FlashAttention-2 (Ampere, Ada) and -3 (Hopper) report.
+def _reached(sheet: str, of_memory: float, attention: float = 0.62, attention_backward: float = 0.5) -> Card:
+    """A card of hybrid/plan/cards.py with the shares of its data sheet that are taken to be reached."""
+    card = SHEETS[sheet]
+    return Card(card.flops_per_s * card.products, card.bytes_per_s * of_memory, attention, attention_backward)
+
+
+# the shares are assumed: of memory as copies commonly reach it, of attention after what the papers of
+# FlashAttention-2 (Ampere, Ada) and -3 (Hopper) report
 CARDS = {
-    "rtx4090": Card(165e12 * 0.9, 1.008e12 * 0.92, 0.85, 0.7),
-    "a100": Card(312e12 * 0.85, 2.039e12 * 0.9, 0.62, 0.55),
-    "h100": Card(989e12 * 0.8, 3.35e12 * 0.9),
-    "h200": Card(989e12 * 0.8, 4.8e12 * 0.9),
+    "rtx4090": _reached("RTX4090", 0.92, 0.85, 0.7),
+    "a100": _reached("A100-80GB", 0.9, 0.62, 0.55),
+    "h100": _reached("H100-80GB", 0.9),
+    "h200": _reached("H200-141GB", 0.9),
 }
 WAYS = ("eager", "torch.compile", "ours")
 
