@@ -56,12 +56,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from hybrid import run_state
-    from hybrid.data import TokenBlocks
+    from hybrid.data import TokenStream
     from hybrid.info import count, count_trained
     from hybrid.loading import load_config, load_model, load_tokenizer
     from hybrid.model import HybridModel
     from hybrid.phases import PHASES, enter
     from hybrid.processes import seed_everything, this_process
+    from hybrid.sources import Sources
     from hybrid.train import TrainSettings, train
 
     # what can be wrong is found out before a model is loaded, the quickest first
@@ -70,6 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
         output_dir=arguments.output,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
+        accumulate=arguments.accumulate,
         learning_rate=phase.learning_rate if arguments.learning_rate is None else arguments.learning_rate,
         warmup_steps=arguments.warmup_steps,
         seed=arguments.seed,
@@ -77,24 +79,35 @@ def _train(arguments: argparse.Namespace) -> int:
         eval_every=arguments.eval_every,
         log_every=arguments.log_every,
         keep_checkpoints=arguments.keep_checkpoints,
+        shard=arguments.shard,
+        mixed_precision=arguments.mixed_precision,
+        max_skipped_steps=arguments.max_skipped_steps,
     )
     run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = _block(start, arguments)
     tokenizer = load_tokenizer(arguments.base, arguments.trust_remote_code)
 
-    def read(sources: list[str]) -> TokenBlocks:
-        return _read_blocks(sources, tokenizer, start, arguments)
-
     processes = this_process()
     say: Callable[..., None] = print if processes.is_main_process else _say_nothing
     with processes.main_process_first():  # a data set is fetched once
-        data = read(arguments.data)
-        if arguments.held_out is None:
-            data, new = data.split(min(_HELD_OUT_BLOCKS, -(-len(data) // 20)))
-        else:
-            new = read(arguments.held_out)
-        held_out = {"new": new} | ({} if arguments.known is None else {"known": read(arguments.known)})
+        data = TokenStream(
+            Sources(arguments.data, arguments.field),
+            tokenizer,
+            _sequence_length(start, arguments),
+            separate=arguments.documents == "separate",
+            held_out=_HELD_OUT_BLOCKS if arguments.held_out is None else 0,
+            workers=arguments.data_workers,
+            vocabulary=start.get_text_config(decoder=True).vocab_size,
+            seed=arguments.seed,
+        )
+        held_out = {
+            "new": data.held_out_rows()
+            if arguments.held_out is None
+            else _read_blocks(arguments.held_out, tokenizer, start, arguments)
+        }
+        if arguments.known is not None:
+            held_out["known"] = _read_blocks(arguments.known, tokenizer, start, arguments)
 
     seed_everything(arguments.seed)
     dtype = arguments.dtype or ("float32" if phase.trains_base else "auto")
@@ -108,7 +121,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     say(describe(processes.device))
     say(f"phase {arguments.phase}: trains {count_trained(model):,} of {count(model):,} parameters")
-    say(f"{len(data):,} sequences of {arguments.sequence_length:,} tokens; held out: {_sizes(held_out)}")
+    sizes = ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
+    say(f"sequences of {arguments.sequence_length:,} tokens from {data.sources.name}; held out: {sizes}")
     result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer)
     for name, before in result.held_out_before.items():
         say(f"held-out loss, {name} text: {before:.4f} -> {result.held_out_after[name]:.4f} nats per token")
@@ -276,10 +290,8 @@ def _block(start: PreTrainedConfig, arguments: argparse.Namespace) -> tuple[Hybr
     return start, start.base_config
 
 
-def _read_blocks(sources: list[str], tokenizer: Any, config: Any, arguments: argparse.Namespace) -> Any:
-    """TokenBlocks whose tokens the model has, no longer than it can read."""
-    from hybrid.data import TokenBlocks
-
+def _sequence_length(config: PreTrainedConfig, arguments: argparse.Namespace) -> int:
+    """--sequence-length, which the model can read."""
     text_config = config.get_text_config(decoder=True)
     longest = getattr(text_config, "max_position_embeddings", None) or arguments.sequence_length
     if arguments.sequence_length > longest:
@@ -287,17 +299,27 @@ def _read_blocks(sources: list[str], tokenizer: Any, config: Any, arguments: arg
             f"expected --sequence-length of at most {longest} tokens (the model's max_position_embeddings), "
             f"got {arguments.sequence_length}."
         )
-    blocks = TokenBlocks.read(sources, tokenizer, arguments.sequence_length, arguments.field)
-    if blocks.largest_token() >= text_config.vocab_size:
+    return arguments.sequence_length
+
+
+def _read_blocks(
+    sources: list[str], tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace
+) -> Any:
+    """TokenBlocks whose tokens the model has, no longer than it can read."""
+    from hybrid.data import TokenBlocks
+
+    length, vocabulary = (
+        _sequence_length(config, arguments),
+        config.get_text_config(decoder=True).vocab_size,
+    )
+    is_separate = arguments.documents == "separate"
+    blocks = TokenBlocks.read(sources, tokenizer, length, arguments.field, separate=is_separate)
+    if blocks.largest_token() >= vocabulary:
         raise ValueError(
-            f"expected a tokenizer for the model's vocabulary of {text_config.vocab_size} tokens, "
+            f"expected a tokenizer for the model's vocabulary of {vocabulary} tokens, "
             f"got token {blocks.largest_token()} in {blocks.name}."
         )
     return blocks
-
-
-def _sizes(held_out: dict[str, Any]) -> str:
-    return ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
 
 
 def _say_nothing(*_: object) -> None:
@@ -339,13 +361,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         required=True,
-        help="text or .jsonl files, globs, or NAME[:CONFIG[:SPLIT]] of a data set",
+        help="text, .jsonl or .parquet files, globs, or NAME[:CONFIG[:SPLIT]] of a data set; any size",
     )
     train.add_argument(
         "--held-out",
         nargs="+",
-        help="the same, for the loss on new text; default: the last twentieth of --data, "
-        f"at most {_HELD_OUT_BLOCKS} sequences",
+        help="the same, for the loss on new text; default: every twentieth sequence of --data, "
+        f"at most {_HELD_OUT_BLOCKS}, which are not trained on",
     )
     train.add_argument("--known", nargs="+", help="the same, of a text the base knows: how much is forgotten")
     train.add_argument("--output", required=True, help="folder of the run")
@@ -356,7 +378,8 @@ def _parser() -> argparse.ArgumentParser:
         "--phase", type=int, choices=(1, 2), default=1, help="1: the TRM learns; 2: everything does"
     )
     train.add_argument("--steps", type=int, required=True, help="optimizer steps")
-    train.add_argument("--batch-size", type=int, default=8, help="sequences per step and process")
+    train.add_argument("--batch-size", type=int, default=8, help="sequences in one forward of a process")
+    train.add_argument("--accumulate", type=int, default=1, help="forwards of a process in a step")
     train.add_argument("--learning-rate", type=float, help="default: 1e-4 in phase 1, 1e-5 in phase 2")
     train.add_argument("--warmup-steps", type=int, default=0, help="steps until the rate is reached")
     train.add_argument("--seed", type=int, default=0)
@@ -366,7 +389,18 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-every", type=int, help="steps between held-out losses; default: before and after"
     )
     train.add_argument("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl")
+    train.add_argument("--shard", action="store_true", help="split the model among the processes (FSDP2)")
+    train.add_argument(
+        "--mixed-precision", choices=("no", "bf16"), help="compute in bfloat16 what is kept in float32"
+    )
+    train.add_argument(
+        "--max-skipped-steps",
+        type=int,
+        default=5,
+        help="so many in a row whose loss or gradient is no number end the run",
+    )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)
     _add_data_options(train)
     _add_model_options(train)
@@ -439,7 +473,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens")
-    parser.add_argument("--field", default="text", help="of .jsonl lines and data-set rows")
+    parser.add_argument(
+        "--field", default="text", help="of .jsonl lines and rows: a text, or a chat's messages"
+    )
+    parser.add_argument(
+        "--documents",
+        choices=("separate", "joined"),
+        default="separate",
+        help="whether documents in one sequence look at each other; default: separate",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,47 +1,75 @@
-"""Text for training and evaluating: files, globs or a data-set name in, blocks of tokens out.
+"""Blocks of tokens to train and evaluate on, made from text.
 
-A text file is one document, a line of a .jsonl file is one, and so is a row of a data set. Documents are
-put in a row, each closed by the tokenizer's EOS where it has one, and cut into blocks of one length.
+Documents are put in a row, each closed by the tokenizer's EOS where it has one, and cut into rows of one
+length. A row says where its documents begin: its position ids start again at 0 there, which transformers and
+masks.py read as sequences that must not look at each other, and no document's first token is predicted.
+
+TokenStream makes the rows while they are trained on, of text of any size; TokenBlocks holds them all.
 """
 
-import glob
-import json
-import re
+import os
+import random
+from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-# a name that ends like this is a file's, and is looked for nowhere else
-_FILE = re.compile(r"\.[A-Za-z]{1,5}$|^[./~]")
+from hybrid.evaluate import IGNORED
+from hybrid.sources import Piece, Sources
+
+_CHUNK_PIECES, _CHUNK_CHARACTERS = 64, 2**20  # what a worker gets at once
+_SHUFFLED_TOKENS = 2**21
+_HELD_OUT_EVERY = 20
+
+
+class Row(NamedTuple):
+    """T tokens, and the position of each in its document, or in as much of it as the row has."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+
+    def item(self, separate: bool) -> dict[str, Tensor]:
+        """What a model is given; `separate`: documents do not look at each other."""
+        tokens = torch.from_numpy(self.tokens.astype(np.int64))
+        if not separate:
+            return {"input_ids": tokens, "labels": tokens}
+        positions = torch.from_numpy(self.positions.astype(np.int64))
+        labels = tokens.masked_fill(positions == 0, IGNORED)
+        return {"input_ids": tokens, "labels": labels, "position_ids": positions}
 
 
 class TokenBlocks(Dataset):
-    """Blocks of T tokens; item i is {"input_ids": [T] int64, "labels": [T] int64}, both the same.
+    """Blocks of T tokens; item i is {"input_ids", "labels"} and, where it has positions, {"position_ids"}.
 
     tokens            [N] int32 or int64; what does not fill a last block is left out
     sequence_length   T, in tokens
     name              what the tokens came from, for errors
+    positions         [N], of each token in its document; None: one document
 
     Errors: ValueError when there are fewer tokens than one block needs.
     """
 
-    def __init__(self, tokens: Tensor, sequence_length: int, name: str = "data") -> None:
-        if sequence_length < 2:
-            raise ValueError(
-                f"TokenBlocks: expected sequence_length of at least 2 tokens, got {sequence_length}."
-            )
+    def __init__(
+        self, tokens: Tensor, sequence_length: int, name: str = "data", positions: Tensor | None = None
+    ) -> None:
+        _check_length(sequence_length)
         if len(tokens) < sequence_length:
             raise ValueError(
                 f"TokenBlocks: expected at least one sequence of {sequence_length} tokens in {name}, "
                 f"got {len(tokens)} tokens."
             )
         self.name = name
-        self._blocks = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
+        cut = len(tokens) // sequence_length * sequence_length
+        self._blocks = tokens[:cut].view(-1, sequence_length)
+        self._positions = None if positions is None else positions[:cut].view(-1, sequence_length)
 
     @classmethod
     def read(
@@ -50,17 +78,26 @@ class TokenBlocks(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         field: str = "text",
+        separate: bool = False,
     ) -> "TokenBlocks":
-        """The blocks of everything that `sources` name, in their order; see documents()."""
-        name = ", ".join(sources)
-        return cls(_tokens(documents(sources, field), tokenizer), sequence_length, name)
+        """The blocks of everything that `sources` name, in their order; see sources.py.
+
+        separate   documents do not look at each other
+        """
+        _check_length(sequence_length)
+        reader = Sources(sources, field)
+        tokenize = Tokenize(tokenizer)
+        rows = list(_pack(_with_ids(reader, tokenize), sequence_length, keep_rest=True))
+        tokens, positions = ([getattr(row, name) for row, _ in rows] for name in Row._fields)
+        return cls(_joined(tokens), sequence_length, reader.name, _joined(positions) if separate else None)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        block = self._blocks[index].long()
-        return {"input_ids": block, "labels": block}
+        tokens = self._blocks[index]
+        positions = tokens if self._positions is None else self._positions[index]
+        return Row(tokens.numpy(), positions.numpy()).item(separate=self._positions is not None)
 
     def split(self, held_out: int) -> tuple["TokenBlocks", "TokenBlocks"]:
         """(all blocks but the last `held_out`, the last `held_out`).
@@ -73,108 +110,328 @@ class TokenBlocks(Dataset):
                 f"{self.name}, got {held_out}."
             )
         length = self._blocks.shape[1]
-        first, last = self._blocks[:-held_out], self._blocks[-held_out:]
-        return (
-            TokenBlocks(first.reshape(-1), length, self.name),
-            TokenBlocks(last.reshape(-1), length, f"the end of {self.name}"),
-        )
+
+        def part(name: str, blocks: slice) -> TokenBlocks:
+            positions = None if self._positions is None else self._positions[blocks].reshape(-1)
+            return TokenBlocks(self._blocks[blocks].reshape(-1), length, name, positions)
+
+        return part(self.name, slice(-held_out)), part(f"the end of {self.name}", slice(-held_out, None))
 
     def largest_token(self) -> int:
         """The largest id, to be compared with a model's vocabulary."""
         return int(self._blocks.max())
 
 
-def documents(sources: Sequence[str], field: str = "text") -> Iterator[str]:
-    """The documents of each source in turn; a glob's files come in the order of their names.
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where in a stream training is; JSON.
 
-    sources   a file, a glob, or NAME[:CONFIG[:SPLIT]] of a data set for datasets.load_dataset (a folder is
-              one too); the split is "train" where none is given
-    field     of a .jsonl line or a data set's row that holds the text
-
-    Errors: ValueError for a file that is missing, empty or not UTF-8, a line or a row without the field,
-    a data set that cannot be loaded.
+    passes   over all the text, done
+    row      of this pass, where the shuffled rows that are being trained on begin
+    place    of the piece that this row begins in, for Sources.read; None: the beginning
+    used     tokens of that piece that are in rows before
+    taken    of the shuffled rows
     """
-    for source in sources:
-        paths = _files(source)
-        if paths is None:
-            yield from _rows(source, field)
-        for path in paths or ():
-            yield from _lines(path, field) if path.suffix == ".jsonl" else [_text(path)]
+
+    passes: int = 0
+    row: int = 0
+    place: list[Any] | None = None
+    used: int = 0
+    taken: int = 0
 
 
-def _files(source: str) -> list[Path] | None:
-    """The files that `source` names; None where it names a data set."""
-    if glob.has_magic(source) and not Path(source).exists():
-        paths = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
-        if paths := [path for path in paths if path.is_file()]:
-            return paths
-        raise ValueError(f"data: expected files that match {source}, got none.")
-    if Path(source).is_file():
-        return [Path(source)]
-    if Path(source).is_dir() or not _FILE.search(source):
-        return None
-    raise ValueError(f"data: expected a file {source}, got no such file.")
+@dataclass
+class _Shuffle:
+    """Rows that follow each other in the text, in the order they are trained on; `at` is where they begin."""
+
+    at: StreamPlace
+    rows: list[Row] = field(default_factory=list)
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"data: expected text in {path}, got an empty file.")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: expected UTF-8 in {path}, got byte 0x{content[error.start]:02x} at byte {error.start}."
-        ) from None
+class TokenStream:
+    """Rows of T tokens for training, read, tokenized and shuffled while they are needed, pass after pass.
 
+    The order is a function of the text and the seed alone: of each 2M tokens that follow each other the rows
+    are shuffled. Every process sees all rows and takes its share of each step, so that the order does not
+    depend on how many there are, nor on `workers`. Reading needs memory for the rows of two shuffles,
+    whatever the size of the text.
 
-def _lines(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+    sources           see sources.py
+    sequence_length   T, in tokens
+    separate          documents do not look at each other
+    held_out          every twentieth row of the text, so many of them, is left out; see held_out_rows
+    workers           processes that tokenize; 0: this one does
+    vocabulary        tokens that the model has; None is not checked
+    shuffled_rows     None: 2M tokens
+
+    Errors: ValueError as in sources.py, for text that does not fill a row, a token beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        *,
+        separate: bool = True,
+        held_out: int = 0,
+        workers: int = 0,
+        vocabulary: int | None = None,
+        seed: int = 0,
+        shuffled_rows: int | None = None,
+    ) -> None:
+        _check_length(sequence_length)
+        if not isinstance(workers, int) or workers < 0:
+            raise ValueError(f"TokenStream: expected workers to be a count, got {workers!r}.")
+        self.sources, self.sequence_length, self.separate = sources, sequence_length, separate
+        self.workers, self.seed = workers, seed
+        self.shuffled_rows = shuffled_rows or max(16, _SHUFFLED_TOKENS // sequence_length)
+        self._held_out = held_out
+        self._tokenize = Tokenize(tokenizer, vocabulary)
+
+    def held_out_rows(self) -> TokenBlocks:
+        """The rows that are left out.
+
+        Errors: ValueError when nothing would be left to train on.
+        """
+        length, rows = self.sequence_length, []
+        packed = _pack(_with_ids(self.sources, self._tokenize), length)
+        number = -1
+        for number, (row, _) in enumerate(islice(packed, _HELD_OUT_EVERY * self._held_out)):
+            if self._is_held_out(number):
+                rows.append(row)
+        if number < 1:
             raise ValueError(
-                f"data: {path}, line {number}: expected a JSON object, got none ({error})."
-            ) from None
-        yield _field(row, field, f"{path}, line {number}")
+                f"data: expected at least two sequences of {length} tokens in {self.sources.name}, one to "
+                f"hold out, got {number + 1}."
+            )
+        tokens, positions = (_joined([getattr(row, name) for row in rows]) for name in Row._fields)
+        name = f"what is held out of {self.sources.name}"
+        return TokenBlocks(tokens, length, name, positions if self.separate else None)
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that began."""
+        return self.sources.describe() | {
+            "tokens": self.sequence_length,
+            "separate": self.separate,
+            "held_out": self._held_out,
+            "shuffled_rows": self.shuffled_rows,
+        }
+
+    def rows(self, at: StreamPlace | None = None) -> Iterator[tuple[Row, StreamPlace]]:
+        """(a row, where the stream is after it), without end.
+
+        The next shuffle is made in a thread while the rows of this one are trained on.
+        """
+        at = at or StreamPlace()
+        loader = _Loader(self.sources, self._tokenize, self.workers, at.place)  # before there are threads
+        shuffles = self._shuffles(loader, at)
+        pool = ThreadPoolExecutor(1)
+        try:
+            coming = pool.submit(next, shuffles)
+            while True:
+                shuffle = coming.result()
+                coming = pool.submit(next, shuffles)
+                for taken in range(shuffle.at.taken, len(shuffle.rows)):
+                    yield shuffle.rows[taken], replace(shuffle.at, taken=taken + 1)
+        finally:
+            loader.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _is_held_out(self, number: int) -> bool:
+        return number % _HELD_OUT_EVERY == 0 and number // _HELD_OUT_EVERY < self._held_out
+
+    def _shuffles(self, loader: "_Loader", at: StreamPlace) -> Iterator[_Shuffle]:
+        while True:
+            has_rows, shuffle, number = at.row > 0, _Shuffle(at), at.row
+            for row, (place, used) in _pack(loader.one_pass(), self.sequence_length, at.used):
+                if not self._is_held_out(number):
+                    shuffle.rows.append(row)
+                    has_rows = True
+                number += 1
+                if len(shuffle.rows) == self.shuffled_rows:
+                    yield self._in_order(shuffle)
+                    shuffle = _Shuffle(StreamPlace(at.passes, number, place, used))
+            if shuffle.rows:
+                yield self._in_order(shuffle)
+            if not has_rows:
+                raise ValueError(
+                    f"data: expected at least one sequence of {self.sequence_length} tokens to train on in "
+                    f"{self.sources.name}, got none beside {number} held out."
+                )
+            at = StreamPlace(at.passes + 1)
+
+    def _in_order(self, shuffle: _Shuffle) -> _Shuffle:
+        random.Random(f"{self.seed}:{shuffle.at.passes}:{shuffle.at.row}").shuffle(shuffle.rows)
+        return shuffle
 
 
-def _rows(source: str, field: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
+class Tokenize(Dataset):
+    """Contents -> their tokens, each [N] int32 and without EOS; a chat by the tokenizer's template.
+
+    As a data set its "indices" are lists of contents, so that a DataLoader's workers tokenize. What cannot be
+    done comes back as text: an exception from a worker would bring its whole stack along.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
+        self.end, self.vocabulary = tokenizer.eos_token_id, vocabulary
+        self._tokenizer = tokenizer
+
+    def __getitem__(self, contents: list[Any]) -> list[np.ndarray] | str:
+        try:
+            texts = [content if isinstance(content, str) else self._chat(content) for content in contents]
+            found = (
+                self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
+            )
+            return [self._checked(np.array(ids, dtype=np.int32)) for ids in found]
+        except ValueError as error:
+            return str(error)
+
+    def _chat(self, turns: list[Any]) -> str:
+        if not self._tokenizer.chat_template:
+            raise ValueError("data: expected a tokenizer with a chat template for a chat, got one without.")
+        try:
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception as error:  # whatever the template's author lets it raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"data: expected a chat that the tokenizer's template takes, got one it refuses ({reason})."
+            ) from error
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
+            raise ValueError(
+                f"expected a tokenizer for the model's vocabulary of {self.vocabulary} tokens, "
+                f"got token {ids.max()}."
+            )
+        return ids
+
+
+class _Ids(NamedTuple):
+    """A piece's tokens, EOS included."""
+
+    tokens: np.ndarray
+    ends: bool
+    place: list[Any]
+
+
+class _Loader:
+    """The tokens of all pieces from `place` on, and of all again, and again; made ahead by workers."""
+
+    def __init__(self, sources: Sources, tokenize: Tokenize, workers: int, place: list[Any] | None) -> None:
+        self._end = tokenize.end
+        self._is_stopped = False
+        self._asked: deque[list[Piece] | None] = deque()  # None: a pass is over
+        self._answers = iter(
+            DataLoader(
+                tokenize,
+                sampler=_endless(sources, place, self._asked),  # type: ignore[arg-type]  # lists of contents
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_one_thread,
+                prefetch_factor=4 if workers else None,
+            )
+        )
+
+    def stop(self) -> None:
+        """Nobody waits for the rest."""
+        self._is_stopped = True
+
+    def one_pass(self) -> Iterator[_Ids]:
+        for answer in self._answers:
+            if self._is_stopped:
+                raise RuntimeError("nobody waits for this")
+            pieces = self._asked.popleft()
+            if pieces is None:
+                return
+            yield from _closed(pieces, answer, self._end)
+
+
+def _endless(
+    sources: Sources, place: list[Any] | None, asked: deque[list[Piece] | None]
+) -> Iterator[list[Any]]:
+    """The contents of chunks from `place` on, and again and again; what they are of goes into `asked`."""
+    while True:
+        for chunk in _chunked(sources.read(place)):
+            asked.append(chunk)
+            yield [piece.content for piece in chunk]
+        asked.append(None)
+        yield []
+        place = None
+
+
+def _with_ids(sources: Sources, tokenize: Tokenize) -> Iterator[_Ids]:
+    """The tokens of all pieces, once, by this process."""
+    for chunk in _chunked(sources.read()):
+        yield from _closed(chunk, tokenize[[piece.content for piece in chunk]], tokenize.end)
+
+
+def _chunked(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    chunk: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        chunk.append(piece)
+        characters += len(piece.content)
+        if len(chunk) == _CHUNK_PIECES or characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _closed(pieces: list[Piece], answer: list[np.ndarray] | str, end: int | None) -> Iterator[_Ids]:
+    if isinstance(answer, str):
+        first, last = pieces[0].where, pieces[-1].where
+        raise ValueError(f"{answer} It is in {first}{'' if first == last else f' to {last}'}.")
+    for piece, ids in zip(pieces, answer, strict=True):
+        is_chat = not isinstance(piece.content, str)  # its template may have closed it
+        if piece.ends and end is not None and not (is_chat and len(ids) and ids[-1] == end):
+            ids = np.append(ids, np.int32(end))
+        yield _Ids(ids, piece.ends, piece.place)
+
+
+def _pack(
+    pieces: Iterator[_Ids], length: int, used: int = 0, keep_rest: bool = False
+) -> Iterator[tuple[Row, tuple[list[Any], int]]]:
+    """(a row, (the piece that the next one begins in, the tokens of it that are used up)).
+
+    used        tokens of the first piece to pass over
+    keep_rest   the last tokens, which fill no row, come as a shorter one
+    """
+    tokens, positions = np.empty(length, np.int32), np.empty(length, np.int32)
+    filled = position = 0
+    place: list[Any] = []
+    for ids, ends, place in pieces:
+        while used < len(ids):
+            count = min(length - filled, len(ids) - used)
+            tokens[filled : filled + count] = ids[used : used + count]
+            positions[filled : filled + count] = np.arange(position, position + count)
+            filled, used, position = filled + count, used + count, position + count
+            if filled == length:
+                yield Row(tokens.copy(), positions.copy()), (place, used)
+                filled = position = 0  # what goes on in the next row sees nothing of this one
+        used = 0
+        if ends:
+            position = 0
+    if keep_rest and filled:
+        yield Row(tokens[:filled].copy(), positions[:filled].copy()), (place, used)
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *arrays]))
+
+
+def _check_length(sequence_length: int) -> None:
+    if sequence_length < 2:
         raise ValueError(
-            f"data: {source} is no file here, and data sets need the package datasets: "
-            "expected it installed (pip install 'trm-hybrid[data]'), got none."
-        ) from None
-    name, config, split = (*source.split(":"), "", "")[:3]
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"data: expected a file or a data set, got {source}, which is no file here and cannot be loaded "
-            f"as a data set ({reason})."
-        ) from error
-    for number, row in enumerate(rows):
-        yield _field(row, field, f"{source}, row {number}")
+            f"TokenBlocks: expected sequence_length of at least 2 tokens, got {sequence_length}."
+        )
 
 
-def _field(row: object, field: str, where: str) -> str:
-    text = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        got = ", ".join(map(str, row)) or "no fields" if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"data: {where}: expected text in the field {field!r}, got {got}.")
-    return text
+def _as_it_is(answer: Any) -> Any:
+    return answer
 
 
-def _tokens(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """[N] int32, the documents in a row, each closed by EOS where the tokenizer has one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces = [np.empty(0, dtype=np.int32)]
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces.append(np.array(ids + end, dtype=np.int32))
-    return torch.from_numpy(np.concatenate(pieces))
+def _one_thread(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

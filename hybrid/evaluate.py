@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_IGNORED = -100  # a label that is no token, in transformers and in torch
+IGNORED = -100  # a label that is no token, in transformers and in torch
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,38 @@ def text_loss(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLos
         for batch in DataLoader(data, batch_size=batch_size, collate_fn=default_collate):
             batch = {name: t.to(model.device) for name, t in batch.items()}
             # a model shifts the labels by one: the first of a row is predicted by nothing
-            tokens = int((batch["labels"][:, 1:] != _IGNORED).sum())
+            tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss = model(**batch, use_cache=False).loss  # also of no tokens: others may be waiting in it
             if tokens:
-                loss = model(**batch, use_cache=False).loss
                 total += TextLoss(loss.item() * tokens, tokens)
     finally:
         model.train(was_training)
     return total
+
+
+@torch.no_grad()
+def check_separate(model: PreTrainedModel) -> None:
+    """See that documents in one sequence do not look at each other where position ids start again.
+
+    Errors: ValueError where they do: some families and attention implementations pass position ids over.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        tokens = torch.arange(1, 17, device=model.device)[None].repeat(2, 1)
+        positions = torch.arange(8, device=model.device).repeat(2)[None].expand(2, -1)
+        one = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 8:].float()
+        tokens[:, :8] += 1
+        other = model(input_ids=tokens, position_ids=positions, use_cache=False).logits[:, 8:].float()
+    finally:
+        model.train(was_training)
+    if not (one - other).abs().max() <= 1e-3 * one.abs().max():
+        base = getattr(model, "llm_model", model)
+        raise ValueError(
+            f"expected a model in which documents can be separate, got {type(base).__name__} with attention "
+            f"by {base.config._attn_implementation}, which passes over position ids that start again: "
+            "--documents joined lets them look at each other."
+        )
 
 
 def task_results(

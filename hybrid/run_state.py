@@ -4,7 +4,8 @@
     metrics.jsonl         one JSON object a line
     curve.png             its losses as a picture
     checkpoint-000123/    after step 123: the model as save_pretrained writes it, the optimizer's
-                          moments as safetensors by parameter name, and state.json
+                          moments as safetensors by parameter name, and state.json; the same, whichever way
+                          the model was split among processes
 
 Everything is written beside its place and renamed into it, so a run killed at any moment leaves the
 last whole checkpoint. No pickle: a checkpoint from elsewhere can hold no code.
@@ -22,19 +23,21 @@ from typing import Any
 
 import safetensors
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hybrid import shard
 from hybrid.model import HybridModel
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 CURVE = "curve.png"
 _STATE = "state.json"
-_OPTIMIZER = "optimizer.safetensors"
+_OPTIMIZER = "optimizer"  # how the names of its files begin
 _SAVING = ".saving-"
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
@@ -47,14 +50,20 @@ class Progress:
     loss_sum           of the steps since the last metrics line, nats per token
     grad_norm          the largest of these steps, before clipping
     counted            how many these steps are
+    skipped            how many steps since then were not taken: loss or gradient was no number
+    skipped_in_row     of these, the last that follow each other
     held_out_before    loss per token of each held-out set before the first step, nats
+    place              where a stream of data is after these steps; None: the steps say it
     """
 
     step: int = 0
     loss_sum: float = 0.0
     grad_norm: float = 0.0
     counted: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
     held_out_before: dict[str, float] = field(default_factory=dict)
+    place: dict[str, Any] | None = None
 
 
 def make_folder(folder: Path, who: str = "train") -> None:
@@ -121,17 +130,30 @@ def save(
     optimizer: Optimizer,
     tokenizer: PreTrainedTokenizerBase | None,
     keep: int,
-) -> Path:
+    processes: PartialState,
+) -> None:
     """Write the checkpoint of `progress.step`, then delete all whole ones but the `keep` newest.
+
+    Every process calls it; all but the main one return when their part of a sharded model is written.
 
     tokenizer   written beside the model; None writes none
     """
-    beside = Path(tempfile.mkdtemp(prefix=_SAVING, dir=folder))
-    beside.chmod(0o777 & ~_umask())
-    _save_model(model, beside)
+    is_main, beside = processes.is_main_process, folder / f"{_SAVING}{progress.step:06d}"
+    if is_main:
+        if beside.exists():
+            shutil.rmtree(beside)
+        beside.mkdir()
+    if shard.is_sharded(model):
+        _save_shards(model, optimizer, beside, processes)
+    if not is_main:
+        return
+    if shard.is_sharded(model):
+        shard.write_config(model, beside, has_base=_trains_base(model))
+    else:
+        _save_model(model, beside)
+        save_file(_moments(model, optimizer), beside / f"{_OPTIMIZER}.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(beside)
-    save_file(_moments(model, optimizer), beside / _OPTIMIZER)
     files = {path.name: path.stat().st_size for path in sorted(beside.iterdir()) if path.is_file()}
     replace_file(beside / _STATE, json.dumps({**asdict(progress), "files": files}, indent=1).encode())
 
@@ -141,7 +163,6 @@ def save(
     beside.rename(target)
     for old in sorted(_whole_checkpoints(folder), key=_step_of)[:-keep]:
         shutil.rmtree(old)
-    return target
 
 
 def load(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress:
@@ -150,8 +171,12 @@ def load(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> Prog
     Errors: ValueError for a file that is damaged, or tensors that do not fit.
     """
     state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    _load_model(checkpoint, [name for name in state["files"] if name.startswith("model")], model)
-    _load_moments(checkpoint / _OPTIMIZER, model, optimizer)
+    if shard.is_sharded(model):
+        _load_shards(checkpoint, model, optimizer)
+    else:
+        of = {kind: [n for n in state["files"] if n.startswith(kind)] for kind in ("model", _OPTIMIZER)}
+        _load_model(checkpoint, of["model"], model)
+        _load_moments([checkpoint / name for name in of[_OPTIMIZER]], model, optimizer)
     return Progress(**{name: value for name, value in state.items() if name != "files"})
 
 
@@ -200,7 +225,7 @@ def _check_same_run(folder: Path, run: dict[str, Any]) -> None:
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     # names as in the model, also where transformers renames on saving, so that load() finds them
     arguments: dict[str, Any] = {"save_original_format": False}
-    if isinstance(model, HybridModel) and any(p.requires_grad for _, p in model.base_named_parameters()):
+    if _trains_base(model):
         arguments["save_base"] = True
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # there is one already
@@ -231,24 +256,65 @@ def _load_model(checkpoint: Path, names: list[str], model: PreTrainedModel) -> N
 
 
 def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`name/moment` -> tensor, for every trained parameter that has had a gradient."""
+    """`name/moment` -> tensor, for every trained parameter that has had a gradient.
+
+    A single number has an axis here: torch.distributed.checkpoint loses those that have none.
+    """
     state = optimizer.state_dict()["state"]
     return {
-        f"{name}/{moment}": tensor.detach().clone().contiguous()
+        f"{name}/{moment}": tensor.detach().clone().contiguous().reshape(tensor.shape or (1,))
         for index, name in enumerate(trained_parameters(model))
         for moment, tensor in state.get(index, {}).items()
     }
 
 
-def _load_moments(file: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def _load_moments(files: list[Path], model: nn.Module, optimizer: Optimizer) -> None:
+    state = {}
+    for file in files:
+        for key, tensor in _read(file).items():
+            if key.rpartition("/")[0] not in trained_parameters(model):
+                raise ValueError(f"train: {file}: expected moments of trained parameters, got {key}.")
+            state[key] = tensor
+    _set_moments(state, model, optimizer)
+
+
+def _set_moments(tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer) -> None:
     index = {name: i for i, name in enumerate(trained_parameters(model))}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _read(file).items():
+    for key, tensor in tensors.items():
         name, _, moment = key.rpartition("/")
-        if name not in index:
-            raise ValueError(f"train: {file}: expected moments of trained parameters, got {name}.")
-        state.setdefault(index[name], {})[moment] = tensor
+        state.setdefault(index[name], {})[moment] = tensor.reshape(()) if moment == "step" else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _save_shards(model: PreTrainedModel, optimizer: Optimizer, folder: Path, processes: PartialState) -> None:
+    """model-00001-of-0000N.safetensors with an index, and optimizer-... ; every process writes its part."""
+    is_main = processes.is_main_process
+    processes.wait_for_everyone()
+    weights = {name: p.detach() for name, p in trained_parameters(model).items()}
+    shard.write(weights, folder, is_main)
+    shard.write(_moments(model, optimizer), folder / _OPTIMIZER, is_main)
+    if is_main:
+        for file in (folder / _OPTIMIZER).glob("*.safetensors"):
+            file.rename(folder / file.name.replace("model", _OPTIMIZER, 1))
+        shutil.rmtree(folder / _OPTIMIZER)
+
+
+def _load_shards(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    trained = trained_parameters(model)
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.items()}
+    moments = {}
+    for key in shard.names(checkpoint):
+        name, _, moment = key.rpartition("/")
+        if name in trained:
+            # how often a parameter has been stepped is one number, whole on every process
+            moments[key] = torch.zeros(1) if moment == "step" else torch.zeros_like(trained[name].detach())
+    shard.read(tensors | moments, checkpoint)
+    _set_moments(moments, model, optimizer)
+
+
+def _trains_base(model: PreTrainedModel) -> bool:
+    return isinstance(model, HybridModel) and any(p.requires_grad for _, p in model.base_named_parameters())
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -285,9 +351,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _or_none(values: dict[str, Any], name: str) -> Any:
     return values.get(name, "none")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,31 +9,44 @@ what an uninterrupted one would have seen.
 import hashlib
 import json
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid import curve, run_state
+from hybrid import curve, run_state, shard
+from hybrid.batches import Batch, Share, batches, count
 from hybrid.config import trm_fields
-from hybrid.evaluate import TextLoss, text_loss
+from hybrid.data import TokenStream
+from hybrid.evaluate import IGNORED, TextLoss, check_separate, text_loss
 from hybrid.model import HybridModel
 from hybrid.processes import seed_everything, this_process
 from hybrid.progress import TrainingDisplay
 from hybrid.run_state import Progress
 
 # these say how a run is watched and kept, not what it computes; they may change when it is resumed
-_MAY_CHANGE = ("output_dir", "save_every", "eval_every", "log_every", "keep_checkpoints")
+# the last two may as long as a step has as many items as before
+_MAY_CHANGE = (
+    "output_dir",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "batch_size",
+    "accumulate",
+    "shard",
+)
 _FINGERPRINT_ITEMS = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -44,7 +57,8 @@ class TrainSettings:
 
     output_dir            run.json, metrics.jsonl, curve.png and checkpoint-000123/ go here
     steps                 in all
-    batch_size            items per step and process
+    batch_size            items in one forward, of each process
+    accumulate            forwards of each process in a step
     learning_rate         AdamW's, at its highest
     warmup_steps          the rate rises to it linearly
     weight_decay, betas   AdamW's
@@ -55,6 +69,9 @@ class TrainSettings:
     eval_every            steps between held-out losses; None: before and after
     log_every             steps between metrics lines
     keep_checkpoints      the newest so many stay
+    shard                 split the model among the processes (FSDP2) instead of copying it to each
+    mixed_precision       "bf16": compute in it what is kept in float32; "no"; None: as accelerate says
+    max_skipped_steps     so many in a row whose loss or gradient is NaN or infinite end the run
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -62,6 +79,7 @@ class TrainSettings:
     output_dir: Path | str
     steps: int
     batch_size: int = 8
+    accumulate: int = 1
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     weight_decay: float = 0.01
@@ -73,9 +91,20 @@ class TrainSettings:
     eval_every: int | None = None
     log_every: int = 10
     keep_checkpoints: int = 2
+    shard: bool = False
+    mixed_precision: str | None = None
+    max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "eval_every", "log_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "save_every",
+            "eval_every",
+            "log_every",
+            "keep_checkpoints",
+        ):
             count = getattr(self, name)
             if count is None and name in ("save_every", "eval_every"):
                 continue
@@ -129,7 +158,7 @@ class TrainResult:
 
 def train(
     model: PreTrainedModel,
-    data: Dataset,
+    data: Dataset | TokenStream,
     settings: TrainSettings,
     held_out: Mapping[str, Dataset] | None = None,
     resume: bool = False,
@@ -138,8 +167,9 @@ def train(
 ) -> TrainResult:
     """Train `model` in place, on every process that `accelerate launch` started.
 
-    data        map-style; item i is {"input_ids": [T] int64, "labels": [T] int64}, a function of i alone;
-                a label stands beside its own token (the model shifts them), -100 is not counted
+    data        a stream of tokens, or map-style: item i is {"input_ids": [T] int64, "labels": [T] int64} and
+                more that the model takes, a function of i alone; a label stands beside its own token (the
+                model shifts them), -100 is not counted
     held_out    name -> data of the same kind, whose loss is measured before, between and after
     resume      go on from the last whole checkpoint in settings.output_dir
     on_step     called on the main process after each step with its number, from 1, and its loss
@@ -148,7 +178,7 @@ def train(
     The global random generators (Python's, NumPy's, torch's) are seeded anew in every step.
 
     Errors: ValueError when nothing requires gradients, when the folder cannot be written to or holds
-    another run, or when the loss stops being a number.
+    another run, or when loss or gradient are no numbers too often: steps with such are not taken.
     """
     run = _Run(model, data, settings, held_out or {}, tokenizer)
     checkpoint = run.open(resume)
@@ -162,7 +192,7 @@ class _Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        data: Dataset,
+        data: Dataset | TokenStream,
         settings: TrainSettings,
         held_out: Mapping[str, Dataset],
         tokenizer: PreTrainedTokenizerBase | None,
@@ -170,24 +200,41 @@ class _Run:
         self.model, self.data, self.settings = model, data, settings
         self.held_out, self.tokenizer = held_out, tokenizer
         self.folder = Path(settings.output_dir)
-        self.accelerator = _accelerator(model)
+        self.accelerator = _accelerator(model, settings)
+        self.is_sharded = settings.shard
+        if self.is_sharded:
+            bf16 = self.accelerator.mixed_precision == "bf16"
+            device = self.accelerator.device.type
+            mesh = init_device_mesh(device, (self.accelerator.num_processes,))
+            shard.shard(model, mesh, torch.bfloat16 if bf16 else None)
         self.optimizer = _optimizer(model, settings)
+        self.share = Share(
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            settings.batch_size,
+            settings.accumulate,
+        )
         self.hybrid = model if isinstance(model, HybridModel) else None
 
     def open(self, resume: bool) -> Path | None:
         """Settle where to begin; the checkpoint that was loaded, or None at step 0."""
         is_main = self.accelerator.is_main_process
-        what = _description(self.model, self.data, self.settings, self.accelerator.num_processes)
+        what = _description(self.model, self.data, self.settings, self.share)
         run_state.make_folder(self.folder)
         checkpoint = run_state.find(self.folder, what, resume)
         self.accelerator.wait_for_everyone()  # all have looked: from here on files change
 
-        self.parallel_model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.parallel_model: Any = self.model
+        if not self.is_sharded:
+            self.parallel_model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = run_state.load(checkpoint, self.model, self.optimizer)
         if is_main:
             run_state.begin(self.folder, what, None if checkpoint is None else self.progress.step)
+        if isinstance(self.data, TokenStream) and self.data.separate:
+            check_separate(self.model)
+        self.place = self.progress.place
         self.window = _Window(self.progress, self.accelerator.device)
         self.display = TrainingDisplay(self.settings.steps, self.progress.step, is_main)
         if resume:
@@ -203,8 +250,11 @@ class _Run:
         after = None
         self.model.train()
         window.clock.start()
-        for step, batch in enumerate(self._batches(), start=self.progress.step + 1):
-            loss = self._step(step - 1, batch)
+        left = range(self.progress.step, settings.steps)
+        feed = batches(self.data, settings.seed, self.share, left, self.place)
+        for step, (step_batches, place) in enumerate(feed, start=left.start + 1):
+            loss = self._step(step - 1, step_batches)
+            self.place = place
             self.display.step()
             if on_step is not None and self.accelerator.is_main_process:
                 on_step(step, loss.item())
@@ -227,21 +277,8 @@ class _Run:
             checkpoint=checkpoint,
         )
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """This process's batches of the steps that are left."""
-        settings = self.settings
-        items_per_step = settings.batch_size * self.accelerator.num_processes
-        order = _Order(
-            _count(self.data),
-            settings.seed,
-            self.progress.step * items_per_step,
-            settings.steps * items_per_step,
-        )
-        loader = DataLoader(self.data, batch_size=settings.batch_size, sampler=order)
-        return self.accelerator.prepare(loader)
-
-    def _step(self, index: int, batch: dict[str, Tensor]) -> Tensor:
-        """Step `index`, from 0; its loss as a float32 scalar, the mean over all processes."""
+    def _step(self, index: int, batches: list[Batch]) -> Tensor:
+        """Step `index`, from 0; its loss as a float32 scalar, the mean over the tokens of all processes."""
         settings, accelerator = self.settings, self.accelerator
         seed_everything(settings.seed, index, accelerator.process_index)
         steps = {}
@@ -250,29 +287,75 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate_at(index)
 
-        loss = self.parallel_model(**batch, use_cache=False, **steps).loss
-        accelerator.backward(loss)
+        batches = [{name: t.to(accelerator.device) for name, t in batch.items()} for batch in batches]
+        # a model shifts the labels by one: the first of a row is predicted by nothing
+        predicted = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
+        # gradients are averaged over the processes, so that each token weighs the same
+        all_predicted = accelerator.reduce(sum(predicted), "sum") / accelerator.num_processes
+        loss = torch.zeros((), device=accelerator.device)
+        for number, batch in enumerate(batches, start=1):
+            with self._gradients_meet(number == len(batches)):
+                part = self.parallel_model(**batch, use_cache=False, **steps).loss
+                part = part * (predicted[number - 1] / all_predicted)
+                accelerator.backward(part)
+            loss += part.detach()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = accelerator.clip_grad_norm_(trained, settings.max_grad_norm)
-        self.optimizer.step()
+        grad_norm = shard.whole(torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+        loss = accelerator.reduce(loss, "mean")
+        # both are the same on every process, so that all of them take the step or none does
+        if is_good := math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
-        loss = accelerator.reduce(loss.detach().float(), "mean")
-        self.window.add(loss, grad_norm, batch["input_ids"].numel() * accelerator.num_processes)
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self.window.add(loss, grad_norm, tokens * accelerator.num_processes, is_good)
+        if not is_good:
+            self._skipped(index + 1, loss.item(), grad_norm.item())
         return loss
 
+    def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        """Say that a step was not taken; ValueError after too many in a row."""
+        in_row, most = self.window.skipped_in_row, self.settings.max_skipped_steps
+        self.display.say(
+            f"step {step}: skipped, its loss is {loss}, its gradient's norm {grad_norm} ({in_row} in a row)"
+        )
+        if in_row >= most:
+            raise ValueError(
+                f"train: expected a loss and a gradient that are numbers, got {loss} and {grad_norm} in step "
+                f"{step}, the last of {in_row} in a row. {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        checkpoint = run_state.latest(self.folder)
+        rate = f"A learning_rate below {self.settings.learning_rate} may help."
+        return (
+            f"The last good checkpoint is {checkpoint or 'none: the run is younger than its first'}. {rate}"
+        )
+
+    def _gradients_meet(self, together: bool) -> AbstractContextManager[Any]:
+        """Whether this backward averages the gradients over the processes, or only adds to this one's."""
+        if self.is_sharded:
+            self.parallel_model.set_requires_gradient_sync(together)
+            return nullcontext()
+        return nullcontext() if together else self.accelerator.no_sync(self.parallel_model)
+
     def _log(self, step: int) -> None:
-        loss, grad_norm = self.window.close()
-        self._check_finite(step, loss, grad_norm)
+        window = self.window
+        numbers = {} if not window.steps else {"loss": window.loss(), "grad_norm": window.grad_norm.item()}
+        if window.skipped:
+            numbers["skipped"] = window.skipped
+        window.close()
         speed = self.window.clock.tokens_per_second()
         self.display.numbers(
-            step, loss, speed, self.window.clock.seconds_per_step() * (self.settings.steps - step)
+            step,
+            numbers.get("loss", math.nan),
+            speed,
+            self.window.clock.seconds_per_step() * (self.settings.steps - step),
         )
         self._write(
             {
                 "step": step,
-                "loss": loss,
-                "grad_norm": grad_norm,
+                **numbers,
                 "learning_rate": self.settings.rate_at(step - 1),
                 "tokens_per_second": round(speed, 1),
             }
@@ -291,34 +374,37 @@ class _Run:
         return losses
 
     def _held_out_loss(self, data: Dataset) -> float:
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine = Subset(data, range(rank, _count(data), processes))
+        mine = _Part(data, self.accelerator.process_index, self.accelerator.num_processes)
         parts = gather_object([text_loss(self.model, mine, self.settings.batch_size)])
         return sum(parts, start=TextLoss(0.0, 0)).per_token
 
     def _save(self, step: int, before: dict[str, float]) -> Path:
-        loss_sum, grad_norm = self.window.loss_sum.item(), self.window.grad_norm.item()
-        self._check_finite(step, loss_sum, grad_norm)
+        self._check_weights(step)
+        run_state.save(
+            self.folder,
+            self.window.progress(step, before, self.place),
+            self.model,
+            self.optimizer,
+            self.tokenizer,
+            self.settings.keep_checkpoints,
+            this_process(),
+        )
         if self.accelerator.is_main_process:
-            progress = Progress(step, loss_sum, grad_norm, self.window.steps, before)
-            run_state.save(
-                self.folder,
-                progress,
-                self.model,
-                self.optimizer,
-                self.tokenizer,
-                self.settings.keep_checkpoints,
-            )
             curve.draw(run_state.read_metrics(self.folder), self.folder / run_state.CURVE)
         self.accelerator.wait_for_everyone()
         return run_state.checkpoint_of(self.folder, step)
 
-    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    def _check_weights(self, step: int) -> None:
+        """A checkpoint of weights that are no numbers would push the good ones out."""
+        broken = [
+            name
+            for name, p in run_state.trained_parameters(self.model).items()
+            if not shard.local(p.detach()).isfinite().all()
+        ]
+        if broken := gather_object(broken):
             raise ValueError(
-                f"train: expected a loss and a gradient that are numbers, got {loss} and {grad_norm} by "
-                f"step {step}. A learning_rate below {self.settings.learning_rate} may help; "
-                "the last checkpoint is from before."
+                f"train: expected weights that are numbers after step {step}, got others in {broken[0]}. "
+                + self._last_good()
             )
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -326,27 +412,23 @@ class _Run:
             run_state.append_metrics(self.folder, line)
 
 
-class _Order(Sampler[int]):
-    """Which items are trained on: a new shuffle for every pass over the data, cut at `start` and `stop`.
+class _Part(Dataset):
+    """One process's part of `data`; all parts are of one length, as all have to call a split model equally.
 
-    Item number p of all that all processes see is a function of (seed, p) alone.
+    What is missing to that is an item of which no token counts.
     """
 
-    def __init__(self, items: int, seed: int, start: int, stop: int) -> None:
-        self.items, self.seed, self.start, self.stop = items, seed, start, stop
+    def __init__(self, data: Dataset, rank: int, processes: int) -> None:
+        self.data, self.rank, self.processes = data, rank, processes
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return -(-count(self.data) // self.processes)
 
-    def __iter__(self) -> Iterator[int]:
-        shuffled, of_pass = None, -1
-        for position in range(self.start, self.stop):
-            this_pass, place = divmod(position, self.items)
-            if shuffled is None or this_pass != of_pass:
-                seed = random.Random(f"{self.seed}:{this_pass}").getrandbits(63)
-                shuffled = torch.randperm(self.items, generator=torch.Generator().manual_seed(seed))
-                of_pass = this_pass
-            yield int(shuffled[place])
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = index * self.processes + self.rank
+        if number < count(self.data):
+            return self.data[number]
+        return self.data[0] | {"labels": torch.full_like(self.data[0]["labels"], IGNORED)}
 
 
 class _Clock:
@@ -379,25 +461,47 @@ class _Window:
         self.loss_sum = torch.tensor(progress.loss_sum, device=device)
         self.grad_norm = torch.tensor(progress.grad_norm, device=device)
         self.steps = progress.counted
+        self.skipped = progress.skipped
+        self.skipped_in_row = progress.skipped_in_row
         self.clock = _Clock()
 
-    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int) -> None:
-        self.loss_sum += loss
-        self.grad_norm = torch.maximum(self.grad_norm, grad_norm.float())  # NaN wins
-        self.steps += 1
+    def add(self, loss: Tensor, grad_norm: Tensor, tokens: int, is_good: bool) -> None:
+        """A step that was taken, or was not: such a one has no numbers."""
+        if is_good:
+            self.loss_sum += loss
+            self.grad_norm = torch.maximum(self.grad_norm, grad_norm.float())
+            self.steps += 1
+            self.skipped_in_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_row += 1
         self.clock.steps += 1
         self.clock.tokens += tokens
 
-    def close(self) -> tuple[float, float]:
-        """(mean loss, largest gradient norm); begins the next window."""
-        numbers = self.loss_sum.item() / self.steps, self.grad_norm.item()
+    def loss(self) -> float:
+        """The mean of the steps that were taken."""
+        return self.loss_sum.item() / self.steps
+
+    def close(self) -> None:
+        """Begin the next window."""
         self.loss_sum.zero_()
         self.grad_norm.zero_()
-        self.steps = 0
-        return numbers
+        self.steps = self.skipped = 0
+
+    def progress(self, step: int, before: dict[str, float], place: dict[str, Any] | None) -> Progress:
+        return Progress(
+            step=step,
+            loss_sum=self.loss_sum.item(),
+            grad_norm=self.grad_norm.item(),
+            counted=self.steps,
+            skipped=self.skipped,
+            skipped_in_row=self.skipped_in_row,
+            held_out_before=before,
+            place=place,
+        )
 
 
-def _accelerator(model: PreTrainedModel) -> Accelerator:
+def _accelerator(model: PreTrainedModel, settings: TrainSettings) -> Accelerator:
     """Errors: ValueError for ways of training whose checkpoints this loop cannot write."""
     this_process()
     # with cycles that pass no gradient the first states get none, which DDP has to be told
@@ -406,19 +510,24 @@ def _accelerator(model: PreTrainedModel) -> Accelerator:
         model.config.num_cycles,
     )
     accelerator = Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=is_partial)]
+        mixed_precision=settings.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=is_partial)],
     )
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             f"train: expected one process or data parallelism, got {accelerator.distributed_type.value} "
-            "from accelerate's configuration."
+            "from accelerate's configuration; --shard is FSDP2."
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"train: expected mixed precision no or bf16, got {accelerator.mixed_precision}.")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"train: expected gradient_accumulation_steps 1, got {accelerator.gradient_accumulation_steps} "
-            "from accelerate's configuration."
+            "from accelerate's configuration; --accumulate says it here."
+        )
+    if settings.shard and not torch.distributed.is_initialized():
+        raise ValueError(
+            "train: expected processes to split the model among (torchrun, accelerate launch), got one."
         )
     return accelerator
 
@@ -437,25 +546,14 @@ def _optimizer(model: PreTrainedModel, settings: TrainSettings) -> torch.optim.O
 
 
 def _description(
-    model: PreTrainedModel, data: Dataset, settings: TrainSettings, processes: int
+    model: PreTrainedModel, data: Dataset | TokenStream, settings: TrainSettings, share: Share
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the run that began."""
-    items = _count(data)
-    if not items:
-        raise ValueError("train: expected data with at least one item, got none.")
-    digest = hashlib.sha256()
-    for index in range(0, items, max(1, items // _FINGERPRINT_ITEMS)):
-        for name, tensor in sorted(data[index].items()):
-            digest.update(name.encode() + tensor.numpy().tobytes())
     fields = [*trm_fields(), "base_model_name_or_path"] if isinstance(model, HybridModel) else []
     description = {
         **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
-        "processes": processes,
-        "data": {
-            "items": items,
-            "tokens": len(data[0]["input_ids"]),
-            "sha256 of a sample": digest.hexdigest(),
-        },
+        "items_per_step": share.items_per_step,
+        "data": data.describe() if isinstance(data, TokenStream) else _items(data),
         "config": {name: getattr(model.config, name) for name in fields},
         "trained": {
             name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
@@ -464,8 +562,20 @@ def _description(
     return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
 
 
-def _count(data: Dataset) -> int:
-    return len(cast(Sized, data))  # torch's Dataset does not promise a length
+def _items(data: Dataset) -> dict[str, Any]:
+    """What tells data from other data."""
+    items = count(data)
+    if not items:
+        raise ValueError("train: expected data with at least one item, got none.")
+    digest = hashlib.sha256()
+    for index in range(0, items, max(1, items // _FINGERPRINT_ITEMS)):
+        for name, tensor in sorted(data[index].items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return {
+        "items": items,
+        "tokens": len(data[0]["input_ids"]),
+        "sha256 of a sample": digest.hexdigest(),
+    }
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

@@ -221,7 +221,15 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
 def test_two_processes_train_as_one(base, texts, tmp_path):
     """Each with half of the batch: the same data, the same n, the same averaged gradient."""
     # what `accelerate launch` does on several GPUs; on a CPU it starts one process whatever it is told
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hybrid"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "hybrid",
+    ]
     command = train_command(base, texts, tmp_path / "two", "--log-every", "1", "--num-cycles", "2")
     ended = subprocess.run(
         launch + command,
@@ -423,8 +431,8 @@ def test_a_block_that_cannot_be(fields, message, base, texts, tmp_path, capsys):
     [
         (b"", "expected text in {file}, got an empty file"),
         (b"ab\xffc", "expected UTF-8 in {file}, got byte 0xff at byte 2"),
-        (b"abc", "expected at least one sequence of 16 tokens in {file}, got 4 tokens"),
-        (b"abcdefghijklmnopqrst", "expected to hold out 1..0 of the 1 sequences of {file}, got 1"),
+        (b"abc", "expected at least two sequences of 16 tokens in {file}, one to hold out, got 0"),
+        (b"abcdefghijklmnopqrst", "two sequences of 16 tokens in {file}, one to hold out, got 1"),
     ],
 )
 def test_data_that_cannot_be_used(content, message, base, texts, tmp_path, capsys):
@@ -443,7 +451,7 @@ def test_an_error_is_one_line_whatever_is_in_it(base, texts, tmp_path, capsys):
 def test_a_jsonl_line_without_the_field(base, texts, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     error = refused(capsys, *train_command(base, texts, tmp_path / "run", "--data", tmp_path / "data.jsonl"))
-    assert "data.jsonl, line 2: expected text in the field 'text', got body" in error
+    assert "data.jsonl, line 2: expected text or a chat in the field 'text', got body" in error
 
 
 def test_an_output_folder_that_cannot_be_written_to(base, texts, tmp_path, capsys):

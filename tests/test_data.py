@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from hybrid.data import TokenBlocks, documents
+from hybrid.data import TokenBlocks
+from hybrid.sources import documents
 from tests.tiny_text import CHARACTERS, character_tokenizer
 
 
@@ -100,10 +101,14 @@ def test_something_must_be_left_of_both(count):
         (
             "field.jsonl",
             b'{"text": "x"}\n{"body": 1, "id": 2}\n',
-            "field.jsonl, line 2: expected text in the field 'text', got body, id",
+            "field.jsonl, line 2: expected text or a chat in the field 'text', got body, id",
         ),
-        ("number.jsonl", b'{"text": 3}', "number.jsonl, line 1: expected text in the field 'text', got text"),
-        ("list.jsonl", b"[1]", "list.jsonl, line 1: expected text in the field 'text', got list"),
+        (
+            "number.jsonl",
+            b'{"text": 3}',
+            "number.jsonl, line 1: expected text or a chat in the field 'text', got text",
+        ),
+        ("list.jsonl", b"[1]", "list.jsonl, line 1: expected text or a chat in the field 'text', got list"),
         ("broken.jsonl", b'{"text": "x"}\n{"te', "broken.jsonl, line 2: expected a JSON object, got none"),
     ],
 )
@@ -146,7 +151,9 @@ def test_a_data_set(folder, no_network, monkeypatch):
     (folder / "stories" / "test.jsonl").write_text('{"text": "ef"}\n')
     assert list(documents(["stories"])) == ["ab", "cd"]
     assert list(documents(["stories::test"])) == ["ef"]
-    with pytest.raises(ValueError, match="stories, row 0: expected text in the field 'body', got text"):
+    with pytest.raises(
+        ValueError, match="stories, row 0: expected text or a chat in the field 'body', got text"
+    ):
         list(documents(["stories"], field="body"))
 
 

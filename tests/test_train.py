@@ -239,7 +239,7 @@ def test_a_finished_run_can_be_resumed(tmp_path):
         (lambda: _in_phase_1(trm_hidden_size=32), Counting(), {}, r"config.trm_hidden_size 16 .* got 32"),
         (lambda: _in_phase_1(num_recursion_steps=4), Counting(), {}, r"num_recursion_steps 3 .* got 4"),
         (lambda: phase_2(), Counting(), {}, r"trained\.\S*embed_tokens.weight none .* got torch.float32"),
-        (lambda: phase_1(), Counting(), {"batch_size": 4}, r"batch_size 3 .* got 4"),
+        (lambda: phase_1(), Counting(), {"batch_size": 4}, r"items_per_step 3 .* got 4"),
         (lambda: phase_1(), Counting(), {"learning_rate": 1e-3}, r"learning_rate 0.01 .* got 0.001"),
         (lambda: phase_1(), Counting(), {"seed": 1}, r"seed 0 .* got 1"),
         (lambda: phase_1(), Counting(41), {}, r"data.items 40 .* got 41"),
@@ -400,15 +400,69 @@ def test_a_line_of_metrics_that_was_cut_short_is_written_again(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(log_every, tmp_path):
+class Broken(Counting):
+    """Data with which the model of phase_1 gives NaN in chosen items."""
+
+    bad: frozenset[int] = frozenset()
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index not in self.bad:
+            return item
+        return item | {"labels": torch.full_like(item["labels"], -100)}  # a mean over no token
+
+
+def test_a_step_without_a_number_is_not_taken(tmp_path, capsys):
+    """It is counted and told, and everything goes on as if its gradient had never been."""
+    data, straight = Broken(40), Counting(40)
+    data.bad = frozenset({3})
+    settings = settings_for(tmp_path / "a", batch_size=1, steps=80, log_every=8)
+    model, losses = phase_1(), {}
+    train(model, data, settings, on_step=losses.__setitem__)
+    bad = [step for step, loss in losses.items() if loss != loss]
+    assert len(bad) == 2, "once a pass"
+    assert all(p.isfinite().all() for p in model.parameters())
+    lines = lines_of(tmp_path / "a")
+    assert [line["step"] for line in lines if "skipped" in line] == [-(-step // 8) * 8 for step in bad]
+    for line in lines:
+        mine = [losses[step] for step in range(line["step"] - 7, line["step"] + 1) if step not in bad]
+        assert line["loss"] == pytest.approx(sum(mine) / len(mine), rel=1e-6)
+    assert f"step {bad[0]}: skipped, its loss is nan" in capsys.readouterr().out
+
+    before = {}
+    train(phase_1(), straight, replace(settings, output_dir=tmp_path / "b"), on_step=before.__setitem__)
+    assert [losses[k] for k in range(1, bad[0])] == [before[k] for k in range(1, bad[0])]
+    resumed = phase_1()
+    with pytest.raises(Stopped):
+        train(phase_1(), data, replace(settings, output_dir=tmp_path / "c"), on_step=stop_after(bad[0] + 11))
+    train(resumed, data, replace(settings, output_dir=tmp_path / "c"), resume=True)
+    assert_equal(resumed, model)
+    assert lines_of(tmp_path / "c") == lines
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path):
     model = phase_1()
-    with pytest.raises(ValueError, match="expected a loss and a gradient that are numbers, got nan"):
+    with pytest.raises(ValueError, match="in step 10, the last of 3 in a row. The last good .*-000005.") as e:
         train(
             model,
             Counting(),
-            settings_for(tmp_path, save_every=5, log_every=log_every),
+            settings_for(tmp_path, save_every=5, log_every=4, max_skipped_steps=3),
             on_step=lambda step, _: step == 7 and next(model.trm_parameters()).data.fill_(float("nan")),
+        )
+    assert "expected a loss and a gradient that are numbers, got nan" in str(e.value)
+    assert run_state.latest(tmp_path).name == "checkpoint-000005"
+    with pytest.raises(ValueError, match="The last good checkpoint is none"):
+        train(model, Counting(), settings_for(tmp_path / "b"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    model = phase_1()
+    with pytest.raises(ValueError, match="expected weights that are numbers after step 10, got others in"):
+        train(
+            model,
+            Counting(),
+            settings_for(tmp_path, save_every=5),
+            on_step=lambda step, _: step == 9 and next(model.trm_parameters()).data.fill_(float("nan")),
         )
     assert run_state.latest(tmp_path).name == "checkpoint-000005"
 
