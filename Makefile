@@ -13,9 +13,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
 INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
 	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py \
-	tests/test_recursion.py tests/test_injection.py
+	tests/test_recursion.py tests/test_injection.py tests/test_launch_plan.py tests/test_one_launch.py \
+	tests/test_one_launch_generate.py
 
-.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench static cubins resources clean
+.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench static cubins resources native clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -61,6 +62,12 @@ static: resources
 
 cubins: $(READY)
 	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --out build/cubins
+
+# the library for C, for three GPUs, and what can be tested of it here
+native: $(READY)
+	$(BIN)/cmake -B build/native -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/native
+	$(BIN)/ctest --test-dir build/native --output-on-failure
 
 # registers, stack and shared memory of every kernel, for review
 resources: $(READY)

@@ -1,10 +1,54 @@
-"""Packaging of trm-hybrid. The versions it was tested with stand in constraints.txt."""
+"""Packaging of trm-hybrid. The versions it was tested with stand in constraints.txt.
 
+`TRM_NATIVE=1 pip wheel --no-deps .` puts the library for C inside, as trm_kernels/lib/libtrm_kernels.so with
+its header beside it; see CMakeLists.txt for what that needs. By default the wheel is pure Python.
+"""
+
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).with_name("README.md")
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+
+class BuildWithLibrary(build_py):
+    """Python's files, and what CMake builds."""
+
+    def run(self) -> None:
+        super().run()
+        folder, target = ROOT / "build" / "native", Path(self.build_lib) / "trm_kernels" / "lib"
+        # pip hides what is installed from a build, by this variable; the kernels need PyTorch and Triton
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        python = f"-DPython3_EXECUTABLE={sys.executable}"
+        for command in (["-S", ROOT, "-B", folder, python], ["--build", folder, "--target", "trm_kernels"]):
+            subprocess.run(["cmake", *map(str, command)], check=True, env=environment)
+        self.mkpath(str(target))
+        for file in (folder / "libtrm_kernels.so", ROOT / "native" / "include" / "trm_kernels.h"):
+            self.copy_file(str(file), str(target))
+
+
+class WheelWithLibrary(bdist_wheel):
+    """For one kind of machine, and every Python: nothing in it is an extension module."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class WithLibrary(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+NATIVE: dict[str, object] = {}
+if os.environ.get("TRM_NATIVE") == "1":
+    commands = {"build_py": BuildWithLibrary, "bdist_wheel": WheelWithLibrary}
+    NATIVE = {"cmdclass": commands, "distclass": WithLibrary}
 
 setup(
     name="trm-hybrid",
@@ -36,6 +80,7 @@ setup(
             "mypy",
             "peft",
             "datasets",
+            "cmake",
         ],
         "bench": ["pytest", "pytest-benchmark"],
         "data": ["datasets"],
@@ -43,4 +88,5 @@ setup(
         "eval": ["lm-eval"],
     },
     entry_points={"console_scripts": ["trm-hybrid = hybrid.cli:main"]},
+    **NATIVE,
 )

@@ -39,6 +39,7 @@ TESTS = (
     "tests/test_rope_attention.py",
     "tests/test_decode_attention.py",
     "tests/test_injection.py",
+    "tests/test_one_launch.py",
 )
 DRY_TESTS = ("tests/test_floors.py",)  # quick ones
 _DRY_PEERS = ("ours", "eager", "TRM paper's eager")

@@ -78,6 +78,7 @@ class Compiled:
     signature: tuple[str, ...]  # type of each argument; "constexpr" for those compiled in
     cubin: bytes
     main_loop: MainLoop | None = None  # of a kernel that multiplies matrices
+    parameters: tuple[str, ...] = ()  # as the assembler text declares them: "u64", "u32", "f32"
 
     def complaints(self, max_registers: int) -> list[str]:
         """What keeps it from running, or from running well, on its GPU."""
@@ -170,6 +171,7 @@ def _compile(
         signature=tuple(kind for _, kind in signature),
         cubin=cubin,
         main_loop=_main_loop(built.asm, arch, built.metadata, strides_are_aligned),
+        parameters=tuple(re.findall(r"\.param \.(\w+)", built.asm["ptx"].partition(".entry")[2])),
     )
 
 
@@ -296,7 +298,7 @@ def _write(out: Path, job: Job) -> None:
     out.mkdir(parents=True, exist_ok=True)
     name = f"{job.case.name}.{job.label}"
     (out / f"{name}.cubin").write_bytes(job.kernel.cubin)
-    facts = {k: v for k, v in asdict(job.kernel).items() if k not in ("cubin", "main_loop")}
+    facts = {k: v for k, v in asdict(job.kernel).items() if k not in ("cubin", "main_loop", "parameters")}
     (out / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -85,7 +85,7 @@ def rows_by_weight(
 def _linear_residual_fwd_kernel(
     v_ptr,  # [M, K]
     w_ptr,  # [N, K]
-    r_ptr,  # [M, N]
+    r_ptr,  # [M, N], or None
     row_scale_ptr,  # [M] float32, or None
     h_ptr,  # [M, N], out
     squares_ptr,  # [M, tiles of N] float32, out, or None
@@ -125,10 +125,13 @@ def _linear_residual_fwd_kernel(
     )
 
     mask = in_m[:, None] & in_n[None, :]
-    r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if row_scale_ptr is not None:
-        r *= tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-    h = (h + r).to(h_ptr.dtype.element_ty)
+    if r_ptr is not None:
+        r = tl.load(r_ptr + offs_m[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0)
+        r = r.to(tl.float32)
+        if row_scale_ptr is not None:
+            r *= tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        h += r
+    h = h.to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + offs_m[:, None] * stride_hm + offs_n[None, :], h, mask=mask)
     if squares_ptr is not None:
         h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
@@ -270,7 +273,21 @@ def _fill_linear_residual(
             **tile.meta,
         )
         return
-    gemm = tuning.gemm("linear_residual", arch, v.element_size(), are_aligned(v, w))
+    _fill_linear(h, v, w, r, row_scale, squares)
+
+
+def _fill_linear(
+    h: Tensor,
+    v: Tensor,
+    w: Tensor,
+    r: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    """h = v W^T + s r by one kernel; without r the plain product, for who has no torch.mm (native/)."""
+    M, K = v.shape
+    N = w.shape[0]
+    gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w))
     launch(
         _linear_residual_fwd_kernel,
         grid(M, N, gemm),
@@ -285,7 +302,7 @@ def _fill_linear_residual(
         K,
         v.stride(0),
         w.stride(0),
-        r.stride(0),
+        0 if r is None else r.stride(0),
         h.stride(0),
         0 if squares is None else squares.stride(0),
         PRECISION=input_precision(),
