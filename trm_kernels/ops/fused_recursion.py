@@ -185,7 +185,11 @@ def recursion_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[LayerWeights]]:
     """(dx, dy, dz, those of the weights); y and z are those with which gradients start."""
     work = _Buffers(x, weights, setting)
-    again = work.empty_inner(is_kept=True)
+    again: list[Inner] = []  # room for what is computed again, one layer's or a whole f's
+    if loop.save == "layer":
+        again = work.empty_inner(is_kept=True)
+    elif loop.save == "step":
+        again = [empty_inner(x, w, setting, is_kept=True) for w in weights]
     dw = [map_weights(_float32_zeros, w) for w in weights] if wants_weights else []
     n = loop.num_recursion_steps
     total: Tensor | None = None  # dx, float32
@@ -197,15 +201,14 @@ def recursion_backward(
         h2, inner = f
         if loop.save == "step":
             h2 = [*(torch.empty_like(x) for _ in weights[1:]), *h2]
-            inner = [empty_inner(x, w, setting, is_kept=True) for w in weights]
-            work.f(state, r, [*h2[:-1], None], inner)
+            work.f(state, r, [*h2[:-1], None], again)
         for i in reversed(range(len(weights))):
             dh2 = torch.empty_like(x)
             _fill_norm_add_bwd(dh2, dout, h2[i], setting.eps, dout2, dy_sum=dout_sum)
             v = work.start_layer(State(h2[i - 1]) if i else state, None if i else r)
             if loop.save == "layer":
                 layer_forward(v, weights[i], again[i], work.scratch[i], setting, None)
-            of_layer = again[i] if loop.save == "layer" else inner[i]
+            of_layer = inner[i] if loop.save == "all" else again[i]
             dout = layer_backward(dh2, v, weights[i], of_layer, dw[i] if dw else None, setting)
             dout2 = dout_sum = None
         return dout
