@@ -8,7 +8,7 @@
 #include "expect.h"
 #include "plan.h"
 
-static char path[] = "/tmp/trm-model-XXXXXX";
+static char path[] = "trm-model-XXXXXX";
 static int *allocations, *fails_after, *depth, *modules, *launches, *copies, *contexts;
 
 static int *counter(void *library, const char *name) {

@@ -9,7 +9,7 @@
 #include "convert.h"
 #include "expect.h"
 
-static char path[] = "/tmp/trm-safetensors-XXXXXX";
+static char path[] = "trm-safetensors-XXXXXX";
 
 static void write_file(const void *bytes, size_t count) {
     FILE *file = fopen(path, "wb");
