@@ -428,7 +428,8 @@ class _Part(Dataset):
         number = index * self.processes + self.rank
         if number < count(self.data):
             return self.data[number]
-        return self.data[0] | {"labels": torch.full_like(self.data[0]["labels"], IGNORED)}
+        filler = self.data[0]
+        return filler | {"labels": torch.full_like(filler["labels"], IGNORED)}
 
 
 class _Clock:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trm_kernels import TRM
 from trm_kernels.backend import backend, interpreting
 from trm_kernels.launch import record
 from trm_kernels.native import read_variants
@@ -26,6 +25,7 @@ from trm_kernels.plan import (
     term,
 )
 from trm_kernels.precision import wide
+from trm_kernels.warmup import module_of
 
 DECLARED = Path(__file__).parents[1] / "native" / "variants.toml"
 TINY = Variant(
@@ -103,17 +103,7 @@ def test_what_is_declared_has_plans_too(variant):
 def test_a_plan_is_what_the_module_launches(arch, B, T):
     """By its public door, but for the products that PyTorch has torch.mm do."""
     variant = replace(TINY, causal=False)
-    module = TRM(
-        64,
-        4,
-        2,
-        num_key_value_heads=2,
-        intermediate_size=144,
-        num_recursion_steps=2,
-        num_cycles=2,
-        device="meta",
-        dtype=torch.bfloat16,
-    )
+    module = module_of(variant)
     with torch.no_grad(), record(arch) as launches:
         module(torch.empty(B, T, 64, dtype=torch.bfloat16, device="meta"))
     sizes = sizes_of(B, T)
@@ -227,16 +217,7 @@ needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs in Trito
 @pytest.fixture
 def machine():
     variant = replace(TINY, num_layers=1, num_recursion_steps=1, num_cycles=1, dtype="float32")
-    module = TRM(
-        64,
-        4,
-        1,
-        num_key_value_heads=2,
-        intermediate_size=144,
-        num_recursion_steps=1,
-        num_cycles=1,
-        causal=True,
-    )
+    module = module_of(variant, "cpu")
     torch.manual_seed(0)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny import tiny_hybrid
-from trm_kernels import TRM
 from trm_kernels.aot import SHARED_LIMIT
 from trm_kernels.backend import backend, interpreting
 from trm_kernels.native import main, read_variants, source_of_arch, weights_of
@@ -25,6 +24,7 @@ from trm_kernels.plan import (
     plan,
     sizes_of,
 )
+from trm_kernels.warmup import module_of
 
 ROOT = Path(__file__).parents[1]
 GPU = f"sm{''.join(map(str, torch.cuda.get_device_capability()))}" if torch.cuda.is_available() else "none"
@@ -292,26 +292,13 @@ class Native:
         return outs
 
 
-def module_of(v, dtype):
-    return TRM(
-        v.hidden_size,
-        v.num_heads,
-        v.num_layers,
-        num_key_value_heads=v.num_key_value_heads,
-        intermediate_size=v.intermediate_size,
-        num_recursion_steps=v.num_recursion_steps,
-        num_cycles=v.num_cycles,
-        causal=v.causal,
-        device="cuda",
-        dtype=dtype,
-    ).requires_grad_(False)
-
-
 @pytest.fixture
 def twins(library, declared, tmp_path, request):
     """(the library's model, the Python module, the module in float64)"""
     (variant,) = (v for v in read_variants(declared) if v.name == request.param)
-    module, exact = module_of(variant, DTYPES[variant.dtype]), module_of(variant, torch.float64)
+    module, exact = (
+        module_of(variant, "cuda", dtype).requires_grad_(False) for dtype in (None, torch.float64)
+    )
     exact.load_state_dict(module.state_dict())
     native = Native(library, variant, module, tmp_path)
     yield native, module, exact

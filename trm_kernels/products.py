@@ -64,6 +64,11 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as kernels read it, uint8."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * (a b), rounded once."""
     if scale == 1:

@@ -32,8 +32,8 @@ _TOKENS = (47, 48)
 _PAST = (46, 47, 271, 287)  # and one more: S is a multiple of 16 and none, in one part and in two
 
 
-def module_of(variant: Variant) -> TRM:
-    """The TRM of a variant, without memory."""
+def module_of(variant: Variant, device: str = "meta", dtype: torch.dtype | None = None) -> TRM:
+    """The TRM of a variant, without memory or on a device; in the variant's dtype or another."""
     v = variant
     return TRM(
         v.hidden_size,
@@ -46,8 +46,8 @@ def module_of(variant: Variant) -> TRM:
         causal=v.causal,
         rope_theta=v.rope_theta,
         eps=v.eps,
-        device="meta",
-        dtype=DTYPES[v.dtype],
+        device=device,
+        dtype=dtype or DTYPES[v.dtype],
     )
 
 

@@ -26,7 +26,7 @@ from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.rope import rows
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.precision import wide
-from trm_kernels.products import input_precision
+from trm_kernels.products import input_precision, mask_bytes
 
 _BLOCK_H = 16  # the fewest rows tl.dot takes
 
@@ -265,9 +265,7 @@ def decode_attention(
     has_kernel = q.dtype != torch.float64 and not wants_gradient
     if not runs_triton("decode_attention", q, has_kernel=has_kernel):
         return decode_attention_ref(q, k, v, starts, ends, key_mask)
-    if key_mask is not None:
-        key_mask = key_mask.contiguous().view(torch.uint8)
-    return _decode_attention_fwd(rows(q), rows(k), rows(v), starts, ends, key_mask)
+    return _decode_attention_fwd(rows(q), rows(k), rows(v), starts, ends, mask_bytes(key_mask))
 
 
 def _check(q, k, v, starts, ends, key_mask) -> None:

@@ -21,9 +21,9 @@ from trm_kernels.ops.fused_recursion import (
     recursion_backward,
     recursion_forward,
 )
-from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.rope import Angles, tables
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
-from trm_kernels.products import rows_of, wants_gradient
+from trm_kernels.products import mask_bytes, rows_of, wants_gradient
 
 
 class Call(NamedTuple):
@@ -224,9 +224,8 @@ def fused_recursion(
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) of trm_recursion, which checked the arguments. x, y, z [B, T, D]; key_mask [B, T] bool."""
-    cos, sin = (None, None) if angles is None else (t.contiguous() for t in angles)
-    if key_mask is not None:
-        key_mask = key_mask.contiguous().view(torch.uint8)
+    cos, sin = tables(angles)
+    key_mask = mask_bytes(key_mask)
     flat = [t for w in weights for part in w for t in part]
     if wants_gradient(x, y, z, *flat):
         return _FusedRecursion.apply(call, x, y, z, cos, sin, key_mask, *flat)

@@ -35,6 +35,11 @@ def rope_angles(positions: Tensor, head_width: int, theta: float) -> Angles:
     return Angles(angles.cos(), angles.sin())
 
 
+def tables(angles: Angles | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines as kernels read them; (None, None) without positions."""
+    return (None, None) if angles is None else (angles.cos.contiguous(), angles.sin.contiguous())
+
+
 def rope_ref(u: Tensor, angles: Angles) -> Tensor:
     """The meaning of the op; u in float32 while it turns."""
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads

@@ -35,11 +35,12 @@ from trm_kernels.ops.rope import (
     rope_angles,
     rope_ref,
     rows,
+    tables,
     turn,
 )
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.precision import wide
-from trm_kernels.products import input_precision
+from trm_kernels.products import input_precision, mask_bytes
 
 # (keys, values) of the new tokens [B, G, T, K] -> those of all tokens so far [B, G, S, K]
 UpdateCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -936,11 +937,9 @@ def rope_attention(
 
 
 def _apply(H, G, angles, key_mask, causal, query_offset, *inputs) -> Tensor:
-    cos, sin = (None, None) if angles is None else (t.contiguous() for t in angles)
     if key_mask is not None:
         _check_key_mask(key_mask, inputs[-1].shape[1])
-        key_mask = key_mask.contiguous().view(torch.uint8)
-    return _RopeAttention.apply(H, G, cos, sin, key_mask, causal, query_offset, *inputs)
+    return _RopeAttention.apply(H, G, *tables(angles), mask_bytes(key_mask), causal, query_offset, *inputs)
 
 
 def _choose(implementation: str, qkv: Tensor, K: int, mask: Tensor | None) -> str:

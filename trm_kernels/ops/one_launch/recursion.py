@@ -30,10 +30,10 @@ from trm_kernels.ops.one_launch.addresses import are_in_step, distances
 from trm_kernels.ops.one_launch.grid_barrier import counter_for
 from trm_kernels.ops.one_launch.kernel import _one_launch_kernel, count_phases
 from trm_kernels.ops.one_launch.phases import STATES
-from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.rope import Angles, tables
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights
 from trm_kernels.optional_triton import triton
-from trm_kernels.products import as_autocast, input_precision, rows_of
+from trm_kernels.products import as_autocast, input_precision, mask_bytes, rows_of
 
 _WIDEST_HEAD, _WIDEST_ROW = 128, 8192
 
@@ -270,9 +270,8 @@ def one_launch_recursion(
     programs: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(y, z) of trm_recursion, which checked the arguments and asked `why_not`. key_mask [B, S] bool."""
-    cos, sin = (None, None) if angles is None else (t.contiguous() for t in angles)
-    if key_mask is not None:
-        key_mask = key_mask.contiguous().view(torch.uint8)
+    cos, sin = tables(angles)
+    key_mask = mask_bytes(key_mask)
     flat, flat_scales = ([t for kind in _by_kind(some) for t in kind] for some in (weights, scales or []))
     keys, values, lengths, seen = room or CacheRoom([], [], [], 0)
     return _one_launch_recursion(
