@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,13 +13,15 @@ import pytest
 import torch
 
 from hybrid.batches import Share, batches
+from hybrid.cli import main
 from hybrid.data import StreamPlace, TokenBlocks, TokenStream
 from hybrid.evaluate import check_separate
 from hybrid.sources import Sources, documents
 from hybrid.train import train
 from tests import tiny
+from tests.test_cli import options
 from tests.test_train import Stopped, assert_equal, lines_of, phase_1, settings_for, stop_after
-from tests.tiny_text import CHARACTERS, character_tokenizer
+from tests.tiny_text import CHARACTERS, FIELDS, character_tokenizer, save_base
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"{i**9} is {3**i % 10**12} and {7**i % 10**10} and so on"[: 20 + i % 30] for i in range(90)]
@@ -151,6 +154,60 @@ def test_a_run_on_a_stream_resumes_exactly(jsonl, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "another text"}\n' * 9)
     with pytest.raises(ValueError, match=r"expected data.sources.a.jsonl \d+ as it began, got 225"):
         train(phase_1(), stream(jsonl), settings_for(tmp_path / "b"), resume=True)
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from hybrid import cli, data
+
+data._SHUFFLED_TOKENS, data._CHUNK_PIECES = 1, 4
+clip, steps = torch.nn.utils.clip_grad_norm_, 0
+
+def dies(*args, **kwargs):  # in step 15, after backward and before the optimizer
+    global steps
+    steps += 1
+    if steps == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args, **kwargs)
+
+torch.nn.utils.clip_grad_norm_ = dies
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_run_killed_with_workers_goes_on_with_another_number(jsonl, folder, monkeypatch):
+    """Its next batch is the one that it would have had: losses, block and held-out loss, bit for bit."""
+    monkeypatch.setattr("hybrid.data._SHUFFLED_TOKENS", 1)  # of the fewest rows, 16
+    monkeypatch.setattr("hybrid.data._CHUNK_PIECES", 4)
+    base = save_base(folder / "base")
+
+    def command(run, workers):
+        words = ["train", "--base", base, "--data", *jsonl, "--output", folder / run, "--steps", 34]
+        words += ["--batch-size", 6, "--sequence-length", 16, "--save-every", 12, "--log-every", 1]
+        words += ["--learning-rate", 1e-2, "--keep-checkpoints", 9, "--data-workers", workers]
+        return [str(word) for word in (*words, *options(FIELDS))]
+
+    with open(folder / "error", "w") as error:  # no pipe: the workers outlive their parent by seconds
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, *command("b", 2)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=error,
+            stderr=error,
+        )
+    assert killed.returncode == -signal.SIGKILL, (folder / "error").read_text()
+    checkpoint = folder / "b" / "checkpoint-000012"
+    place = json.loads((checkpoint / "state.json").read_text())["place"]
+    assert (place["passes"], place["row"] > 0, place["taken"] > 0) == (0, True, True), "in the middle"
+    assert lines_of(folder / "b")[-1]["step"] == 14
+
+    assert main([*command("b", 1), "--resume"]) == 0
+    assert main(command("a", 0)) == 0
+    assert lines_of(folder / "b") == lines_of(folder / "a")
+    ours, others = (folder / run / "checkpoint-000034" for run in "ab")
+    assert json.loads((ours / "state.json").read_text())["place"]["passes"] > 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (ours / name).read_bytes() == (others / name).read_bytes()
 
 
 # Documents that stay apart
