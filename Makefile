@@ -16,10 +16,14 @@ INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests
 	tests/test_recursion.py tests/test_injection.py tests/test_launch_plan.py tests/test_one_launch.py \
 	tests/test_one_launch_generate.py
 
-.PHONY: demo test test-oldest slow deep check format lint types floors gpu bench static cubins resources native clean
+.PHONY: demo evidence test test-oldest slow deep check format lint types floors gpu bench static cubins resources native clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
+
+# where recursion pays, and where not: docs/evidence.md; ARGS=--quick for one seed
+evidence: $(READY)
+	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
 
 test: $(READY)
 	$(PYTEST)

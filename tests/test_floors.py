@@ -12,9 +12,11 @@ MAY_IMPORT = {
     "bench": {"trm_kernels", "hybrid"},
     "examples": {"trm_kernels", "hybrid"},
 }
-EXAMPLES = {
-    path.stem for path in (ROOT / "examples").glob("*.py")
-}  # run as scripts: no package before the name
+EXAMPLES = {  # run with examples/ on the path: no package before the name
+    path.stem
+    for path in (ROOT / "examples").iterdir()
+    if path.suffix == ".py" or (path / "__init__.py").exists()
+}
 
 
 def imported_packages(source: str) -> set[str]:

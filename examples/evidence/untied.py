@@ -1,0 +1,68 @@
+"""The control without recursion: as many layers as the recursion evaluates, each with weights of its own."""
+
+import torch
+from torch import Tensor, nn
+
+from trm_kernels import add_rms_norm, rope_attention, swiglu_mlp
+from trm_kernels.ops.rope import Angles
+from trm_kernels.trm import TRMLayer
+
+
+class UntiedStack(nn.Module):
+    """The recursion's schedule with its own layer in each place: z = f_i(z + y + x), n times; y = f(y + z).
+
+    It stands where an injection has its TRM of one layer, and is called as that is; without caches.
+
+    width, heads, intermediate_size   of each layer
+    n                                 updates of z: n + 1 layers
+    """
+
+    def __init__(self, width: int, heads: int, intermediate_size: int, n: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.layers = nn.ModuleList(
+            TRMLayer(width, heads, heads, intermediate_size, seq_len=None) for _ in range(n + 1)
+        )
+        self.y_init = nn.Parameter(torch.randn(width))
+        self.z_init = nn.Parameter(torch.randn(width))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        angles: Angles,
+        mask: Tensor | None,
+        key_mask: Tensor | None,
+        update_cache: None,
+        num_recursion_steps: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(y, z), each [B, T, D] as x."""
+        if update_cache is not None or num_recursion_steps != len(self.layers) - 1:
+            raise ValueError(
+                f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got n = "
+                f"{num_recursion_steps} and {'a' if update_cache else 'no'} cache."
+            )
+        y, z = self.y_init.expand_as(x), self.z_init.expand_as(x)
+        *steps, last = self.layers
+        for layer in steps:
+            z = self._layer(layer, z + (y + x), angles, mask, key_mask)
+        return self._layer(last, y + z, angles, mask, key_mask), z
+
+    def _layer(
+        self, layer: nn.Module, v: Tensor, angles: Angles, mask: Tensor | None, key_mask: Tensor | None
+    ) -> Tensor:
+        mixer, mlp = layer(v.dtype)
+        o = rope_attention(
+            nn.functional.linear(v, mixer.qkv_proj),
+            None,
+            self.heads,
+            self.heads,
+            mask,
+            True,
+            None,
+            None,
+            key_mask=key_mask,
+            angles=angles,
+        )
+        v = add_rms_norm(v, nn.functional.linear(o, mixer.o_proj), self.eps)
+        return add_rms_norm(v, swiglu_mlp(v, mlp.gate_up_proj, mlp.down_proj), self.eps)

@@ -1,0 +1,61 @@
+"""The evidence: every arm runs, a run that is there stays."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evidence import command, shell_game
+from evidence.results import Results, Run, mean_and_deviation
+
+TINY = {"steps": 2, "batch_size": 4, "base_steps": 2, "games": 8, "rows": 4}
+
+
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Every arm of the shell game with two steps, and no other task."""
+    tiny = {name: replace(arm, **TINY) for name, arm in shell_game._ARMS.items()}
+    monkeypatch.setattr(shell_game, "_ARMS", tiny)
+    monkeypatch.setattr(command, "TASKS", {"shell_game": shell_game})
+    shell_game._base.cache_clear()
+    shell_game._games.cache_clear()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    shell_game._base.cache_clear()
+    shell_game._games.cache_clear()
+
+
+def test_every_arm_runs_and_is_not_run_again(two_steps, tmp_path, capsys, monkeypatch):
+    arguments = ["--seeds", "0", "--processes", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    results = Results(tmp_path / command.RESULTS)
+    assert list(results.runs["shell_game"]) == list(shell_game.ARMS)
+    for arm in shell_game.ARMS:
+        (result,) = results.of("shell_game", arm)
+        assert len(result["by_difficulty"]) == 24 and 0 <= result["accuracy"] <= 1
+        assert (result["trained_parameters"] > 0) == (arm != "frozen base")
+    assert f"{len(shell_game.ARMS)} runs to make" in capsys.readouterr().out
+
+    before = results.path.read_bytes()
+    command.main(arguments)
+    assert "0 runs to make" in capsys.readouterr().out and results.path.read_bytes() == before
+    arms = shell_game._ARMS
+    monkeypatch.setattr(shell_game, "_ARMS", arms | {"LoRA": replace(arms["LoRA"], rank=3)})
+    command.main(arguments)
+    assert "1 runs to make" in capsys.readouterr().out
+    assert Results(results.path).settings_of("shell_game", "LoRA")["rank"] == 3
+
+
+def test_results_are_told_by_settings_and_seed(tmp_path):
+    results = Results(tmp_path / "results.json")
+    results.add(Run("game", "an arm", 1), {"steps": (2, 3)}, {"accuracy": 0.5})
+    results.add(Run("game", "an arm", 0), {"steps": (2, 3)}, {"accuracy": 0.25})
+    again = Results(tmp_path / "results.json")
+    assert again.find(Run("game", "an arm", 1), {"steps": (2, 3)}) == {"accuracy": 0.5}
+    assert again.find(Run("game", "an arm", 1), {"steps": (2, 4)}) is None
+    assert again.find(Run("game", "an arm", 2), {"steps": (2, 3)}) is None
+    assert [result["accuracy"] for result in again.of("game", "an arm")] == [0.25, 0.5]
+    assert mean_and_deviation([0.25, 0.5]) == "0.375 +- 0.177"
+    again.path.write_text("{}")
+    with pytest.raises(ValueError, match="expected the results of this command"):
+        Results(again.path)
