@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from hybrid.collate import collate
 from hybrid.data import StreamPlace, TokenStream
 
 Batch = dict[str, Tensor]
@@ -58,7 +59,7 @@ def batches(
             if share.has(number):
                 mine.append(make())
         yield (
-            [default_collate(mine[i : i + share.batch_size]) for i in range(0, len(mine), share.batch_size)],
+            [collate(mine[i : i + share.batch_size]) for i in range(0, len(mine), share.batch_size)],
             place,
         )
 

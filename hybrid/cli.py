@@ -122,7 +122,8 @@ def _train(arguments: argparse.Namespace) -> int:
     say(describe(processes.device))
     say(f"phase {arguments.phase}: trains {count_trained(model):,} of {count(model):,} parameters")
     sizes = ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
-    say(f"sequences of {arguments.sequence_length:,} tokens from {data.sources.name}; held out: {sizes}")
+    rows = "rows with labels, at most" if data.sources.has_labels else "sequences of"
+    say(f"{rows} {arguments.sequence_length:,} tokens, from {data.sources.name}; held out: {sizes}")
     result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer)
     for name, before in result.held_out_before.items():
         say(f"held-out loss, {name} text: {before:.4f} -> {result.held_out_after[name]:.4f} nats per token")
@@ -150,6 +151,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from hybrid.evaluate import task_results, text_loss
+    from hybrid.labelled import Examples
 
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("eval: expected --data or --tasks, got neither.")
@@ -157,10 +159,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     for source in arguments.data or ():
         blocks = _read_blocks([source], tokenizer, model.config, arguments)
         loss = text_loss(model, blocks, arguments.batch_size)
-        print(
-            f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
-            f"{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}"
-        )
+        what = f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
+        if isinstance(blocks, Examples):
+            print(f"{what}{loss.accuracy:.2%} right of {loss.tokens:,} labels in {len(blocks):,} rows")
+        else:
+            print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}")
     if arguments.tasks:
         for task, measures in task_results(model, tokenizer, arguments.tasks, arguments.batch_size).items():
             for measure, value in measures.items():
@@ -305,15 +308,15 @@ def _sequence_length(config: PreTrainedConfig, arguments: argparse.Namespace) ->
 def _read_blocks(
     sources: list[str], tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace
 ) -> Any:
-    """TokenBlocks whose tokens the model has, no longer than it can read."""
-    from hybrid.data import TokenBlocks
+    """TokenBlocks or Examples whose tokens the model has, no longer than it can read."""
+    from hybrid.data import read_rows
 
     length, vocabulary = (
         _sequence_length(config, arguments),
         config.get_text_config(decoder=True).vocab_size,
     )
     is_separate = arguments.documents == "separate"
-    blocks = TokenBlocks.read(sources, tokenizer, length, arguments.field, separate=is_separate)
+    blocks = read_rows(sources, tokenizer, length, arguments.field, separate=is_separate)
     if blocks.largest_token() >= vocabulary:
         raise ValueError(
             f"expected a tokenizer for the model's vocabulary of {vocabulary} tokens, "
@@ -361,7 +364,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         nargs="+",
         required=True,
-        help="text, .jsonl or .parquet files, globs, or NAME[:CONFIG[:SPLIT]] of a data set; any size",
+        help="text, .jsonl or .parquet files, globs, or NAME[:CONFIG[:SPLIT]] of a data set; any size. Rows "
+        "may bring labels: input_ids and labels, prompt and completion, or text in parts and answers",
     )
     train.add_argument(
         "--held-out",
@@ -472,7 +476,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens")
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, help="tokens; the most that a row with labels may have"
+    )
     parser.add_argument(
         "--field", default="text", help="of .jsonl lines and rows: a text, or a chat's messages"
     )

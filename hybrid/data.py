@@ -5,6 +5,8 @@ length. A row says where its documents begin: its position ids start again at 0 
 masks.py read as sequences that must not look at each other, and no document's first token is predicted.
 
 TokenStream makes the rows while they are trained on, of text of any size; TokenBlocks holds them all.
+
+Rows that bring their own labels (labelled.py) are not put in a row: each stays what it is.
 """
 
 import os
@@ -22,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.evaluate import IGNORED
+from hybrid.collate import IGNORED
+from hybrid.labelled import Example, Examples, LabelledRow, encode
 from hybrid.sources import Piece, Sources
 
 _CHUNK_PIECES, _CHUNK_CHARACTERS = 64, 2**20  # what a worker gets at once
@@ -86,7 +89,9 @@ class TokenBlocks(Dataset):
         """
         _check_length(sequence_length)
         reader = Sources(sources, field)
-        tokenize = Tokenize(tokenizer)
+        tokenize = Tokenize(tokenizer, sequence_length)
+        if reader.has_labels:
+            raise ValueError(f"TokenBlocks: expected text, got rows with labels in {reader.name}.")
         rows = list(_pack(_with_ids(reader, tokenize), sequence_length, keep_rest=True))
         tokens, positions = ([getattr(row, name) for row, _ in rows] for name in Row._fields)
         return cls(_joined(tokens), sequence_length, reader.name, _joined(positions) if separate else None)
@@ -122,6 +127,24 @@ class TokenBlocks(Dataset):
         return int(self._blocks.max())
 
 
+def read_rows(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    field: str = "text",
+    separate: bool = False,
+) -> TokenBlocks | Examples:
+    """Everything that `sources` name: text as TokenBlocks.read has it, or rows that bring their own labels.
+
+    Errors: ValueError as in sources.py and labelled.py, for text that fills no block.
+    """
+    reader = Sources(sources, field)
+    if not reader.has_labels:
+        return TokenBlocks.read(sources, tokenizer, sequence_length, field, separate)
+    tokenize = Tokenize(tokenizer, sequence_length)
+    return Examples([row for row, _ in _examples(_with_ids(reader, tokenize))], reader.name)
+
+
 @dataclass(frozen=True)
 class StreamPlace:
     """Where in a stream training is; JSON.
@@ -145,7 +168,7 @@ class _Shuffle:
     """Rows that follow each other in the text, in the order they are trained on; `at` is where they begin."""
 
     at: StreamPlace
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row | Example] = field(default_factory=list)
 
 
 class TokenStream:
@@ -157,14 +180,15 @@ class TokenStream:
     whatever the size of the text.
 
     sources           see sources.py
-    sequence_length   T, in tokens
+    sequence_length   T, in tokens; the most that a row with labels may have
     separate          documents do not look at each other
     held_out          every twentieth row of the text, so many of them, is left out; see held_out_rows
     workers           processes that tokenize; 0: this one does
     vocabulary        tokens that the model has; None is not checked
     shuffled_rows     None: 2M tokens
 
-    Errors: ValueError as in sources.py, for text that does not fill a row, a token beyond the vocabulary.
+    Errors: ValueError as in sources.py, for text that does not fill a row, a token beyond the vocabulary, a
+    row with labels that is too long.
     """
 
     def __init__(
@@ -183,21 +207,22 @@ class TokenStream:
         _check_length(sequence_length)
         if not isinstance(workers, int) or workers < 0:
             raise ValueError(f"TokenStream: expected workers to be a count, got {workers!r}.")
-        self.sources, self.sequence_length, self.separate = sources, sequence_length, separate
+        self.sources, self.sequence_length = sources, sequence_length
+        self.separate = separate and not sources.has_labels
         self.workers, self.seed = workers, seed
         self.shuffled_rows = shuffled_rows or max(16, _SHUFFLED_TOKENS // sequence_length)
         self._held_out = held_out
-        self._tokenize = Tokenize(tokenizer, vocabulary)
+        self._tokenize = Tokenize(tokenizer, sequence_length, vocabulary)
 
-    def held_out_rows(self) -> TokenBlocks:
+    def held_out_rows(self) -> TokenBlocks | Examples:
         """The rows that are left out.
 
         Errors: ValueError when nothing would be left to train on.
         """
         length, rows = self.sequence_length, []
-        packed = _pack(_with_ids(self.sources, self._tokenize), length)
+        all_rows = self._rows_of(_with_ids(self.sources, self._tokenize))
         number = -1
-        for number, (row, _) in enumerate(islice(packed, _HELD_OUT_EVERY * self._held_out)):
+        for number, (row, _) in enumerate(islice(all_rows, _HELD_OUT_EVERY * self._held_out)):
             if self._is_held_out(number):
                 rows.append(row)
         if number < 1:
@@ -205,8 +230,10 @@ class TokenStream:
                 f"data: expected at least two sequences of {length} tokens in {self.sources.name}, one to "
                 f"hold out, got {number + 1}."
             )
-        tokens, positions = (_joined([getattr(row, name) for row in rows]) for name in Row._fields)
         name = f"what is held out of {self.sources.name}"
+        if self.sources.has_labels:
+            return Examples(rows, name)
+        tokens, positions = (_joined([getattr(row, name) for row in rows]) for name in Row._fields)
         return TokenBlocks(tokens, length, name, positions if self.separate else None)
 
     def describe(self) -> dict[str, Any]:
@@ -218,7 +245,7 @@ class TokenStream:
             "shuffled_rows": self.shuffled_rows,
         }
 
-    def rows(self, at: StreamPlace | None = None) -> Iterator[tuple[Row, StreamPlace]]:
+    def rows(self, at: StreamPlace | None = None) -> Iterator[tuple[Row | Example, StreamPlace]]:
         """(a row, where the stream is after it), without end.
 
         The next shuffle is made in a thread while the rows of this one are trained on.
@@ -238,13 +265,20 @@ class TokenStream:
             loader.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _rows_of(
+        self, pieces: Iterator["_Ids"], used: int = 0
+    ) -> Iterator[tuple[Any, tuple[list[Any], int]]]:
+        if self.sources.has_labels:
+            return _examples(pieces, used)
+        return _pack(pieces, self.sequence_length, used)
+
     def _is_held_out(self, number: int) -> bool:
         return number % _HELD_OUT_EVERY == 0 and number // _HELD_OUT_EVERY < self._held_out
 
     def _shuffles(self, loader: "_Loader", at: StreamPlace) -> Iterator[_Shuffle]:
         while True:
             has_rows, shuffle, number = at.row > 0, _Shuffle(at), at.row
-            for row, (place, used) in _pack(loader.one_pass(), self.sequence_length, at.used):
+            for row, (place, used) in self._rows_of(loader.one_pass(), at.used):
                 if not self._is_held_out(number):
                     shuffle.rows.append(row)
                     has_rows = True
@@ -269,16 +303,24 @@ class TokenStream:
 class Tokenize(Dataset):
     """Contents -> their tokens, each [N] int32 and without EOS; a chat by the tokenizer's template.
 
+    Of rows with labels, tokens and labels [2, N], or as text what is wrong with the row.
+
     As a data set its "indices" are lists of contents, so that a DataLoader's workers tokenize. What cannot be
     done comes back as text: an exception from a worker would bring its whole stack along.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, vocabulary: int | None = None
+    ) -> None:
         self.end, self.vocabulary = tokenizer.eos_token_id, vocabulary
+        self.sequence_length = sequence_length
         self._tokenizer = tokenizer
 
-    def __getitem__(self, contents: list[Any]) -> list[np.ndarray] | str:
+    def __getitem__(self, contents: list[Any]) -> list[np.ndarray | str] | str:
         try:
+            if contents and isinstance(contents[0], LabelledRow):
+                rows = encode(contents, self._tokenizer, self.sequence_length)
+                return [row if isinstance(row, str) else self._checked(row) for row in rows]
             texts = [content if isinstance(content, str) else self._chat(content) for content in contents]
             found = (
                 self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
@@ -299,7 +341,7 @@ class Tokenize(Dataset):
             ) from error
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
-        if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
+        if self.vocabulary is not None and ids.size and ids.max() >= self.vocabulary:
             raise ValueError(
                 f"expected a tokenizer for the model's vocabulary of {self.vocabulary} tokens, "
                 f"got token {ids.max()}."
@@ -308,7 +350,7 @@ class Tokenize(Dataset):
 
 
 class _Ids(NamedTuple):
-    """A piece's tokens, EOS included."""
+    """A piece's tokens [N], EOS included; or tokens and labels [2, N]."""
 
     tokens: np.ndarray
     ends: bool
@@ -380,11 +422,16 @@ def _chunked(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-def _closed(pieces: list[Piece], answer: list[np.ndarray] | str, end: int | None) -> Iterator[_Ids]:
+def _closed(pieces: list[Piece], answer: list[np.ndarray | str] | str, end: int | None) -> Iterator[_Ids]:
     if isinstance(answer, str):
         first, last = pieces[0].where, pieces[-1].where
         raise ValueError(f"{answer} It is in {first}{'' if first == last else f' to {last}'}.")
     for piece, ids in zip(pieces, answer, strict=True):
+        if isinstance(ids, str):
+            raise ValueError(f"data: {piece.where}: {ids}")
+        if isinstance(piece.content, LabelledRow):
+            yield _Ids(ids, True, piece.place)
+            continue
         is_chat = not isinstance(piece.content, str)  # its template may have closed it
         if piece.ends and end is not None and not (is_chat and len(ids) and ids[-1] == end):
             ids = np.append(ids, np.int32(end))
@@ -416,6 +463,14 @@ def _pack(
             position = 0
     if keep_rest and filled:
         yield Row(tokens[:filled].copy(), positions[:filled].copy()), (place, used)
+
+
+def _examples(pieces: Iterator[_Ids], used: int = 0) -> Iterator[tuple[Example, tuple[list[Any], int]]]:
+    """What _pack gives, of rows with labels: a row a piece."""
+    for both, _, place in pieces:
+        if not used:
+            yield Example(*both), (place, both.shape[1])
+        used = 0
 
 
 def _joined(arrays: list[np.ndarray]) -> Tensor:

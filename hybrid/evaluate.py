@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # a label that is no token, in transformers and in torch
+from hybrid.collate import IGNORED, collate
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,15 @@ class TextLoss:
 
     nats     the sum of -ln p(token | the tokens before it), natural logarithm
     tokens   how many tokens were predicted
+    right    of how many the likeliest token was the label
     """
 
     nats: float
     tokens: int
+    right: int = 0
 
     def __add__(self, other: "TextLoss") -> "TextLoss":
-        return TextLoss(self.nats + other.nats, self.tokens + other.tokens)
+        return TextLoss(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
 
     @property
     def per_token(self) -> float:
@@ -35,25 +37,33 @@ class TextLoss:
         """e to the loss per token: among how many equally likely tokens the model is lost."""
         return math.exp(min(self.per_token, 700.0))
 
+    @property
+    def accuracy(self) -> float:
+        """The share of the tokens that were the likeliest of all; NaN for no tokens."""
+        return self.right / self.tokens if self.tokens else math.nan
+
 
 @torch.no_grad()
 def text_loss(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLoss:
     """The loss of `model` over every item of `data`, in its order; the model's mode is put back.
 
-    data         map-style; items {"input_ids": [T] int64, "labels": [T] int64}, -100 = not counted
+    data         map-style; items {"input_ids": [T] int64, "labels": [T] int64}, -100 = not counted; those of
+                 one forward are padded to the longest
     batch_size   items in one forward
     """
     was_training = model.training
     model.eval()
     total = TextLoss(0.0, 0)
     try:
-        for batch in DataLoader(data, batch_size=batch_size, collate_fn=default_collate):
+        for batch in DataLoader(data, batch_size=batch_size, collate_fn=collate):
             batch = {name: t.to(model.device) for name, t in batch.items()}
             # a model shifts the labels by one: the first of a row is predicted by nothing
-            tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-            loss = model(**batch, use_cache=False).loss  # also of no tokens: others may be waiting in it
+            labels = batch["labels"][:, 1:]
+            tokens = int((labels != IGNORED).sum())
+            output = model(**batch, use_cache=False)  # also of no tokens: others may be waiting in it
             if tokens:
-                total += TextLoss(loss.item() * tokens, tokens)
+                right = int((output.logits[:, :-1].argmax(-1) == labels).sum())
+                total += TextLoss(output.loss.item() * tokens, tokens, right)
     finally:
         model.train(was_training)
     return total

@@ -10,9 +10,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from hybrid.labelled import LabelledRow, labelled_row
 
 # a name that ends like this is a file's, and is looked for nowhere else
 _FILE = re.compile(r"\.[A-Za-z]{1,7}$|^[./~]")
@@ -24,13 +27,13 @@ _ROWS = 256  # of a data set between two places that it keeps itself
 class Piece:
     """A document, or a piece of a long text file.
 
-    content   text, or a chat: a list of {"role": ..., "content": ...}
+    content   text, or a chat: a list of {"role": ..., "content": ...}; or a row with labels, see labelled.py
     ends      the document is over with it
     place     where it begins, for Sources.read
     where     the same for a person
     """
 
-    content: str | list[Any]
+    content: str | list[Any] | LabelledRow
     ends: bool
     place: list[Any]
     where: str
@@ -43,8 +46,10 @@ class Sources:
             too); the split is "train" where none is given
     field   of a .jsonl line or a row that holds the text or the chat
 
+    All rows bring their own labels (labelled.py), or none does.
+
     Errors: ValueError for a file that is missing; on reading for one that is empty or not UTF-8, a line or
-    a row without the field, a data set that cannot be loaded.
+    a row without the field, labels in some rows only, a data set that cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], field: str = "text") -> None:
@@ -57,6 +62,22 @@ class Sources:
 
     def read(self, place: list[Any] | None = None) -> Iterator[Piece]:
         """The pieces from `place` on; None: from the beginning."""
+        for piece in self._read(place):
+            if isinstance(piece.content, LabelledRow) != self.has_labels:
+                kinds = ("labels", "text without") if self.has_labels else ("text", "labels")
+                raise ValueError(
+                    f"data: {piece.where}: expected {kinds[0]}, as in the first row of {self.name}, "
+                    f"got {kinds[1]}."
+                )
+            yield piece
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Whether the rows bring their own labels: whether the first does."""
+        first = next(self._read(), None)
+        return first is not None and isinstance(first.content, LabelledRow)
+
+    def _read(self, place: list[Any] | None = None) -> Iterator[Piece]:
         first, inside = place or (0, None)
         for index in range(first, len(self._parts)):
             part = self._parts[index]
@@ -73,7 +94,7 @@ class Sources:
         return {"field": self.field, "sources": {str(part): files.get(str(part)) for part in self._parts}}
 
 
-def documents(names: Sequence[str], field: str = "text") -> Iterator[str | list[Any]]:
+def documents(names: Sequence[str], field: str = "text") -> Iterator[str | list[Any] | LabelledRow]:
     """The documents of everything that `names` name, each whole; see Sources."""
     begun: list[str] = []
     for piece in Sources(names, field).read():
@@ -150,7 +171,7 @@ def _lines(path: Path, start: list[int] | None, field: str) -> Iterator[tuple[An
                     row = json.loads(_decoded(content, path, at))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"data: {where}: expected a JSON object, got none ({error}).") from None
-                yield _field(row, field, where), True, [at, number], where
+                yield _content(row, field, where), True, [at, number], where
             at, number = at + len(content), number + 1
     if not has_text:
         raise ValueError(f"data: expected text in {path}, got an empty file.")
@@ -170,7 +191,7 @@ def _rows(
     state, number = (rows.state_dict(), before) if state is None else (state, before)
     for row in iterator:
         where = f"{source}, row {number + passed}"
-        yield _field(row, field, where), True, [state, number, passed], where
+        yield _content(row, field, where), True, [state, number, passed], where
         passed += 1
         if passed >= _ROWS:
             state, number, passed = rows.state_dict(), number + passed, 0
@@ -197,7 +218,12 @@ def _data_set(source: Path | str) -> Any:
         ) from error
 
 
-def _field(row: object, field: str, where: str) -> str | list[Any]:
+def _content(row: object, field: str, where: str) -> str | list[Any] | LabelledRow:
+    try:
+        if isinstance(row, dict) and (labelled := labelled_row(row, field)) is not None:
+            return labelled
+    except ValueError as error:
+        raise ValueError(f"data: {where}: {error}") from None
     content = row.get(field) if isinstance(row, dict) else None
     is_chat = isinstance(content, list) and content and all(isinstance(turn, dict) for turn in content)
     if not isinstance(content, str) and not is_chat:

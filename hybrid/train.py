@@ -26,9 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid import curve, run_state, shard
 from hybrid.batches import Batch, Share, batches, count
+from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
 from hybrid.data import TokenStream
-from hybrid.evaluate import IGNORED, TextLoss, check_separate, text_loss
+from hybrid.evaluate import TextLoss, check_separate, text_loss
 from hybrid.model import HybridModel
 from hybrid.processes import seed_everything, this_process
 from hybrid.progress import TrainingDisplay

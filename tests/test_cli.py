@@ -218,6 +218,26 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
     assert preset.to_dict() == PresetConfigs.tiny().to_dict() | {"num_recursion_steps": 2}
 
 
+def test_rows_with_labels(base, texts, tmp_path, capsys):
+    """They are trained on and measured as they are; the share of right answers is among what eval says."""
+    rows = [{"text": list(f"{i % 7}abc"), "answers": [None, "a", None, str(i % 7)]} for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = train_command(base, texts, tmp_path / "run", "--data", tmp_path / "rows.jsonl", steps=60)
+    assert main([*command, "--batch-size", "8"]) == 0
+    out = capsys.readouterr().out
+    assert f"rows with labels, at most 16 tokens, from {tmp_path}/rows.jsonl; held out: 5 of new text" in out
+    evaluation = ["eval", "--model", tmp_path / "run", "--sequence-length", 16, "--data"]
+    assert main([str(word) for word in (*evaluation, tmp_path / "rows.jsonl", texts / "new.txt")]) == 0
+    labels, text = capsys.readouterr().out.splitlines()
+    found = re.search(
+        r"rows.jsonl: loss \S+ nats per token, perplexity \S+, (\S+)% right of 180 labels", labels
+    )
+    assert found and float(found[1]) > 60
+    assert text.endswith("tokens in sequences of 16")
+    error = refused(capsys, *command, "--sequence-length", 4, "--output", tmp_path / "again")
+    assert "rows.jsonl, line 1: expected at most 4 tokens (the sequence length), got 5" in error
+
+
 def test_two_processes_train_as_one(base, texts, tmp_path):
     """Each with half of the batch: the same data, the same n, the same averaged gradient."""
     # what `accelerate launch` does on several GPUs; on a CPU it starts one process whatever it is told
