@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hybrid.collate import collate
+from hybrid.collate import IGNORED, collate
 from hybrid.data import StreamPlace, TokenStream
 
 Batch = dict[str, Tensor]
@@ -41,44 +41,108 @@ class Share:
         return number // self.batch_size % self.processes == self.rank
 
 
+@dataclass(frozen=True)
+class LengthCurriculum:
+    """Short items first: in step s, counted from 0, as many tokens as `at(s)` says, then all.
+
+    An item is cut to its first so many tokens. One in which no label is left then, because it is answered at
+    its end only, is passed over: the next that fits takes its place, and it comes again in the next pass.
+
+    first   tokens in step 0
+    last    tokens up to which this grows, evenly
+    steps   in which it does
+
+    Errors: ValueError, with what was expected and what came.
+    """
+
+    first: int
+    last: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.first <= self.last and self.steps >= 1):
+            raise ValueError(
+                f"LengthCurriculum: expected a first length in 2..{self.last} tokens and at least 1 step, "
+                f"got {self.first} and {self.steps}."
+            )
+
+    def at(self, step: int) -> int | None:
+        """Tokens of an item in `step`; None: all of them."""
+        if step >= self.steps:
+            return None
+        return self.first + (self.last - self.first) * step // self.steps
+
+
 def batches(
-    data: Dataset | TokenStream, seed: int, share: Share, steps: range, place: dict[str, Any] | None
-) -> Iterator[tuple[list[Batch], dict[str, Any] | None]]:
+    data: Dataset | TokenStream,
+    seed: int,
+    share: Share,
+    steps: range,
+    place: dict[str, Any] | None,
+    curriculum: LengthCurriculum | None = None,
+) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
     """(this process's batches of a step, where the data is after it), for each of `steps`.
 
-    place   where a stream is before the first of them, as it came from here; None: its beginning
+    place   where the data is before the first of them, as it came from here; None: no item was passed over
+
+    Errors: ValueError when a curriculum passes over everything.
     """
     if isinstance(data, TokenStream):
         items = _streamed(data, place)
     else:
-        items = _shuffled(data, seed, steps.start * share.items_per_step)
-    for _ in steps:
-        mine = []
+        items = _shuffled(data, seed, steps.start * share.items_per_step, place)
+    for step in steps:
+        length, mine = None if curriculum is None else curriculum.at(step), []
+        of_step = items if length is None else _cut(items, length)
         for number in range(share.items_per_step):
-            make, place = next(items)
+            make, place = next(of_step)
             if share.has(number):
                 mine.append(make())
+        assert place is not None, "a step has items"
         yield (
             [collate(mine[i : i + share.batch_size]) for i in range(0, len(mine), share.batch_size)],
             place,
         )
 
 
-def _streamed(data: TokenStream, place: dict[str, Any] | None) -> Iterator[tuple[Callable[[], Batch], Any]]:
+# (makes the item, where the data is after it)
+Item = tuple[Callable[[], Batch], dict[str, Any]]
+
+
+def _streamed(data: TokenStream, place: dict[str, Any] | None) -> Iterator[Item]:
     for row, after in data.rows(None if place is None else StreamPlace(**place)):
         yield partial(row.item, data.separate), asdict(after)
 
 
-def _shuffled(data: Dataset, seed: int, start: int) -> Iterator[tuple[Callable[[], Batch], None]]:
-    """Items from number `start` on: a new shuffle for every pass; item p is a function of (seed, p) alone."""
+def _shuffled(data: Dataset, seed: int, start: int, place: dict[str, Any] | None) -> Iterator[Item]:
+    """Items from `place`, or else number `start` on: a new shuffle for every pass; item p is a function of
+    (seed, p) alone.
+    """
     items = count(data)
-    this_pass, first = divmod(start, items)
+    this_pass, first = divmod(start, items) if place is None else (place["passes"], place["taken"])
     while True:
         number = random.Random(f"{seed}:{this_pass}").getrandbits(63)
         order = torch.randperm(items, generator=torch.Generator().manual_seed(number))
-        for index in order[first:]:
-            yield partial(data.__getitem__, int(index)), None
+        for taken, index in enumerate(order[first:], start=first + 1):
+            yield partial(data.__getitem__, int(index)), {"passes": this_pass, "taken": taken}
         this_pass, first = this_pass + 1, 0
+
+
+def _cut(items: Iterator[Item], length: int) -> Iterator[Item]:
+    """The first `length` tokens of each item in which a label is left."""
+    last_pass = None  # in which one has to be left
+    for make, place in items:
+        item = {name: t[:length] for name, t in make().items()}
+        if (item["labels"][1:] != IGNORED).any():
+            yield partial(dict, item), place
+            last_pass = None
+        elif last_pass is None:
+            last_pass = place["passes"] + 1
+        elif place["passes"] > last_pass:
+            raise ValueError(
+                f"data: expected items with a label in their first {length} tokens (the curriculum's), got "
+                "none in a whole pass."
+            )
 
 
 def count(data: Dataset) -> int:

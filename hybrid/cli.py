@@ -56,6 +56,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from hybrid import run_state
+    from hybrid.batches import LengthCurriculum
     from hybrid.data import TokenStream
     from hybrid.info import count, count_trained
     from hybrid.loading import load_config, load_model, load_tokenizer
@@ -67,6 +68,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # what can be wrong is found out before a model is loaded, the quickest first
     phase = PHASES[arguments.phase]
+    first_length, growing = arguments.length_curriculum or (0, 0)
     settings = TrainSettings(
         output_dir=arguments.output,
         steps=arguments.steps,
@@ -82,6 +84,9 @@ def _train(arguments: argparse.Namespace) -> int:
         shard=arguments.shard,
         mixed_precision=arguments.mixed_precision,
         max_skipped_steps=arguments.max_skipped_steps,
+        length_curriculum=LengthCurriculum(first_length, arguments.sequence_length, growing)
+        if arguments.length_curriculum
+        else None,
     )
     run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
@@ -403,6 +408,13 @@ def _parser() -> argparse.ArgumentParser:
         default=5,
         help="so many in a row whose loss or gradient is no number end the run",
     )
+    train.add_argument(
+        "--length-curriculum",
+        type=_first_and_steps,
+        metavar="FIRST:STEPS",
+        help="short first: sequences are cut to FIRST tokens in the first step, to ever more within STEPS "
+        "steps, then not at all; a row that has no label so early is left for later",
+    )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)
@@ -514,6 +526,16 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-recursion-steps", type=int, help="default: as trained")
     _add_backend_option(parser)
     _add_model_options(parser)
+
+
+def _first_and_steps(text: str) -> tuple[int, int]:
+    first, _, steps = text.partition(":")
+    try:
+        return int(first), int(steps)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected FIRST:STEPS, two whole numbers such as 8:500, got {text!r}"
+        ) from None
 
 
 def _with_dashes(argv: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ class Progress:
     skipped            how many steps since then were not taken: loss or gradient was no number
     skipped_in_row     of these, the last that follow each other
     held_out_before    loss per token of each held-out set before the first step, nats
-    place              where a stream of data is after these steps; None: the steps say it
+    place              where the data is after these steps; None: the steps say it
     """
 
     step: int = 0

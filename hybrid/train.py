@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid import curve, run_state, shard
-from hybrid.batches import Batch, Share, batches, count
+from hybrid.batches import Batch, LengthCurriculum, Share, batches, count
 from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
 from hybrid.data import TokenStream
@@ -73,6 +73,7 @@ class TrainSettings:
     shard                 split the model among the processes (FSDP2) instead of copying it to each
     mixed_precision       "bf16": compute in it what is kept in float32; "no"; None: as accelerate says
     max_skipped_steps     so many in a row whose loss or gradient is NaN or infinite end the run
+    length_curriculum     short items first, see batches.py; None: all items whole in all steps
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -95,6 +96,7 @@ class TrainSettings:
     shard: bool = False
     mixed_precision: str | None = None
     max_skipped_steps: int = 5
+    length_curriculum: LengthCurriculum | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,6 +125,11 @@ class TrainSettings:
         if not 0 <= self.final_rate_fraction <= 1:
             raise ValueError(
                 f"TrainSettings: expected final_rate_fraction in 0..1, got {self.final_rate_fraction!r}."
+            )
+        if self.length_curriculum is not None and self.length_curriculum.steps > self.steps:
+            raise ValueError(
+                f"TrainSettings: expected a length_curriculum within {self.steps} steps (steps), "
+                f"got {self.length_curriculum.steps}."
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
@@ -252,7 +259,7 @@ class _Run:
         self.model.train()
         window.clock.start()
         left = range(self.progress.step, settings.steps)
-        feed = batches(self.data, settings.seed, self.share, left, self.place)
+        feed = batches(self.data, settings.seed, self.share, left, self.place, settings.length_curriculum)
         for step, (step_batches, place) in enumerate(feed, start=left.start + 1):
             loss = self._step(step - 1, step_batches)
             self.place = place

@@ -538,6 +538,11 @@ def test_a_text_longer_than_the_base_can_read(base, texts, tmp_path, capsys):
         (["--resume"], "expected a run to resume in"),
         (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
         (["--held-out", "gone.txt"], "expected a file gone.txt, got no such file"),
+        (["--length-curriculum", "8"], "expected FIRST:STEPS, two whole numbers such as 8:500, got '8'"),
+        (
+            ["--length-curriculum", "17:3"],
+            "expected a first length in 2..16 tokens and at least 1 step, got 17",
+        ),
     ],
 )
 def test_a_training_that_cannot_be(words, message, base, texts, tmp_path, capsys):
