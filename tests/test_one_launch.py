@@ -295,6 +295,8 @@ ROWS = torch.zeros(2, 3, 64)
     ("of_model", "more", "says"),
     [
         ({"hidden_size": 130, "num_heads": 1}, {}, "an even head width of at most 128 .* got 130"),
+        ({"hidden_size": 36, "num_heads": 2}, {}, "multiples of 8, got 36"),
+        ({"intermediate_size": 44}, {}, "multiples of 8, got 64 and, in the MLP, 44"),
         (
             {},
             {"mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)},

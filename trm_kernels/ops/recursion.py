@@ -23,7 +23,7 @@ Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,14 @@ from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.linear_swiglu import linear_swiglu
-from trm_kernels.ops.one_launch.recursion import CacheRoom, one_launch_recursion, why_not, why_not_into
+from trm_kernels.ops.one_launch.choice import choose_regime
+from trm_kernels.ops.one_launch.recursion import CacheRoom, one_launch_recursion
 from trm_kernels.ops.recursion_op import Call, fused_recursion, fused_recursion_with_cache
 from trm_kernels.ops.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.saved_bytes import SAVES, choose_save
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights, map_weights
-from trm_kernels.products import are_aligned, as_autocast, rows_of, wants_gradient
+from trm_kernels.products import as_autocast, rows_of, wants_gradient
 from trm_kernels.quantize import dequantize_layers
 
 
@@ -160,7 +161,7 @@ def trm_recursion(
     angles                RoPE's table, for a caller with more than one call; else of positions and rope_theta
     regime                how it is launched: "per_op", "one_launch" or "per_phase", see
                           ops/one_launch/recursion.py; "auto": as the table of settings says, per op where
-                          that cannot run
+                          that cannot run, and with a warning per phase where one launch is impossible
     scales                of weights in 8 bits, see quantize.py
     """
     _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
@@ -184,22 +185,19 @@ def trm_recursion(
             implementation=attention,
         )
 
-    regime, room = _regime(
-        regime,
+    asked, count = regime, evaluations(len(weights), num_recursion_steps, num_cycles)
+    regime, room = choose_regime(
+        asked,
         x,
-        y,
-        z,
         weights,
         scales,
-        H,
-        G,
-        num_recursion_steps,
-        num_cycles,
-        update_cache,
-        mask,
-        query_offset,
-        attention,
-        candidate,
+        (x, y, z),
+        None if update_cache is None else partial(_room, update_cache, x, G, x.shape[2] // H, count),
+        num_heads=H,
+        mask=mask,
+        query_offset=query_offset,
+        attention=attention,
+        candidate=candidate,
     )
     if regime != "per_op":
         _check_key_mask(key_mask, x, room)
@@ -219,6 +217,7 @@ def trm_recursion(
             num_recursion_steps=num_recursion_steps,
             num_cycles=num_cycles,
             regime=regime,
+            may_fall_back=asked == "auto",
         )
         if update_cache is not None:
             update_cache.written(x.shape[1])  # type: ignore[attr-defined]  # it had room
@@ -255,56 +254,10 @@ def trm_recursion(
     return fused_recursion(x, y, z, weights, angles, key_mask, call)
 
 
-def _regime(
-    asked: str,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    weights: Sequence[LayerWeights],
-    scales: Sequence[LayerWeights] | None,
-    num_heads: int,
-    num_key_value_heads: int,
-    num_recursion_steps: int,
-    num_cycles: int,
-    update_cache: EvaluationCache | None,
-    mask: Tensor | None,
-    query_offset: int | None,
-    attention: str,
-    candidate: str | None,
-) -> tuple[str, CacheRoom | None]:
-    """How the call is launched, and in one launch with a cache where it writes.
-
-    Errors: RuntimeError where what was asked for cannot run.
-    """
-    B, T, D = x.shape
-    regime = asked if asked != "auto" else tuning.regime(arch_of(x), B * T, T, D)
-    flat = [t for w in weights for part in w for t in part]
-    if asked == "auto" and not are_aligned(*map(rows_of, flat)):
-        regime = "per_op"  # rows that are not aligned load slowly, and spill
-    if regime == "per_op":
-        return regime, None
-    why = why_not(
-        x,
-        weights,
-        scales,
-        num_heads,
-        mask,
-        query_offset,
-        attention,
-        candidate,
-        wants_gradient(x, y, z, *flat),
-    )
-    room = None
-    if why is None and update_cache is not None:
-        find = getattr(update_cache, "room", None)
-        count = evaluations(len(weights), num_recursion_steps, num_cycles)
-        room = find(x, num_key_value_heads, D // num_heads, count) if find else None
-        why = why_not_into(room, x)
-    if why is None:
-        return regime, room
-    if asked != "auto":
-        raise RuntimeError(f"trm_recursion: the regime {asked!r} was asked for, and it cannot run: {why}.")
-    return "per_op", None
+def _room(cache: EvaluationCache, *what: Any) -> CacheRoom | None:
+    """Where a cache lets a call write; None where it cannot."""
+    find = getattr(cache, "room", None)
+    return find(*what) if find else None
 
 
 def _is_fused(

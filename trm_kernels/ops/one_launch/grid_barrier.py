@@ -25,6 +25,7 @@ fit instead of starting a part of it.
 import torch
 from torch import Tensor
 
+from trm_kernels.ops.one_launch.cooperative import Impossible
 from trm_kernels.optional_triton import tl, triton
 
 
@@ -75,7 +76,7 @@ _counters: dict[torch.device, Counters] = {}
 def counter_for(device: torch.device) -> Tensor:
     """The counter for a launch on the current stream of `device`.
 
-    Errors: RuntimeError where the first launch of all is one that is being captured.
+    Errors: Impossible where the first launch of all is one that is being captured.
     """
     stream, is_capturing = 0, False
     if device.type == "cuda":
@@ -83,9 +84,9 @@ def counter_for(device: torch.device) -> Tensor:
         is_capturing = torch.cuda.is_current_stream_capturing()
     if device not in _counters:
         if is_capturing:
-            raise RuntimeError(
-                "trm_recursion: the regime 'one_launch' expected one call before a CUDA graph is captured, "
-                "since its counters have to lie outside of the graph's memory."
+            raise Impossible(
+                "it expected a call before a CUDA graph is captured, since its counters have to lie outside "
+                "of the graph's memory"
             )
         _counters[device] = Counters(device)
     return _counters[device].take(stream, is_capturing)

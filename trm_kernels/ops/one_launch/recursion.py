@@ -1,4 +1,4 @@
-"""trm_recursion without gradient in one launch: its launcher as a custom op, and what can run this way
+"""trm_recursion without gradient in one launch: its launcher, as a custom op
 
 What is computed, shapes and dtypes: ops/recursion.py. Weights may also be int8 or float8_e4m3fn with one
 float32 scale an output channel: w = scale[:, None] * values.
@@ -13,7 +13,9 @@ One token a sequence (decoding) splits long keys into parts of a fixed length; m
     one_launch   all phases in one cooperative launch, a program on each multiprocessor
     per_phase    the same kernel, launched once a phase: the fallback, and what one_launch is held against
 
-Errors   RuntimeError for a regime that cannot run, with the reason.
+What can run this way says choice.py.
+
+Errors   RuntimeError where a cooperative launch is impossible, see cooperative.py, or the grid too large.
 """
 
 import math
@@ -24,18 +26,16 @@ import torch
 from torch import Tensor
 
 from trm_kernels import tuning
-from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of, is_recording, launch, launcher
-from trm_kernels.ops.one_launch.addresses import are_in_step, distances
+from trm_kernels.ops.one_launch.addresses import distances
+from trm_kernels.ops.one_launch.cooperative import Impossible, asked_for, cooperatively, warn
 from trm_kernels.ops.one_launch.grid_barrier import counter_for
 from trm_kernels.ops.one_launch.kernel import _one_launch_kernel, count_phases
 from trm_kernels.ops.one_launch.phases import STATES
 from trm_kernels.ops.rope import Angles, tables
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights
+from trm_kernels.ops.weights import LayerWeights
 from trm_kernels.optional_triton import triton
-from trm_kernels.products import as_autocast, input_precision, mask_bytes, rows_of
-
-_WIDEST_HEAD, _WIDEST_ROW = 128, 8192
+from trm_kernels.products import input_precision, mask_bytes, rows_of
 
 
 class CacheRoom(NamedTuple):
@@ -73,11 +73,13 @@ def _one_launch_recursion(
     num_recursion_steps: int,
     num_cycles: int,
     regime: str,
+    may_fall_back: bool,
     programs: int,
 ) -> tuple[Tensor, Tensor]:
     """(y, z). Weights and scales lie kind by kind: all layers' qkv_proj, then o_proj, gate_up and down.
 
-    programs   of the grid; 0: one on each multiprocessor
+    may_fall_back   per_phase runs where a cooperative launch is impossible; else that is an error
+    programs        of the grid; 0: one on each multiprocessor
     """
     (B, T), D = x.shape[:2], int(x.shape[2])
     M, L = B * T, len(weights) // 4
@@ -163,16 +165,28 @@ def _one_launch_recursion(
         )
 
     phases = count_phases(E)
-    if regime == "per_phase":
-        for phase in range(phases):
-            start(counts_of_parts, phase, phase + 1)  # without a barrier, so any counter will do
-    else:
+
+    def in_one_launch() -> None:
         counter = x.new_empty(1, dtype=torch.int32) if is_recording() else counter_for(x.device)
         try:
-            start(counter, 0, phases, launch_cooperative_grid=True)
+            cooperatively(x.device, lambda: start(counter, 0, phases, launch_cooperative_grid=True))
+        except Impossible:
+            raise
         except BaseException:
             counter.zero_()  # it may have stopped between two barriers
             raise
+
+    if regime == "one_launch":
+        try:
+            in_one_launch()
+        except Impossible as why:
+            if not may_fall_back:
+                raise asked_for(why) from why
+            warn(why)
+            regime = "per_phase"
+    if regime == "per_phase":
+        for phase in range(phases):
+            start(counts_of_parts, phase, phase + 1)  # without a barrier, so any counter will do
     shape = B, T, D
     return y_end.view(shape), z_end.view(shape)
 
@@ -184,67 +198,7 @@ def _programs_at_once(t: Tensor) -> int:
     return torch.cuda.get_device_properties(t.device).multi_processor_count
 
 
-def why_not(
-    x: Tensor,
-    weights: Sequence[LayerWeights],
-    scales: Sequence[LayerWeights] | None,
-    num_heads: int,
-    mask: Tensor | None,
-    query_offset: int | None,
-    attention: str,
-    candidate: str | None,
-    wants_gradient: bool,
-) -> str | None:
-    """Why a recursion cannot run in one launch; None: it can."""
-    K = x.shape[2] // num_heads
-    if wants_gradient:
-        return "it has no gradient, which is wanted"
-    if not runs_triton("trm_recursion", x, has_kernel=x.dtype != torch.float64):
-        return f"the reference computes {x.dtype} tensors on {x.device} here"
-    if not all(isinstance(w.mixer, AttentionWeights) for w in weights):
-        return "it expected layers that mix tokens by attention"
-    if any(
-        [t.shape for part in w for t in part] != [t.shape for part in weights[0] for t in part]
-        for w in weights
-    ):
-        return "it expected layers of one shape"
-    if as_autocast(x)[0].dtype != x.dtype:
-        return "torch.autocast is on, which would cast the weights in every call"
-    if scales is None and any(t.dtype != x.dtype for w in weights for part in w for t in part):
-        return f"it expected weights of {x.dtype}, as x"
-    if K % 2 or K > _WIDEST_HEAD or x.shape[2] > _WIDEST_ROW:
-        return (
-            f"it expected an even head width of at most {_WIDEST_HEAD} and a width of at most {_WIDEST_ROW}, "
-            f"got {K} and {x.shape[2]}"
-        )
-    if mask is not None or attention not in ("auto", "triton"):
-        return "it expected causal and key_mask to say what is visible, and our own attention"
-    if query_offset:
-        return f"it counts the keys before the first query itself, and got query_offset={query_offset}"
-    if candidate is not None:
-        return f"its products are its own, and the candidate {candidate!r} was asked for"
-    if not all(are_in_step(kind) for kind in [*_by_kind(weights), *_by_kind(scales or [])]):
-        return "it expected weights that start at addresses of one alignment"
-    return None
-
-
-def why_not_into(room: CacheRoom | None, x: Tensor) -> str | None:
-    """Why a recursion in one launch cannot write into a cache; None: it can."""
-    if room is None:
-        return "it expected a cache whose tensors it can write to"
-    first = room.keys[0]
-    alike = (first.shape, first.stride(), x.dtype, x.device)
-    tensors = [*room.keys, *room.values]
-    if first.stride(3) != 1 or any((t.shape, t.stride(), t.dtype, t.device) != alike for t in tensors):
-        return "it expected keys and values of one layout, in the dtype and on the device of x"
-    if any(t.dtype != torch.int64 or t.device != x.device for t in room.lengths):
-        return "it expected the lengths of a cache as int64 on the device of x"
-    if not all(are_in_step(kind) for kind in (room.keys, room.values, room.lengths)):
-        return "it expected the tensors of a cache to start at addresses of one alignment"
-    return None
-
-
-def _by_kind(weights: Sequence[LayerWeights]) -> list[list[Tensor]]:
+def by_kind(weights: Sequence[LayerWeights]) -> list[list[Tensor]]:
     """All layers' qkv_proj, o_proj, gate_up_proj and down_proj."""
     flat = [[t.contiguous() for part in w for t in part] for w in weights]
     return [[of_layer[kind] for of_layer in flat] for kind in range(4)]
@@ -267,12 +221,13 @@ def one_launch_recursion(
     num_recursion_steps: int,
     num_cycles: int,
     regime: str,
+    may_fall_back: bool = False,
     programs: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(y, z) of trm_recursion, which checked the arguments and asked `why_not`. key_mask [B, S] bool."""
+    """(y, z) of trm_recursion, which checked the arguments and asked choice.py. key_mask [B, S] bool."""
     cos, sin = tables(angles)
     key_mask = mask_bytes(key_mask)
-    flat, flat_scales = ([t for kind in _by_kind(some) for t in kind] for some in (weights, scales or []))
+    flat, flat_scales = ([t for kind in by_kind(some) for t in kind] for some in (weights, scales or []))
     keys, values, lengths, seen = room or CacheRoom([], [], [], 0)
     return _one_launch_recursion(
         x,
@@ -294,5 +249,6 @@ def one_launch_recursion(
         num_recursion_steps,
         num_cycles,
         regime,
+        may_fall_back,
         programs,
     )
