@@ -87,6 +87,7 @@ def _train(arguments: argparse.Namespace) -> int:
         length_curriculum=LengthCurriculum(first_length, arguments.sequence_length, growing)
         if arguments.length_curriculum
         else None,
+        stochastic_rounding=arguments.stochastic_rounding,
     )
     run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
@@ -115,7 +116,8 @@ def _train(arguments: argparse.Namespace) -> int:
             held_out["known"] = _read_blocks(arguments.known, tokenizer, start, arguments)
 
     seed_everything(arguments.seed)
-    dtype = arguments.dtype or ("float32" if phase.trains_base else "auto")
+    learns_in = "bfloat16" if arguments.stochastic_rounding else "float32"
+    dtype = arguments.dtype or (learns_in if phase.trains_base else "auto")
     loaded = load_model(arguments.base, dtype, arguments.trust_remote_code)
     model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
     enter(model, arguments.phase)
@@ -415,6 +417,11 @@ def _parser() -> argparse.ArgumentParser:
         help="short first: sequences are cut to FIRST tokens in the first step, to ever more within STEPS "
         "steps, then not at all; a row that has no label so early is left for later",
     )
+    train.add_argument(
+        "--stochastic-rounding",
+        action="store_true",
+        help="keep what trains in phase 2 in bfloat16; small steps count on average (torchao)",
+    )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)
@@ -504,7 +511,9 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of the base; default: its files', in phase 2 float32"
+        "--dtype",
+        choices=_DTYPES,
+        help="of the base; default: its files', in phase 2 float32 (--stochastic-rounding: bfloat16)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 

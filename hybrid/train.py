@@ -30,7 +30,9 @@ from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
 from hybrid.data import TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
+from hybrid.extras import installed
 from hybrid.model import HybridModel
+from hybrid.optimizer import adamw, set_rate
 from hybrid.processes import seed_everything, this_process
 from hybrid.progress import TrainingDisplay
 from hybrid.run_state import Progress
@@ -48,6 +50,7 @@ _MAY_CHANGE = (
     "accumulate",
     "shard",
 )
+_ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _FINGERPRINT_ITEMS = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -74,6 +77,7 @@ class TrainSettings:
     mixed_precision       "bf16": compute in it what is kept in float32; "no"; None: as accelerate says
     max_skipped_steps     so many in a row whose loss or gradient is NaN or infinite end the run
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
+    stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -97,6 +101,7 @@ class TrainSettings:
     mixed_precision: str | None = None
     max_skipped_steps: int = 5
     length_curriculum: LengthCurriculum | None = None
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,6 +138,8 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
+        if self.stochastic_rounding:
+            installed("torchao", "stochastic rounding")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0: a linear rise, then half a cosine."""
@@ -292,8 +299,7 @@ class _Run:
         steps = {}
         if self.hybrid is not None and self.hybrid.config.recursion_sampling == "uniform":
             steps["num_recursion_steps"] = self.hybrid.draw_recursion_steps(index)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate_at(index)
+        set_rate(self.optimizer, settings.rate_at(index))
 
         batches = [{name: t.to(accelerator.device) for name, t in batch.items()} for batch in batches]
         # a model shifts the labels by one: the first of a row is predicted by nothing
@@ -312,6 +318,10 @@ class _Run:
         loss = accelerator.reduce(loss, "mean")
         # both are the same on every process, so that all of them take the step or none does
         if is_good := math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+            if settings.stochastic_rounding:
+                # parts of a split model are rounded apart, copies of a whole one stay equal
+                rank = accelerator.process_index if self.is_sharded else 0
+                seed_everything(settings.seed, index, rank, _ROUNDING)
             self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -542,16 +552,11 @@ def _accelerator(model: PreTrainedModel, settings: TrainSettings) -> Accelerator
 
 
 def _optimizer(model: PreTrainedModel, settings: TrainSettings) -> torch.optim.Optimizer:
-    trained = list(run_state.trained_parameters(model).values())
+    trained = run_state.trained_parameters(model)
     if not trained:
         raise ValueError("train: expected a model in which something requires gradients, got none.")
-    return torch.optim.AdamW(
-        trained,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=all(p.device.type in ("cpu", "cuda") for p in trained),
-    )
+    rates = settings.learning_rate, settings.betas, settings.weight_decay
+    return adamw(trained, *rates, stochastic_rounding=settings.stochastic_rounding)
 
 
 def _description(

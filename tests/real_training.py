@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfi
 
 from hybrid import HybridConfig, HybridModel
 from hybrid.injection import Injection, decoder_layers
+from hybrid.optimizer import adamw
 from hybrid.phases import enter
 from hybrid.plan.cards import CARDS
 from hybrid.plan.memory import memory, units
@@ -113,7 +114,7 @@ def planned(run):
     return Bytes(found.of("weights"), found.of("saved") + stays, found.of("gradients"), found.of("optimizer"))
 
 
-def measured(run):
+def measured(run, stochastic_rounding=False):
     """One step, as `trm-hybrid train` takes it or, where the plan shards, on FSDP2."""
     torch.manual_seed(0)
     with Allocations() as allocations, backend("reference"):
@@ -128,7 +129,11 @@ def measured(run):
         if run.is_wrapped:
             _shard(model)
         model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if stochastic_rounding:
+            optimizer = adamw(trained, 1e-4, (0.9, 0.95), 0.01, stochastic_rounding=True)
+        else:
+            optimizer = torch.optim.AdamW(trained.values())
         ids = torch.randint(3, 199, (run.batch_size, run.sequence_length))
         gc.collect()  # of what wrapping left behind
         before = allocations.alive()

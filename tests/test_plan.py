@@ -177,7 +177,11 @@ def test_cost_is_hours_times_price():
         (level_1("RTX4090"), ("gradient checkpointing",)),
         (level_1(batch_size=9).but(config=KEEPS_ALL), ("trm_save step",)),
         (level_1("RTX4090", batch_size=4, checkpointing=True), ("batch 2 with accumulation 2",)),
-        (level_1(phase=2, dtype="float32"), ("LoRA of rank 16 in place of the base",)),
+        (level_1(phase=2, dtype="float32"), ("bfloat16 weights with stochastic rounding",)),
+        (
+            level_1("A100-40GB", phase=2, dtype="float32"),
+            ("gradient checkpointing", "LoRA of rank 16 in place of the base"),
+        ),
         (level_1(cards=8, phase=2, dtype="float32"), ("shards: 2",)),
     ],
 )

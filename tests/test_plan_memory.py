@@ -34,6 +34,14 @@ def test_adapters_are_counted_as_peft_makes_them():
     compare(planned(run), measured(run))
 
 
+def test_stochastic_rounding_keeps_what_is_planned():
+    pytest.importorskip("torchao.optim", reason="torchao is not installed")
+    run = run_of("llama", phase=2, shards=0)
+    assert run.dtype == "bfloat16"
+    with torch.compiler.set_stance("force_eager"):  # what is kept is the same without compiling
+        compare(planned(run), measured(run, stochastic_rounding=True))
+
+
 def two_ranks(folder):
     """What each of two processes measured, which divide everything between them (FSDP2 over gloo)."""
     with subprocess.Popen(

@@ -2,7 +2,7 @@
 
 Harmless changes come first: another policy of the TRMs costs a forward of them, gradient checkpointing one of
 what learns, a smaller batch with accumulation almost nothing at first. Shards cost traffic between cards.
-LoRA and an 8-bit base change what is trained. More cards cost money.
+Weights of bfloat16 learn with noise; LoRA and an 8-bit base change what is trained. More cards cost money.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,6 +71,11 @@ def _ladder(run: Run) -> Iterator[Change]:
     for shards in range(run.shards + 1, run.cards + 1):
         if run.cards % shards == 0:
             yield Change(f"shards: {shards}", _set_shards(shards))
+    if run.trains_base and run.dtype == "float32":
+        yield Change(
+            "bfloat16 weights with stochastic rounding",
+            lambda r: r.but(dtype="bfloat16") if r.trains_base else r,
+        )
     if run.trains_base:
         yield Change(
             f"LoRA of rank {LORA_RANK} in place of the base",

@@ -1,8 +1,8 @@
 """Bytes on each card, by what they are for. GB are 10^9 bytes.
 
 Counted from the model: weights, gradients, AdamW's two moments (in the parameter's dtype, and 4 bytes a
-tensor for its step), and what autograd keeps; with LoRA also the TRMs as they were found, of which peft's
-modules_to_save keeps a copy. Assumed, on top of that, as workspace:
+tensor for its step; the same with stochastic rounding), and what autograd keeps; with LoRA also the TRMs as
+they were found, of which peft's modules_to_save keeps a copy. Assumed, on top of that, as workspace:
 
     logits              in the dtype it computes in and in float32, beside the log-softmax that is kept
     backward of a unit  gradients inside the largest layer or TRM: as much as it keeps; and as much once more

@@ -193,12 +193,13 @@ def lines(made: Plan) -> Iterator[str]:
 
 def how(run: Run) -> str:
     """Phase, cards, batch, in one line."""
+    rounding = " with stochastic rounding" if run.trains_base and run.dtype == "bfloat16" else ""
     said = [
         f"phase {run.phase}{'' if run.lora is None else f' with LoRA of rank {run.lora}'}",
         f"{run.cards} x {run.card.name}{'' if run.shards == 1 else f' in shards of {run.shards}'}",
         f"batch {run.batch_size} x {run.sequence_length:,} tokens a card"
         + ("" if run.accumulation == 1 else f", {run.accumulation} times a step"),
-        f"base in {run.dtype}",
+        f"base in {run.dtype}{rounding}",
     ]
     return ", ".join([*said, *(["gradient checkpointing"] if run.checkpointing else [])])
 
