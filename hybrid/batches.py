@@ -6,7 +6,7 @@ So a run goes on exactly with another number of processes, as long as a step has
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -25,20 +25,38 @@ class Share:
     """What one process has of a step: `accumulate` batches of `batch_size` items.
 
     rank, processes   which process, of how many
+    items             of a step, over all processes, where it is not as many as fill the batches
     """
 
     rank: int
     processes: int
     batch_size: int
     accumulate: int
+    items: int | None = None
 
     @property
     def items_per_step(self) -> int:
-        return self.processes * self.batch_size * self.accumulate
+        return self.processes * self.batch_size * self.accumulate if self.items is None else self.items
 
     def has(self, number: int) -> bool:
-        """Whether item `number` of a step is this process's: batches go around."""
-        return number // self.batch_size % self.processes == self.rank
+        """Whether item `number` of a step is this process's: items go around."""
+        return number % self.processes == self.rank
+
+    def split(self, ratio: float) -> tuple["Share", "Share"]:
+        """(the rest, `ratio` of the items of a step), each in batches of its own.
+
+        Errors: ValueError when one of them would have no item.
+        """
+        items = self.items_per_step
+        of_ratio = round(ratio * items)
+        if not 0 < of_ratio < items:
+            raise ValueError(
+                f"train: expected keep_ratio to be a share of the {items} items of a step that leaves both "
+                f"at least one, got {ratio}, {of_ratio} of {items}."
+            )
+        # the last process begins the second part, so that none is without an item
+        last_first = replace(self, rank=self.processes - 1 - self.rank, items=of_ratio)
+        return replace(self, items=items - of_ratio), last_first
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,7 +89,10 @@ def _train(arguments: argparse.Namespace) -> int:
         if arguments.length_curriculum
         else None,
         stochastic_rounding=arguments.stochastic_rounding,
+        keep_ratio=arguments.keep_ratio,
     )
+    if (arguments.keep is None) != (arguments.keep_ratio is None):
+        raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
     run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = _block(start, arguments)
@@ -97,16 +101,17 @@ def _train(arguments: argparse.Namespace) -> int:
     processes = this_process()
     say: Callable[..., None] = print if processes.is_main_process else _say_nothing
     with processes.main_process_first():  # a data set is fetched once
-        data = TokenStream(
-            Sources(arguments.data, arguments.field),
-            tokenizer,
-            _sequence_length(start, arguments),
+        stream = partial(
+            TokenStream,
+            tokenizer=tokenizer,
+            sequence_length=_sequence_length(start, arguments),
             separate=arguments.documents == "separate",
-            held_out=_HELD_OUT_BLOCKS if arguments.held_out is None else 0,
             workers=arguments.data_workers,
             vocabulary=start.get_text_config(decoder=True).vocab_size,
             seed=arguments.seed,
         )
+        held = [_HELD_OUT_BLOCKS if given is None else 0 for given in (arguments.held_out, arguments.known)]
+        data = stream(Sources(arguments.data, arguments.field), held_out=held[0])
         held_out = {
             "new": data.held_out_rows()
             if arguments.held_out is None
@@ -114,6 +119,11 @@ def _train(arguments: argparse.Namespace) -> int:
         }
         if arguments.known is not None:
             held_out["known"] = _read_blocks(arguments.known, tokenizer, start, arguments)
+        keep = None
+        if arguments.keep is not None:
+            keep = stream(Sources(arguments.keep, arguments.field), held_out=held[1])
+            if arguments.known is None:
+                held_out["known"] = keep.held_out_rows()
 
     seed_everything(arguments.seed)
     learns_in = "bfloat16" if arguments.stochastic_rounding else "float32"
@@ -131,7 +141,9 @@ def _train(arguments: argparse.Namespace) -> int:
     sizes = ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
     rows = "rows with labels, at most" if data.sources.has_labels else "sequences of"
     say(f"{rows} {arguments.sequence_length:,} tokens, from {data.sources.name}; held out: {sizes}")
-    result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer)
+    if keep is not None:
+        say(f"kept: {keep.sources.name}, {settings.keep_ratio:.1%} of each step")
+    result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer, keep=keep)
     for name, before in result.held_out_before.items():
         say(f"held-out loss, {name} text: {before:.4f} -> {result.held_out_after[name]:.4f} nats per token")
     say(f"model: {result.checkpoint}\nmetrics: {result.metrics}\ncurve: {result.curve}")
@@ -381,6 +393,15 @@ def _parser() -> argparse.ArgumentParser:
         f"at most {_HELD_OUT_BLOCKS}, which are not trained on",
     )
     train.add_argument("--known", nargs="+", help="the same, of a text the base knows: how much is forgotten")
+    train.add_argument(
+        "--keep",
+        nargs="+",
+        help="the same, of a text like those the base was trained on, mixed into every step so that it "
+        "is not forgotten; some of it is held out for the loss on known text if --known names none",
+    )
+    train.add_argument(
+        "--keep-ratio", type=float, metavar="R", help="share of a step's sequences that --keep has"
+    )
     train.add_argument("--output", required=True, help="folder of the run")
     train.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in --output"

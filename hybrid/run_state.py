@@ -54,6 +54,7 @@ class Progress:
     skipped_in_row     of these, the last that follow each other
     held_out_before    loss per token of each held-out set before the first step, nats
     place              where the data is after these steps; None: the steps say it
+    keep_place         the same of what is trained on so that it is not forgotten
     """
 
     step: int = 0
@@ -64,6 +65,7 @@ class Progress:
     skipped_in_row: int = 0
     held_out_before: dict[str, float] = field(default_factory=dict)
     place: dict[str, Any] | None = None
+    keep_place: dict[str, Any] | None = None
 
 
 def make_folder(folder: Path, who: str = "train") -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ class TrainSettings:
     max_skipped_steps     so many in a row whose loss or gradient is NaN or infinite end the run
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
     stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
+    keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -102,6 +104,7 @@ class TrainSettings:
     max_skipped_steps: int = 5
     length_curriculum: LengthCurriculum | None = None
     stochastic_rounding: bool = False
+    keep_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -179,6 +182,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    keep: Dataset | TokenStream | None = None,
 ) -> TrainResult:
     """Train `model` in place, on every process that `accelerate launch` started.
 
@@ -189,13 +193,16 @@ def train(
     resume      go on from the last whole checkpoint in settings.output_dir
     on_step     called on the main process after each step with its number, from 1, and its loss
     tokenizer   written into every checkpoint
+    keep        like data: what the model shall not forget, settings.keep_ratio of the items of each step. A
+                step's loss is the mean over the tokens of data and that over those of keep, weighted by their
+                shares of the items, however long these are
 
     The global random generators (Python's, NumPy's, torch's) are seeded anew in every step.
 
     Errors: ValueError when nothing requires gradients, when the folder cannot be written to or holds
     another run, or when loss or gradient are no numbers too often: steps with such are not taken.
     """
-    run = _Run(model, data, settings, held_out or {}, tokenizer)
+    run = _Run(model, data, settings, held_out or {}, tokenizer, keep)
     checkpoint = run.open(resume)
     with run.display:
         return run.go(checkpoint, on_step)
@@ -211,8 +218,11 @@ class _Run:
         settings: TrainSettings,
         held_out: Mapping[str, Dataset],
         tokenizer: PreTrainedTokenizerBase | None,
+        keep: Dataset | TokenStream | None,
     ) -> None:
-        self.model, self.data, self.settings = model, data, settings
+        if (keep is None) != (settings.keep_ratio is None):
+            raise ValueError("train: expected keep and keep_ratio together, got one of them.")
+        self.model, self.data, self.settings, self.keep = model, data, settings, keep
         self.held_out, self.tokenizer = held_out, tokenizer
         self.folder = Path(settings.output_dir)
         self.accelerator = _accelerator(model, settings)
@@ -229,12 +239,13 @@ class _Run:
             settings.batch_size,
             settings.accumulate,
         )
+        self.data_share, self.keep_share = _split(self.share, settings)
         self.hybrid = model if isinstance(model, HybridModel) else None
 
     def open(self, resume: bool) -> Path | None:
         """Settle where to begin; the checkpoint that was loaded, or None at step 0."""
         is_main = self.accelerator.is_main_process
-        what = _description(self.model, self.data, self.settings, self.share)
+        what = _description(self.model, self.data, self.settings, self.share, self.keep)
         run_state.make_folder(self.folder)
         checkpoint = run_state.find(self.folder, what, resume)
         self.accelerator.wait_for_everyone()  # all have looked: from here on files change
@@ -247,9 +258,9 @@ class _Run:
             self.progress = run_state.load(checkpoint, self.model, self.optimizer)
         if is_main:
             run_state.begin(self.folder, what, None if checkpoint is None else self.progress.step)
-        if isinstance(self.data, TokenStream) and self.data.separate:
+        if any(isinstance(data, TokenStream) and data.separate for data in (self.data, self.keep)):
             check_separate(self.model)
-        self.place = self.progress.place
+        self.place, self.keep_place = self.progress.place, self.progress.keep_place
         self.window = _Window(self.progress, self.accelerator.device)
         self.display = TrainingDisplay(self.settings.steps, self.progress.step, is_main)
         if resume:
@@ -266,10 +277,15 @@ class _Run:
         self.model.train()
         window.clock.start()
         left = range(self.progress.step, settings.steps)
-        feed = batches(self.data, settings.seed, self.share, left, self.place, settings.length_curriculum)
-        for step, (step_batches, place) in enumerate(feed, start=left.start + 1):
-            loss = self._step(step - 1, step_batches)
-            self.place = place
+        feed = batches(
+            self.data, settings.seed, self.data_share, left, self.place, settings.length_curriculum
+        )
+        kept: Iterator[tuple[list[Batch], dict[str, Any] | None]] = repeat(([], None))
+        if self.keep is not None and self.keep_share is not None:
+            kept = batches(self.keep, settings.seed, self.keep_share, left, self.keep_place)
+        for step, (of_data, of_keep) in enumerate(zip(feed, kept, strict=False), start=left.start + 1):
+            loss = self._step(step - 1, of_data[0], of_keep[0])
+            self.place, self.keep_place = of_data[1], of_keep[1]
             self.display.step()
             if on_step is not None and self.accelerator.is_main_process:
                 on_step(step, loss.item())
@@ -292,8 +308,11 @@ class _Run:
             checkpoint=checkpoint,
         )
 
-    def _step(self, index: int, batches: list[Batch]) -> Tensor:
-        """Step `index`, from 0; its loss as a float32 scalar, the mean over the tokens of all processes."""
+    def _step(self, index: int, batches: list[Batch], kept: list[Batch]) -> Tensor:
+        """Step `index`, from 0; its loss as a float32 scalar, the mean over the tokens of all processes.
+
+        kept   batches of what is not to be forgotten, whose mean weighs keep_ratio of it
+        """
         settings, accelerator = self.settings, self.accelerator
         seed_everything(settings.seed, index, accelerator.process_index)
         steps = {}
@@ -301,16 +320,22 @@ class _Run:
             steps["num_recursion_steps"] = self.hybrid.draw_recursion_steps(index)
         set_rate(self.optimizer, settings.rate_at(index))
 
-        batches = [{name: t.to(accelerator.device) for name, t in batch.items()} for batch in batches]
-        # a model shifts the labels by one: the first of a row is predicted by nothing
-        predicted = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
-        # gradients are averaged over the processes, so that each token weighs the same
-        all_predicted = accelerator.reduce(sum(predicted), "sum") / accelerator.num_processes
+        batches, kept = (
+            [{name: t.to(accelerator.device) for name, t in batch.items()} for batch in some]
+            for some in (batches, kept)
+        )
+        if self.keep_share is None:
+            weights = self._weights(batches)
+        else:
+            of_keep = self.keep_share.items_per_step / self.share.items_per_step
+            weights = [weight * (1 - of_keep) for weight in self._weights(batches)]
+            weights += [weight * of_keep for weight in self._weights(kept)]
+            batches = batches + kept
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in enumerate(batches, start=1):
             with self._gradients_meet(number == len(batches)):
                 part = self.parallel_model(**batch, use_cache=False, **steps).loss
-                part = part * (predicted[number - 1] / all_predicted)
+                part = part * weights[number - 1]
                 accelerator.backward(part)
             loss += part.detach()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -330,6 +355,15 @@ class _Run:
         if not is_good:
             self._skipped(index + 1, loss.item(), grad_norm.item())
         return loss
+
+    def _weights(self, batches: list[Batch]) -> list[Tensor]:
+        """Each batch's share of the tokens that are predicted in those of all processes."""
+        # a model shifts the labels by one: the first of a row is predicted by nothing
+        predicted = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
+        none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        # gradients are averaged over the processes, so that each token weighs the same
+        all_predicted = self.accelerator.reduce(sum(predicted, none), "sum") / self.accelerator.num_processes
+        return [tokens / all_predicted for tokens in predicted]
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         """Say that a step was not taken; ValueError after too many in a row."""
@@ -400,7 +434,7 @@ class _Run:
         self._check_weights(step)
         run_state.save(
             self.folder,
-            self.window.progress(step, before, self.place),
+            self.window.progress(step, before, self.place, self.keep_place),
             self.model,
             self.optimizer,
             self.tokenizer,
@@ -507,7 +541,13 @@ class _Window:
         self.grad_norm.zero_()
         self.steps = self.skipped = 0
 
-    def progress(self, step: int, before: dict[str, float], place: dict[str, Any] | None) -> Progress:
+    def progress(
+        self,
+        step: int,
+        before: dict[str, float],
+        place: dict[str, Any] | None,
+        keep_place: dict[str, Any] | None,
+    ) -> Progress:
         return Progress(
             step=step,
             loss_sum=self.loss_sum.item(),
@@ -517,6 +557,7 @@ class _Window:
             skipped_in_row=self.skipped_in_row,
             held_out_before=before,
             place=place,
+            keep_place=keep_place,
         )
 
 
@@ -559,15 +600,37 @@ def _optimizer(model: PreTrainedModel, settings: TrainSettings) -> torch.optim.O
     return adamw(trained, *rates, stochastic_rounding=settings.stochastic_rounding)
 
 
+def _split(share: Share, settings: TrainSettings) -> tuple[Share, Share | None]:
+    """A step's items: (of the data, of what is kept)."""
+    if settings.keep_ratio is None:
+        return share, None
+    both = share.split(settings.keep_ratio)
+    if settings.shard and any(part.items_per_step % share.processes for part in both):
+        raise ValueError(
+            "train: expected keep_ratio to give every process as many items, as all have to call a split "
+            f"model equally, got {both[1].items_per_step} of {share.items_per_step} items for "
+            f"{share.processes} processes."
+        )
+    return both
+
+
 def _description(
-    model: PreTrainedModel, data: Dataset | TokenStream, settings: TrainSettings, share: Share
+    model: PreTrainedModel,
+    data: Dataset | TokenStream,
+    settings: TrainSettings,
+    share: Share,
+    keep: Dataset | TokenStream | None,
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the run that began."""
     fields = [*trm_fields(), "base_model_name_or_path"] if isinstance(model, HybridModel) else []
     description = {
         **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
         "items_per_step": share.items_per_step,
-        "data": data.describe() if isinstance(data, TokenStream) else _items(data),
+        **{
+            name: some.describe() if isinstance(some, TokenStream) else _items(some)
+            for name, some in (("data", data), ("keep", keep))
+            if some is not None
+        },
         "config": {name: getattr(model.config, name) for name in fields},
         "trained": {
             name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()

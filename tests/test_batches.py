@@ -11,7 +11,7 @@ from hybrid.data import TokenStream
 from hybrid.sources import Sources
 from hybrid.train import train
 from tests.test_train import Stopped, assert_equal, lines_of, phase_1, settings_for, stop_after
-from tests.tiny_text import TEXT, Counting, character_tokenizer
+from tests.tiny_text import TEXT, Counting, character_tokenizer, tiny_hybrid
 
 # a row of 3, 4, ... 14 tokens that is answered at its end only
 ROWS = [{"text": ["abcdefghijklmnop"[: 2 + i % 12]], "answers": ["0123456789"[i % 10]]} for i in range(60)]
@@ -112,3 +112,63 @@ def test_a_run_with_a_curriculum_resumes_exactly(folder, tmp_path):
         train(phase_1(), stream("rows.jsonl"), settings_for(tmp_path / "b"), resume=True)
     with pytest.raises(ValueError, match="a length_curriculum within 15 steps .* got 16"):
         settings_for(tmp_path, steps=15, **settings)
+
+
+# Texts that are kept
+
+
+def test_a_share_of_each_step_is_kept():
+    for ratio, kept in ((0.25, 3), (0.01, None), (0.99, None), (0.5, 6)):
+        shares = [Share(rank, 3, 2, 2) for rank in range(3)]
+        if kept is None:
+            with pytest.raises(ValueError, match=f"keep_ratio .* the 12 items .* at least one, got {ratio}"):
+                shares[0].split(ratio)
+            continue
+        both = [share.split(ratio) for share in shares]
+        for part, items in ((0, 12 - kept), (1, kept)):
+            assert {pair[part].items_per_step for pair in both} == {items}
+            for number in range(items):
+                assert sum(pair[part].has(number) for pair in both) == 1
+    for share in (Share(rank, 3, 1, 1).split(1 / 3) for rank in range(3)):
+        assert any(part.has(number) for part in share for number in range(part.items_per_step))
+
+
+def test_both_means_weigh_as_many_items_as_they_have(folder, tmp_path):
+    """However long the texts are beside the rows with labels."""
+    data, keep = stream("rows.jsonl"), stream("text.txt")
+    losses = []
+    settings = settings_for(tmp_path, batch_size=4, steps=3, keep_ratio=0.25, learning_rate=1e-9)
+    model = tiny_hybrid()
+    train(model, data, settings, on_step=lambda _, loss: losses.append(loss), keep=keep)
+    shares = Share(0, 1, 4, 1).split(0.25)
+    feeds = [
+        batches(some, 0, share, range(3), None) for some, share in zip((data, keep), shares, strict=True)
+    ]
+    for step, pair in enumerate(zip(*feeds, strict=True)):
+        n = model.draw_recursion_steps(step)
+        (rows,), (text,) = (of_part for of_part, _ in pair)
+        assert (len(rows["labels"]), len(text["labels"])) == (3, 1)
+        with torch.no_grad():
+            means = [
+                model.train()(**batch, use_cache=False, num_recursion_steps=n).loss for batch in (rows, text)
+            ]
+        assert losses[step] == pytest.approx(0.75 * means[0].item() + 0.25 * means[1].item(), rel=1e-5)
+
+
+def test_a_run_with_kept_texts_resumes_exactly(folder, tmp_path):
+    def run(model, name, **more):
+        settings = settings_for(tmp_path / name, keep_ratio=1 / 3, accumulate=2)
+        train(model, stream("rows.jsonl"), settings, keep=stream("text.txt"), **more)
+
+    straight, resumed = phase_1(), phase_1()
+    run(straight, "a")
+    with pytest.raises(Stopped):
+        run(phase_1(), "b", on_step=stop_after(13))
+    run(resumed, "b", resume=True)
+    assert_equal(resumed, straight)
+    assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
+    with pytest.raises(ValueError, match="expected keep_ratio 0.333.* as it began, got 0.5"):
+        settings = settings_for(tmp_path / "b", keep_ratio=0.5, accumulate=2)
+        train(phase_1(), stream("rows.jsonl"), settings, keep=stream("text.txt"), resume=True)
+    with pytest.raises(ValueError, match="expected keep and keep_ratio together, got one"):
+        train(phase_1(), stream("rows.jsonl"), settings_for(tmp_path / "c"), keep=stream("text.txt"))

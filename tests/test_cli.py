@@ -223,8 +223,13 @@ def test_rows_with_labels(base, texts, tmp_path, capsys):
     rows = [{"text": list(f"{i % 7}abc"), "answers": [None, "a", None, str(i % 7)]} for i in range(90)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = train_command(base, texts, tmp_path / "run", "--data", tmp_path / "rows.jsonl", steps=60)
-    assert main([*command, "--batch-size", "8"]) == 0
+    del command[command.index("--known") : command.index("--output")]
+    kept = ["--keep", str(texts / "known.txt"), "--keep-ratio", "0.25"]
+    assert main([*command, "--batch-size", "8", *kept]) == 0
     out = capsys.readouterr().out
+    assert f"kept: {texts}/known.txt, 25.0% of each step" in out
+    before, after = map(float, re.findall(r"held-out loss, known text: (\S+) -> (\S+) nats", out)[0])
+    assert after < before, "the tiny base knows nothing, so that what is kept is learned"
     assert f"rows with labels, at most 16 tokens, from {tmp_path}/rows.jsonl; held out: 5 of new text" in out
     evaluation = ["eval", "--model", tmp_path / "run", "--sequence-length", 16, "--data"]
     assert main([str(word) for word in (*evaluation, tmp_path / "rows.jsonl", texts / "new.txt")]) == 0
@@ -250,7 +255,9 @@ def test_two_processes_train_as_one(base, texts, tmp_path):
         "-m",
         "hybrid",
     ]
-    command = train_command(base, texts, tmp_path / "two", "--log-every", "1", "--num-cycles", "2")
+    # one of a step's four rows is of the kept text, and one process has none of it
+    more = ["--log-every", "1", "--num-cycles", "2", "--keep", texts / "known.txt", "--keep-ratio", "0.25"]
+    command = train_command(base, texts, tmp_path / "two", *more)
     ended = subprocess.run(
         launch + command,
         cwd=ROOT,
@@ -261,7 +268,7 @@ def test_two_processes_train_as_one(base, texts, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("step 6/6") == 1  # one of them speaks
 
-    command = train_command(base, texts, tmp_path / "one", "--log-every", "1", "--num-cycles", "2")
+    command = train_command(base, texts, tmp_path / "one", *more)
     assert main([*command, "--batch-size", "4"]) == 0
     runs = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -538,6 +545,7 @@ def test_a_text_longer_than_the_base_can_read(base, texts, tmp_path, capsys):
         (["--resume"], "expected a run to resume in"),
         (["--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
         (["--held-out", "gone.txt"], "expected a file gone.txt, got no such file"),
+        (["--keep", "gone.txt"], "expected --keep and --keep-ratio together, got one"),
         (["--length-curriculum", "8"], "expected FIRST:STEPS, two whole numbers such as 8:500, got '8'"),
         (
             ["--length-curriculum", "17:3"],
