@@ -1,5 +1,6 @@
 """The evidence: every arm runs, a run that is there stays."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,11 @@ def test_every_arm_runs_and_is_not_run_again(two_steps, tmp_path, capsys, monkey
         assert len(result["by_difficulty"]) == 24 and 0 <= result["accuracy"] <= 1
         assert (result["trained_parameters"] > 0) == (arm != "frozen base")
     assert f"{len(shell_game.ARMS)} runs to make" in capsys.readouterr().out
+    tables_md = (tmp_path / command.REPORT).read_text()
+    for arm in shell_game.ARMS:
+        (result,) = results.of("shell_game", arm)
+        assert re.search(rf"\| +{re.escape(arm)} \| +{result['accuracy']:.3f} \|", tables_md)
+    assert (tmp_path / command.PICTURE).read_bytes().startswith(b"\x89PNG")
 
     before = results.path.read_bytes()
     command.main(arguments)

@@ -14,11 +14,15 @@ import peft
 import torch
 import transformers
 
+from evidence import picture, tables
 from evidence.results import Results, Run
 from evidence.tasks import TASKS
+from hybrid.run_state import replace_file
 
 SEEDS = (0, 1, 2)
-RESULTS = "results.json"
+RESULTS, REPORT, PICTURE = "results.json", "tables.md", "evidence.png"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
+PUBLISHED = DOCUMENT.with_suffix("")  # the folder of what the document shows
 
 
 def missing(results: Results, tasks: Iterable[str], seeds: Iterable[int], quick: bool) -> list[Run]:
@@ -47,6 +51,22 @@ def make_all(runs: list[Run], quick: bool, processes: int) -> Iterator[tuple[Run
             pool.shutdown(cancel_futures=True)
 
 
+def report(results: Results, folder: Path) -> None:
+    """Write all tables, and the picture of the shell game."""
+    replace_file(folder / REPORT, tables.all_tables(results).encode())
+    if tables.GAME in results.runs:
+        picture.draw(results, folder / PICTURE)
+
+
+def publish(results: Results) -> None:
+    """Make these results those of the document: results.json, its figure, its tables."""
+    PUBLISHED.mkdir(exist_ok=True)
+    replace_file(PUBLISHED / RESULTS, results.path.read_bytes())
+    picture.draw(results, PUBLISHED / PICTURE)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    replace_file(DOCUMENT, tables.rewritten(text, results).encode())
+
+
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -63,8 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, quick 0")
     parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each; default 2")
+    parser.add_argument("--publish", action="store_true", help="then write the results into docs/evidence.md")
     parser.add_argument("--out", type=Path, default=Path("build/evidence"), metavar="FOLDER")
     chosen = parser.parse_args(argv)
+    if chosen.publish and (chosen.quick or chosen.seeds or chosen.tasks != list(TASKS)):
+        parser.error("--publish: expected all tasks with all seeds, got a part.")
     seeds = chosen.seeds or (SEEDS[:1] if chosen.quick else SEEDS)
 
     began = time.perf_counter()
@@ -83,5 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             f"  {result['cpu_seconds']:.0f} s of CPU time",
             flush=True,
         )
+    report(results, chosen.out)
+    if chosen.publish:
+        publish(results)
     print(f"{results.path} is written. {time.perf_counter() - began:.0f} s")
     return 0

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid.train import TrainSettings
 
+_COUNTED = 20  # steps, spread over the training: a step may draw how much it computes
+
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require gradients."""
@@ -37,8 +39,10 @@ def train(model: nn.Module, loss_of: Callable[[int], Tensor], steps: int, learni
     return time.process_time() - began
 
 
-def count_flops(loss_of: Callable[[int], Tensor]) -> int:
-    """Floating-point operations of the products in the forward and backward of a step."""
-    with FlopCounterMode(display=False) as counted:
-        loss_of(0).backward()
-    return counted.get_total_flops()
+def count_flops(loss_of: Callable[[int], Tensor], steps: int) -> float:
+    """Floating-point operations of the products in a step, forward and backward: the mean of a few steps."""
+    counted = range(0, steps, max(1, steps // _COUNTED))
+    with FlopCounterMode(display=False) as counter:
+        for step in counted:
+            loss_of(step).backward()
+    return counter.get_total_flops() / len(counted)

@@ -15,11 +15,14 @@ class UntiedStack(nn.Module):
 
     width, heads, intermediate_size   of each layer
     n                                 updates of z: n + 1 layers
+    eps, attention                    those of the hybrid's config
     """
 
-    def __init__(self, width: int, heads: int, intermediate_size: int, n: int, eps: float) -> None:
+    def __init__(
+        self, width: int, heads: int, intermediate_size: int, n: int, eps: float, attention: str
+    ) -> None:
         super().__init__()
-        self.heads, self.eps = heads, eps
+        self.heads, self.eps, self.attention = heads, eps, attention
         self.layers = nn.ModuleList(
             TRMLayer(width, heads, heads, intermediate_size, seq_len=None) for _ in range(n + 1)
         )
@@ -63,6 +66,7 @@ class UntiedStack(nn.Module):
             None,
             key_mask=key_mask,
             angles=angles,
+            implementation=self.attention,
         )
         v = add_rms_norm(v, nn.functional.linear(o, mixer.o_proj), self.eps)
         return add_rms_norm(v, swiglu_mlp(v, mlp.gate_up_proj, mlp.down_proj), self.eps)

@@ -1,0 +1,128 @@
+"""The tables of docs/evidence.md, each made from results.json alone.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `make evidence ARGS=--publish` makes all
+anew.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from evidence.results import Results, mean_and_deviation
+from evidence.shell_game import SWAPS
+from hybrid.demo.report import table
+
+GAME = "shell_game"
+RANDOM = "n random in 1..8"
+MOST = "n = 8"
+# which answers of a held-out game, in the order of its swaps
+ANSWERS = {
+    f"1 to {SWAPS} swaps": slice(0, SWAPS),
+    f"{SWAPS} swaps": slice(SWAPS - 1, SWAPS),
+    f"{SWAPS + 1} to 24 swaps": slice(SWAPS, 24),
+}
+_MOST_COLUMNS = 6  # of difficulties in one table
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
+
+Result = dict[str, Any]
+
+
+def _told(results: list[Result], of: Callable[[Result], float], digits: int = 3) -> str:
+    """Mean and standard deviation over the seeds."""
+    return mean_and_deviation([of(result) for result in results], digits)
+
+
+def arms(results: Results, task: str) -> str:
+    """Every arm of a task: accuracy with every seed, and by difficulty in the mean."""
+    names = list(results.runs.get(task, {}))
+    difficulties = _spread(list(results.of(task, names[0])[0]["by_difficulty"])) if names else []
+    rows = []
+    for arm in names:
+        found = results.of(task, arm)
+        seeds = " ".join(f"{result['accuracy']:.3f}" for result in found)
+        by = [statistics.mean(result["by_difficulty"][d] for result in found) for d in difficulties]
+        rows.append([arm, _told(found, lambda r: r["accuracy"]), seeds, *(f"{share:.3f}" for share in by)])
+    return table(["arm", "accuracy", "each seed", *difficulties], *rows)
+
+
+def _spread(difficulties: list[str]) -> list[str]:
+    """All, or so many that a table holds them, the hardest among them."""
+    every = -(-len(difficulties) // _MOST_COLUMNS)
+    return difficulties[::-1][::every][::-1]
+
+
+def budgets(results: Results, task: str) -> str:
+    """What every arm of a task was given."""
+    rows = []
+    for arm in results.runs.get(task, {}):
+        found, settings = results.of(task, arm), results.settings_of(task, arm)
+        flops = found[0].get("flops_of_a_step")
+        rows.append(
+            [
+                arm,
+                f"{found[0]['trained_parameters']:,}",
+                f"{settings['steps']:,}",
+                "" if flops is None else f"{flops / 1e9:.2f}",
+                _told(found, lambda r: r["cpu_seconds"], 0),
+            ]
+        )
+    return table(["arm", "trained parameters", "steps", "GFLOP a step", "CPU seconds"], *rows)
+
+
+def by_n(results: Results) -> str:
+    """Accuracy by the number of recursion steps at inference, of weights that are trained once."""
+    rows, columns = [], results.of(GAME, RANDOM)[0]["by_n"]
+    for arm in (RANDOM, MOST):
+        found = results.of(GAME, arm)
+        for title, part in ANSWERS.items():
+            shares = [[statistics.mean(result["by_n"][n][part]) for result in found] for n in columns]
+            rows.append([arm, title, *map(mean_and_deviation, shares)])
+    return table(["trained with", "accuracy after", *(f"n = {n}" for n in columns)], *rows)
+
+
+def prose(results: Results) -> str:
+    """What learning the game cost: the held-out loss of what the base knew."""
+    rows = []
+    for arm in results.runs.get(GAME, {}):
+        found = results.of(GAME, arm)
+        rows.append([arm, _told(found, lambda r: r["prose"], 2), _told(found, lambda r: r["accuracy"])])
+    return table(["arm", "prose, nats per character", "accuracy of the game"], *rows)
+
+
+class Table(NamedTuple):
+    """A table, and the task that it tells of."""
+
+    task: str
+    make: Callable[[Results], str]
+
+
+TABLES = {
+    "shell-game": Table(GAME, partial(arms, task=GAME)),
+    "shell-game-budgets": Table(GAME, partial(budgets, task=GAME)),
+    "shell-game-by-n": Table(GAME, by_n),
+    "shell-game-prose": Table(GAME, prose),
+}
+
+
+def rewritten(text: str, results: Results) -> str:
+    """The text with every table in it made anew.
+
+    Errors: ValueError for a table of an unknown name, and for a marker without its end.
+    """
+    if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
+        raise ValueError(f"evidence: expected an end to each of {begun} tables, got {found}.")
+
+    def anew(block: re.Match[str]) -> str:
+        if block["name"] not in TABLES:
+            raise ValueError(f"evidence: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
+        return f"{block[1]}{TABLES[block['name']].make(results)}\n{block[4]}"
+
+    return _BLOCK.sub(anew, text)
+
+
+def all_tables(results: Results) -> str:
+    """All tables of the tasks that were run, under their names."""
+    made = [f"## {name}\n\n{of.make(results)}\n" for name, of in TABLES.items() if of.task in results.runs]
+    return "\n".join(made)
