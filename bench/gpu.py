@@ -2,13 +2,17 @@
 
     python -m bench.gpu --out build/gpu [--quick] [--card rtx4090 | a100 | h100 | h200]
 
-Stages run one after the other, each a process with a limit of its own, and all within the budget: of every
-workload the main peers first, then the rest. Everything is on disk as soon as it is known, and a second call
-with the same folder goes on where the first was cut. The last thing printed is a short table; the long one is
-made by `python -m bench report FOLDER`.
+Stages run one after the other, each a process with a limit of its own, and all within the budget: what is
+worth most first, of every workload the main peers before the rest. Two files are written, results.json and
+log.txt. Everything is in them as soon as it is known, and a second call with the same folder, or with another
+that holds a copy of results.json, goes on where the first was cut. The last thing printed is a short table;
+the long one is made by `python -m bench report FOLDER`.
 
     --quick      two minutes instead of nine: fewer tests, the main peers only
     --dry-run    the same on a CPU, at sizes that mean nothing: to see that it works
+
+Peers that are not installed are listed as absent. Liger-Kernel is pure Python: where there is no network,
+carry its wheel (`pip download --no-deps liger-kernel==0.8.5`) and `pip install --no-index --no-deps` it.
 """
 
 import argparse
@@ -32,14 +36,22 @@ from bench.workloads import CARDS, WORKLOADS, card_of
 
 ROOT = Path(__file__).parents[1]
 MINUTES, QUICK_MINUTES = 9.0, 2.0
+RESULTS, LOG = "results.json", "log.txt"
 RESTARTS = 3  # of a stage whose device broke
+# what most hangs on first
 TESTS = (
     "tests/test_ops.py",
     "tests/test_recursion.py",
+    "tests/test_injection.py",
+    "tests/test_on_device.py",
     "tests/test_rope_attention.py",
     "tests/test_decode_attention.py",
-    "tests/test_injection.py",
     "tests/test_one_launch.py",
+    "tests/test_products.py",
+    "tests/test_masks.py",
+    "tests/test_one_launch_generate.py",
+    "tests/test_backend.py",
+    "tests/test_warmup.py",
 )
 DRY_TESTS = ("tests/test_floors.py",)  # quick ones
 _DRY_PEERS = ("ours", "eager", "TRM paper's eager")
@@ -59,10 +71,10 @@ QUICK = ("W1", "W3", "W4-1", "W6-1")
 WHOLE_MODEL = ("W3", "W4-1", "W4-16")
 STAGES = (
     Stage("environment", 0.5, 0.2),
-    Stage("correctness", 1.5, 0.4),
+    Stage("correctness", 2.0, 0.4),
     Stage("sanitizer", 0.7, 0.0),
     Stage("micro", 0.8, 0.0),
-    *(Stage(workload.name, 0.8, 0.35 if workload.name in QUICK else 0.0) for workload in WORKLOADS),
+    *(Stage(workload.name, 0.65, 0.35 if workload.name in QUICK else 0.0) for workload in WORKLOADS),
     *(Stage(f"{name}, whole model", 1.0, 0.0) for name in WHOLE_MODEL),
     *(Stage(workload.name + _REST, 4.0, 0.0) for workload in WORKLOADS),
 )
@@ -84,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="some stages")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # one of them, in this process
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # what the user said, for the record
     chosen = parser.parse_args(argv)
     if not chosen.dry_run and not torch.cuda.is_available():
         print("bench.gpu: expected a CUDA device, and PyTorch finds none; --dry-run needs none.")
@@ -100,9 +113,10 @@ def run_all(chosen: argparse.Namespace) -> int:
     for stage in STAGES:
         share = stage.quick_minutes if chosen.quick else stage.minutes
         if share and (not chosen.only or stage.name in chosen.only):
-            states[stage.name] = _run_in_process(stage.name, chosen, min(60 * share, end - time.monotonic()))
-            print(f"--- {stage.name}: {states[stage.name]}", flush=True)
-    print(report.short_table(chosen.out))
+            began = time.monotonic()
+            states[stage.name] = _run_in_process(stage.name, chosen, min(60 * share, end - began))
+            print(f"--- {stage.name}: {states[stage.name]}, {time.monotonic() - began:.0f} s", flush=True)
+    print(report.short_table(chosen.out / RESULTS))
     return 0 if all(state == "finished" for state in states.values()) else 1
 
 
@@ -111,11 +125,12 @@ def _run_in_process(name: str, chosen: argparse.Namespace, seconds: float) -> st
     command = [sys.executable, "-m", "bench.gpu", "--stage", name, "--out", str(chosen.out)]
     command += ["--quick"] * chosen.quick + ["--dry-run"] * chosen.dry_run
     command += ["--card", chosen.card] if chosen.card else []
+    command += ["--command", " ".join(["python -m bench.gpu", *sys.argv[1:]])]
     end = time.monotonic() + seconds
     for _ in range(RESTARTS):
         if (left := end - time.monotonic()) < 3:
             return "cut: no time left"
-        code = _run(command, left, chosen.out / "log.txt")
+        code = _run(command, left, chosen.out / LOG)
         if code != BROKEN_DEVICE:
             break
     if code is None:
@@ -158,9 +173,10 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def run_stage(chosen: argparse.Namespace) -> int:
     device = "cpu" if chosen.dry_run else "cuda"
     name = chosen.stage.removesuffix(_REST)
-    store = Store(chosen.out.resolve() / f"{name}.json")
+    store = Store(chosen.out.resolve() / RESULTS, name)
     match name:
         case "environment":
+            store.set_facts(command=chosen.command)
             return _environment(store, device, chosen.dry_run)
         case "correctness":
             return _correctness(store, chosen.quick, chosen.dry_run)
@@ -229,7 +245,8 @@ def _correctness(store: Store, quick: bool, dry_run: bool) -> int:
         store.start(tests)
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", tests]
         if not dry_run and _has("xdist"):  # most of the time goes into compiling kernels
-            command += ["-n", str(min(12, os.cpu_count() or 1))]
+            # tests of a group, which need most of the memory, follow each other
+            command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(done.stdout + done.stderr, flush=True)
         lines = [line for line in done.stdout.splitlines() if line.strip()]

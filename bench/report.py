@@ -1,16 +1,17 @@
 """Results read back: Markdown tables and plots, a comparison of two runs, the short table of a GPU run.
 
-Read are the folders that bench/gpu.py writes (one JSON file a stage) and the files of `pytest bench
---benchmark-json`. Times are medians; p20 and p80 are their spread, for pytest's files the quartiles.
+Read are the files that bench/gpu.py writes (a section a stage; see store.py), and those of `pytest bench
+--benchmark-json`, or folders with such. Times are medians; p20 and p80 are their spread, for pytest's files
+the quartiles.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import static
+from bench import static, store
 from bench.ceilings import Ceilings
 from bench.roofline import CARDS as PREDICTED
 from bench.roofline import Card, floor_ms
@@ -45,26 +46,27 @@ class Measured:
 
 
 def read(paths: Iterable[Path]) -> list[Measured]:
-    """All of what the folders and files hold.
+    """All of what the folders and files hold; what else lies in a folder is passed over.
 
-    Errors: ValueError for a file that holds no results.
+    Errors: ValueError for a file that was named and holds no results.
     """
-    found = []
-    for path in paths:
-        files = (
-            [p for p in sorted(path.rglob("*.json")) if p.parent.name != "static"]
-            if path.is_dir()
-            else [path]
-        )
-        for file in files:
-            content = json.loads(file.read_text())
-            if "benchmarks" in content:
-                found += [_of_pytest(b) for b in content["benchmarks"]]
-            elif "records" in content:
-                found += _of_stage(content)
-            else:
-                raise ValueError(f"report: expected results of bench.gpu or of pytest bench, got {file}.")
+    paths, found = list(paths), []
+    for file in _files(paths):
+        content = json.loads(file.read_text())
+        if "benchmarks" in content:
+            found += [_of_pytest(b) for b in content["benchmarks"]]
+        elif "stages" in content:
+            for stage in content["stages"].values():
+                found += _of_stage(stage)
+        elif file in paths:
+            raise ValueError(f"report: expected results of bench.gpu or of pytest bench, got {file}.")
     return found
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        yield from (p for p in inside if p.parent.name != "static")
 
 
 def _of_stage(content: dict[str, Any]) -> list[Measured]:
@@ -103,16 +105,15 @@ def _of_pytest(benchmark: dict[str, Any]) -> Measured:
     return Measured(extra.get("device", "unknown"), workload, peer, "warm", *milliseconds, **known)
 
 
-def ceilings_of(folder: Path) -> Card | None:
-    """What the folder's own run reached, as the denominator of its floors."""
-    path = folder / "environment.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())["records"].get("ceilings", {})
+def ceilings_of(run: Mapping[str, Any]) -> dict[str, Card]:
+    """By device: what a run's own first stage reached, as the denominator of its floors."""
+    environment = run.get("environment", {"facts": {}, "records": {}})
+    record = environment["records"].get("ceilings", {})
     if record.get("state") != "ok":
-        return None
+        return {}
     measured = Ceilings(record["bytes_per_s"], record["flops_per_s"], record["flops_by_shape"])
-    return Card(measured.flops_per_s, measured.bytes_per_s)
+    device = environment["facts"].get("device", "unknown")
+    return {device: Card(measured.flops_per_s, measured.bytes_per_s)}
 
 
 # Tables
@@ -167,16 +168,17 @@ def markdown(measured: list[Measured], ceilings: dict[str, Card]) -> str:
     return "\n".join(parts)
 
 
-def short_table(folder: Path) -> str:
+def short_table(path: Path) -> str:
     """A line a workload, and what went wrong: for the end of a GPU run."""
     lines = []
-    for name in ("environment", "correctness", "sanitizer", "micro"):
-        path = folder / f"{name}.json"
-        for what, record in (json.loads(path.read_text())["records"] if path.exists() else {}).items():
+    for stage in store.read(path).values():
+        if "workload" in stage["facts"]:
+            continue
+        for what, record in stage["records"].items():
             lines.append(
                 f"{what}: {record['state']} {record.get('summary') or record.get('why') or ''}".rstrip()
             )
-    measured = read([folder]) if folder.exists() else []
+    measured = read([path]) if path.exists() else []
     for workload in dict.fromkeys(m.workload for m in measured):
         mine = [m for m in measured if m.workload == workload]
         for kind in ("warm", "flushed"):
@@ -290,14 +292,9 @@ def _save(figure: Any, path: Path) -> Path:
 def write(paths: list[Path], out: Path) -> str:
     """report.md and its plots in `out`; returns the text."""
     measured = read(paths)
-    ceilings = {}
-    for path in paths:
-        for folder in {p.parent for p in path.rglob("environment.json")} if path.is_dir() else ():
-            if (card := ceilings_of(folder)) is not None:
-                device = json.loads((folder / "environment.json").read_text())["facts"].get(
-                    "device", "unknown"
-                )
-                ceilings[device] = card
+    ceilings: dict[str, Card] = {}
+    for file in _files(paths):
+        ceilings |= ceilings_of(json.loads(file.read_text()).get("stages", {}))
     text = markdown(measured, ceilings)
     images = plots(measured, ceilings, out)
     text += "\n".join(f"![{image.stem}]({image.name})" for image in images) + "\n"

@@ -1,6 +1,7 @@
-"""Results on disk: one JSON file, written whole after every record, so that a time limit loses nothing.
+"""Results on disk: one JSON file a run, written whole after every record, so that a time limit loses nothing.
 
-A record is first written as "running". One that is found so by a later run did not finish; it is tried anew,
+It has a section for each stage of the run. Stages run one after the other: one process writes at a time. A
+record is first written as "running". One that is found so by a later run did not finish; it is tried anew,
 TRIES times in all, and then left as it is.
 """
 
@@ -15,21 +16,17 @@ TRIES = 3
 
 
 class Store:
-    """Facts, and records by name."""
+    """One stage's section of a file: facts, and records by name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stage: str) -> None:
         self.path = path
-        self.content: dict[str, Any] = {"facts": {}, "records": {}}
-        if path.exists():
-            self.content = json.loads(path.read_text())
-
-    @property
-    def records(self) -> dict[str, Record]:
-        records: dict[str, Record] = self.content["records"]
-        return records
+        self._content = read(path)
+        section = self._content.setdefault(stage, {"facts": {}, "records": {}})
+        self.facts: Record = section["facts"]
+        self.records: dict[str, Record] = section["records"]
 
     def set_facts(self, **facts: Any) -> None:
-        self.content["facts"].update(facts)
+        self.facts.update(facts)
         self._write()
 
     def is_done(self, name: str) -> bool:
@@ -50,5 +47,11 @@ class Store:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.write_text(json.dumps({"stages": self._content}, indent=1) + "\n")
         os.replace(new, self.path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The sections of a file, {"facts", "records"} each; none where there is no file."""
+    stages: dict[str, Any] = json.loads(path.read_text())["stages"] if path.exists() else {}
+    return stages

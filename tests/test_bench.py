@@ -14,7 +14,7 @@ from bench.counting import Counting
 from bench.eager import PAPER, Recursion, recursion
 from bench.measure import Budget, Judge, measure
 from bench.roofline import Card, Kernel, floors, kernels_of, layer_forward
-from bench.store import TRIES, Store
+from bench.store import TRIES, Store, read
 from bench.timing import ratios, spread
 from bench.workloads import CARDS, WORKLOADS, card_of
 from trm_kernels.backend import interpreting
@@ -174,15 +174,15 @@ def test_a_wrong_peer_is_not_timed_and_says_so(tmp_path, monkeypatch):
         return replace(right, recursion=lambda *args: tuple(1.1 * t for t in right.recursion(*args)))
 
     monkeypatch.setitem(peers.PEERS, "wrong", wrong)
-    store = Store(tmp_path / "W6-1.json")
+    store = Store(tmp_path / "results.json", "W6-1")
     tiny(store, "wrong", "eager", "Liger-Kernel", "eager, CUDA graph")
-    records = Store(store.path).records
+    records = Store(store.path, "W6-1").records
     assert records["wrong"]["state"] == "wrong" and "warm" not in records["wrong"]
     assert "error of the result" in records["wrong"]["why"]
     assert records["eager"]["state"] == "ok" and records["eager"]["warm"]["runs"] == 5
     assert records["eager, CUDA graph"]["why"].startswith("RuntimeError: a CUDA graph needs a CUDA device")
     assert records["Liger-Kernel"] == {"state": "absent", "why": "liger_kernel is not installed"}
-    text = report.short_table(tmp_path)
+    text = report.short_table(store.path)
     assert "W6-1 wrong: wrong: error of the result" in text and "W6-1 warm, ms" in text
 
 
@@ -192,7 +192,7 @@ def test_a_peer_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setitem(peers.PEERS, "slow", slow)
-    store = Store(tmp_path / "W6-1.json")
+    store = Store(tmp_path / "results.json", "W6-1")
     measure(W["W6-1"], store, "cpu", 1, ("slow", "eager"), Budget(0.01, 0.5, 5), is_tiny=True)
     assert store.records["slow"]["why"] == "TimeoutError: took more than 0 s"
     assert store.records["eager"]["state"] == "ok"
@@ -203,20 +203,20 @@ def test_a_broken_device_ends_the_process_but_keeps_the_record(tmp_path, monkeyp
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setitem(peers.PEERS, "broken", broken)
-    store = Store(tmp_path / "W6-1.json")
+    store = Store(tmp_path / "results.json", "W6-1")
     with pytest.raises(SystemExit) as stop:
         tiny(store, "broken", "eager")
     assert stop.value.code == measuring.BROKEN_DEVICE
-    tiny(again := Store(store.path), "broken", "eager")
+    tiny(again := Store(store.path, "W6-1"), "broken", "eager")
     assert [record["state"] for record in again.records.values()] == ["failed", "ok"]
 
 
 def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
-    store = Store(tmp_path / "W6-1.json")
+    store = Store(tmp_path / "results.json", "W6-1")
     tiny(store, "eager")
     store.start("TRM paper's eager")  # and then the time limit came
-    before = Store(store.path).records["eager"]
-    tiny(again := Store(store.path), "eager", "TRM paper's eager")
+    before = Store(store.path, "W6-1").records["eager"]
+    tiny(again := Store(store.path, "W6-1"), "eager", "TRM paper's eager")
     assert again.records["eager"] == before
     assert again.records["TRM paper's eager"]["state"] == "ok"
     for _ in range(TRIES):
@@ -233,21 +233,39 @@ def test_the_script_of_a_gpu_run_runs_dry(tmp_path, capsys):
         assert gpu.main([*dry, "--stage", stage]) == 0
     assert gpu.main([*dry, "--only", "W6-1"]) == 0, (tmp_path / "log.txt").read_text()
     printed = capsys.readouterr().out.rstrip()
-    assert "--- W6-1: finished" in printed
+    assert "--- W6-1: finished, " in printed
     assert "compute-sanitizer is not on the PATH" in printed or "memcheck: ok" in printed
     assert printed.splitlines()[-1].startswith("W6-1 ours: failed: RuntimeError: backend: 'triton'")
-    ceilings = json.loads((tmp_path / "environment.json").read_text())["records"]["ceilings"]
+    stages = read(tmp_path / gpu.RESULTS)
+    ceilings = stages["environment"]["records"]["ceilings"]
     assert ceilings["bytes_per_s"] > 0 and ceilings["flops_per_s"] > 0
-    rows = json.loads((tmp_path / "micro.json").read_text())["records"]["accumulate"]["rows"]
+    rows = stages["micro"]["records"]["accumulate"]["rows"]
     assert {row["way"] for row in rows} >= {"bfloat16, addmm", "float32, mm and add"}
     text = report.write([tmp_path], tmp_path / "report")
     assert "## W6-1, CPU, dry run" in text and "Floor" not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == [gpu.LOG, "report", gpu.RESULTS], (
+        "two files to fetch"
+    )
+
+
+def test_a_second_call_goes_on_from_a_copy_of_the_first(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    dry = ["--dry-run", "--only", "W6-1", "--out"]
+    assert gpu.main([*dry, str(first)]) == 0
+    before = read(first / gpu.RESULTS)
+    before["W6-1"]["records"].pop("eager")  # and then the time limit came
+    second.mkdir()
+    (second / gpu.RESULTS).write_text(json.dumps({"stages": before}))
+    assert gpu.main([*dry, str(second)]) == 0
+    after = read(second / gpu.RESULTS)["W6-1"]["records"]
+    assert after.pop("eager")["state"] == "ok"
+    assert after == before["W6-1"]["records"], "what was known was measured again"
 
 
 @pytest.mark.parametrize("kind", ["W3", "W4-1"])
 def test_the_whole_model_runs_dry(kind, tmp_path):
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--stage", f"{kind}, whole model"]) == 0
-    records = Store(tmp_path / f"{kind}, whole model.json").records
+    records = Store(tmp_path / gpu.RESULTS, f"{kind}, whole model").records
     assert records["base alone"]["state"] == records["eager"]["state"] == "ok"
     assert records["ours"]["why"].startswith("RuntimeError: backend: 'triton' cannot run here")
     found = report.read([tmp_path])
@@ -262,7 +280,7 @@ def test_a_stage_ends_with_its_time(tmp_path):
 
 def test_correctness_runs_the_tests(tmp_path):
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--stage", "correctness"]) == 0
-    (record,) = Store(tmp_path / "correctness.json").records.values()
+    (record,) = Store(tmp_path / gpu.RESULTS, "correctness").records.values()
     assert record["state"] == "ok" and "passed" in record["summary"]
 
 
@@ -290,7 +308,7 @@ def made_up(device="NVIDIA H200", scale=1.0):
         return {"ms": ms * scale, "p20": ms * scale * 0.99, "p80": ms * scale * 1.01, "ours_faster": pair}
 
     ok = {"state": "ok", "peak_bytes": 2_000_000_000, "first_call_s": 12.5}
-    return {
+    w1 = {
         "facts": {"workload": "W1", "batch": 768, "device": device},
         "records": {
             "ours": {**ok, "warm": times(60.0)},
@@ -299,15 +317,19 @@ def made_up(device="NVIDIA H200", scale=1.0):
             "Liger-Kernel": {"state": "absent", "why": "liger_kernel is not installed"},
         },
     }
+    return {"stages": {"W1": w1}}
 
 
 def test_report_of_made_up_results(tmp_path, capsys):
-    (tmp_path / "W1.json").write_text(json.dumps(made_up()))
     ceilings = {"state": "ok", "bytes_per_s": 4.3e12, "flops_per_s": 8e14, "flops_by_shape": {}}
     environment = {"facts": {"device": "NVIDIA H200"}, "records": {"ceilings": ceilings}}
-    (tmp_path / "environment.json").write_text(json.dumps(environment))
+    run = made_up()
+    (tmp_path / "W1.json").write_text(json.dumps(run))
+    run["stages"]["environment"] = environment
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "results.json").write_text(json.dumps(run))
     out = tmp_path / "out"
-    assert main(["report", str(tmp_path), "--out", str(out / "folder")]) == 0
+    assert main(["report", str(tmp_path / "whole"), "--out", str(out / "folder")]) == 0
     assert "Floor, of the ceilings measured in the same run" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "W1.json"), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()

@@ -138,16 +138,17 @@ def test_work_that_is_done_again_is_counted():
 def test_a_measured_card_is_taken_from_its_file(tmp_path):
     run = level_1("H200-141GB")
     assert speed(run, results=tmp_path).source == "roofline"
-    content = {
+    w3 = {
         "facts": {"device": "NVIDIA H200", "workload": "W3", "batch": 4, "tokens": 2048},
         "records": {"ours": {"state": "ok", "warm": {"ms": 100.0}}},
     }
     (tmp_path / "h200").mkdir()
-    (tmp_path / "h200" / "W3.json").write_text(json.dumps(content))
+    (tmp_path / "h200" / "a-first-look.json").write_text("{}")
+    (tmp_path / "h200" / "gpu.json").write_text(json.dumps({"stages": {"W3": w3}}))
     found = speed(run, results=tmp_path)
     parts = work(run).parts
     of_w3 = 4 * 2048 * (parts["TRM, forward"].all + parts["TRM, backward"].all + 2 * 4096 * 2048)
-    assert found.source == "measured: h200/W3.json"
+    assert found.source == "measured: h200/gpu.json"
     assert found.utilisation == pytest.approx(of_w3 / (0.1 * 989e12))
     assert speed(level_1(), results=tmp_path).source == "roofline", "an A100 was not measured"
     assert speed(run, 0.4, results=tmp_path).source == "given"

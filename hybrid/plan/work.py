@@ -188,9 +188,9 @@ def _optimizer_bytes(run: Run) -> float:
 
 def _measured(run: Run, results: Path) -> tuple[float | None, str]:
     """(the share of its peak that a card reached with ours at W3, the file), or (None, "")."""
-    for path in sorted(results.glob("*/W3.json")):
-        content = json.loads(path.read_text())
-        facts, record = content["facts"], content["records"].get("ours", {})
+    for path in sorted(results.glob("*/*.json")):
+        stage = json.loads(path.read_text()).get("stages", {}).get("W3", {"facts": {}, "records": {}})
+        facts, record = stage["facts"], stage["records"].get("ours", {})
         if "warm" not in record or _plain(run.card.name).split("-")[0] not in _plain(facts.get("device", "")):
             continue
         level_1 = Run("llama-2-7b", KNOWN_BASES["llama-2-7b"], PresetConfigs.llama_2_7b_level1(), run.card)
