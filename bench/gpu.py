@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 from bench import ceilings, micro, report
-from bench.measure import BROKEN_DEVICE, Budget, measure
-from bench.peers import peers_of
+from bench.measure import BROKEN_DEVICE, Budget, measure, step_of
+from bench.peers import PEERS, peers_of
 from bench.store import Store
-from bench.timing import card_state
+from bench.timing import Timer, card_state
 from bench.workloads import CARDS, WORKLOADS, card_of
 
 ROOT = Path(__file__).parents[1]
@@ -66,15 +66,17 @@ class Stage:
     quick_minutes: float  # 0: left out of a quick run
 
 
-_REST = ", the rest"
+_REST, _FIRST_CALL = ", the rest", "first call, "
+FIRST = ("ours", "torch.compile")  # peers whose first call compiles for long
 QUICK = ("W1", "W3", "W4-1", "W6-1")
 WHOLE_MODEL = ("W3", "W4-1", "W4-16")
 STAGES = (
     Stage("environment", 0.5, 0.2),
     Stage("correctness", 2.0, 0.4),
-    Stage("sanitizer", 0.7, 0.0),
-    Stage("micro", 0.8, 0.0),
-    *(Stage(workload.name, 0.65, 0.35 if workload.name in QUICK else 0.0) for workload in WORKLOADS),
+    Stage("sanitizer", 0.6, 0.0),
+    Stage("first calls", 1.0, 0.3),
+    Stage("micro", 0.6, 0.0),
+    *(Stage(workload.name, 0.65, 0.28 if workload.name in QUICK else 0.0) for workload in WORKLOADS),
     *(Stage(f"{name}, whole model", 1.0, 0.0) for name in WHOLE_MODEL),
     *(Stage(workload.name + _REST, 4.0, 0.0) for workload in WORKLOADS),
 )
@@ -122,10 +124,7 @@ def run_all(chosen: argparse.Namespace) -> int:
 
 def _run_in_process(name: str, chosen: argparse.Namespace, seconds: float) -> str:
     """How it ended."""
-    command = [sys.executable, "-m", "bench.gpu", "--stage", name, "--out", str(chosen.out)]
-    command += ["--quick"] * chosen.quick + ["--dry-run"] * chosen.dry_run
-    command += ["--card", chosen.card] if chosen.card else []
-    command += ["--command", " ".join(["python -m bench.gpu", *sys.argv[1:]])]
+    command = _command(name, chosen) + ["--command", " ".join(["python -m bench.gpu", *sys.argv[1:]])]
     end = time.monotonic() + seconds
     for _ in range(RESTARTS):
         if (left := end - time.monotonic()) < 3:
@@ -136,6 +135,12 @@ def _run_in_process(name: str, chosen: argparse.Namespace, seconds: float) -> st
     if code is None:
         return "cut by its time limit"
     return "finished" if code == 0 else f"exit code {code}"
+
+
+def _command(stage: str, chosen: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "bench.gpu", "--stage", stage, "--out", str(chosen.out)]
+    command += ["--quick"] * chosen.quick + ["--dry-run"] * chosen.dry_run
+    return command + (["--card", chosen.card] if chosen.card else [])
 
 
 def _run(command: list[str], seconds: float, log: Path) -> int | None:
@@ -173,7 +178,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def run_stage(chosen: argparse.Namespace) -> int:
     device = "cpu" if chosen.dry_run else "cuda"
     name = chosen.stage.removesuffix(_REST)
-    store = Store(chosen.out.resolve() / RESULTS, name)
+    store = Store(chosen.out.resolve() / RESULTS, name)  # writes nothing before it is told something
     match name:
         case "environment":
             store.set_facts(command=chosen.command)
@@ -184,11 +189,15 @@ def run_stage(chosen: argparse.Namespace) -> int:
             return _sanitizer(store)
         case "small-cases":
             return _small_cases(device)
+        case "first calls":
+            return _first_calls(store, chosen)
         case "micro":
             micro.run(store, device, chosen.dry_run)
             return 0
-    (workload,) = (w for w in WORKLOADS if w.name == name.removesuffix(", whole model"))
     card = chosen.card or (CARDS[0] if chosen.dry_run else card_of(torch.cuda.get_device_name()))
+    if name.startswith(_FIRST_CALL):
+        return _first_call(name.removeprefix(_FIRST_CALL), device, card, chosen.dry_run)
+    (workload,) = (w for w in WORKLOADS if w.name == name.removesuffix(", whole model"))
     names = peers_of(workload, all_of_them=chosen.stage.endswith(_REST))
     store.set_facts(card=card, device=_device_name(device))
     if name.endswith(", whole model"):
@@ -303,6 +312,36 @@ def _small_cases(device: str) -> int:
         if device == "cuda":
             torch.cuda.synchronize()
         print(case.name, flush=True)
+    return 0
+
+
+def _first_calls(store: Store, chosen: argparse.Namespace) -> int:
+    """The seconds of each compiling peer's first call, all at once: what is timed later finds a cache."""
+    began = {}
+    for workload in WORKLOADS:
+        for peer in _DRY_PEERS[1:2] if chosen.dry_run else FIRST:
+            name = f"{workload.name}: {peer}"
+            if not store.is_done(name) and not (chosen.quick and workload.name not in QUICK):
+                store.start(name)
+                command = _command(_FIRST_CALL + name, chosen)
+                began[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for name, process in began.items():
+        said, _ = process.communicate()
+        if process.returncode == 0:
+            store.finish(name, state="ok", summary=f"{float(said.split()[-1]):.1f} s beside the others")
+        else:
+            store.finish(name, state="failed", why=f"exit code {process.returncode}; the log says more")
+    return 0
+
+
+def _first_call(name: str, device: str, card: str, is_tiny: bool) -> int:
+    """name: "W1: ours"; its last word printed is the seconds."""
+    workload_name, peer = name.split(": ")
+    (workload,) = (w for w in WORKLOADS if w.name == workload_name)
+    problem = (workload.make_tiny if is_tiny else workload.make)(
+        2 if is_tiny else workload.batch[card], device
+    )
+    print(Timer(device).once(step_of(PEERS[peer](), problem)), flush=True)
     return 0
 
 

@@ -229,7 +229,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
 def test_the_script_of_a_gpu_run_runs_dry(tmp_path, capsys):
     """All but the device: one stage as a process with its limit, others as such a process runs them."""
     dry = ["--dry-run", "--out", str(tmp_path)]
-    for stage in ("environment", "sanitizer", "micro"):
+    for stage in ("environment", "sanitizer", "first calls", "micro"):
         assert gpu.main([*dry, "--stage", stage]) == 0
     assert gpu.main([*dry, "--only", "W6-1"]) == 0, (tmp_path / "log.txt").read_text()
     printed = capsys.readouterr().out.rstrip()
@@ -239,6 +239,8 @@ def test_the_script_of_a_gpu_run_runs_dry(tmp_path, capsys):
     stages = read(tmp_path / gpu.RESULTS)
     ceilings = stages["environment"]["records"]["ceilings"]
     assert ceilings["bytes_per_s"] > 0 and ceilings["flops_per_s"] > 0
+    assert len(stages["first calls"]["records"]) == len(WORKLOADS)
+    assert {record["state"] for record in stages["first calls"]["records"].values()} == {"ok"}
     rows = stages["micro"]["records"]["accumulate"]["rows"]
     assert {row["way"] for row in rows} >= {"bfloat16, addmm", "float32, mm and add"}
     text = report.write([tmp_path], tmp_path / "report")
@@ -250,7 +252,7 @@ def test_the_script_of_a_gpu_run_runs_dry(tmp_path, capsys):
 
 def test_a_second_call_goes_on_from_a_copy_of_the_first(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    dry = ["--dry-run", "--only", "W6-1", "--out"]
+    dry = ["--dry-run", "--stage", "W6-1", "--out"]
     assert gpu.main([*dry, str(first)]) == 0
     before = read(first / gpu.RESULTS)
     before["W6-1"]["records"].pop("eager")  # and then the time limit came
