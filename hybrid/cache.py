@@ -5,6 +5,11 @@ layer. transformers reorders, crops and repeats a cache by looping over its laye
 assisted generation carry the TRM along. How many layers there are says with which number of
 recursion steps the cache was filled.
 
+Where tokens stop early (trm_kernels/ops/adaptive_recursion.py) there are layers for every step up to the last
+that is allowed, in which those that stopped have their last keys again. Where the answer is watched, it has
+layers in each step. Where later tokens wait for earlier ones, one layer more a TRM keeps the numbers of
+steps, as keys [B, 1, S, num_cycles].
+
 Decoding appends one token to each of these layers at every step. StaticLayer writes it in place; GrowingLayer
 does so too, where transformers' DynamicLayer copies all tokens before it. What is copied is the new token
 alone, once: from where RoPE and the projection left its key and its value. A recursion in one launch copies
@@ -17,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from trm_kernels.ops.adaptive_recursion import Halting
 from trm_kernels.ops.one_launch.recursion import CacheRoom
 
 
@@ -124,15 +130,32 @@ class InjectionCache:
 
     first_layer   of the cache, evaluation 0's
     num_keys      so many of a static layer's slots are handed back; None: all
+    steps_layer   of the cache, where the numbers of steps are kept; None: nowhere
     """
 
-    def __init__(self, cache: Cache, first_layer: int, num_keys: int | None) -> None:
+    def __init__(
+        self, cache: Cache, first_layer: int, num_keys: int | None, steps_layer: int | None = None
+    ) -> None:
         self.cache, self.first_layer, self.num_keys = cache, first_layer, num_keys
+        self.steps_layer = steps_layer
         self._layers: list[Any] = []  # those that there was room in
 
     def __call__(self, evaluation: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.cache.update(keys, values, self.first_layer + evaluation)
         return (k, v) if self.num_keys is None else (k[:, :, : self.num_keys], v[:, :, : self.num_keys])
+
+    def steps_before(self, device: torch.device) -> Tensor | None:
+        """[num_cycles, B, S] float32, 0 in empty slots; None where none are kept, or none yet."""
+        layer: Any = None if self.steps_layer is None else self.cache.layers[self.steps_layer]
+        if layer is None or not layer.get_seq_length():
+            return None
+        return layer.keys[:, 0].movedim(-1, 0).to(device)
+
+    def keep_steps(self, steps: Tensor) -> None:
+        """steps [num_cycles, B, T] of the new tokens."""
+        if self.steps_layer is not None:
+            kept = steps.movedim(0, -1)[:, None].float()
+            self.cache.update(kept, kept, self.steps_layer)
 
     def room(
         self, x: Tensor, num_key_value_heads: int, head_width: int, evaluations: int
@@ -170,20 +193,35 @@ def _room_in(layer: Any, tokens: int, empty: Tensor) -> list[Tensor] | None:
     return room if _are_alike([empty, empty], room) else None
 
 
+def keeps_steps(halting: Halting | None) -> bool:
+    """Whether a cache has one layer more a TRM, for the numbers of steps."""
+    return halting is not None and halting.in_order
+
+
 def make_room(
-    cache: Cache, num_base_layers: int, num_trm_layers: int, max_cache_len: int | None = None
+    cache: Cache,
+    num_base_layers: int,
+    num_trm_layers: int,
+    max_cache_len: int | None = None,
+    halting: Halting | None = None,
 ) -> None:
     """Give `cache` as many layers as the base and the TRMs need.
 
     max_cache_len   tokens of a static layer; None takes the longest that the base's layers have
+    halting         when tokens stop; the cache is marked with it
 
-    Errors: ValueError for a cache that is filled already, with another number of recursion steps, or
-    by the base alone.
+    Errors: ValueError for a cache that is filled already, with another number of recursion steps, under
+    another rule of halting, or by the base alone.
     """
-    have, want = len(cache.layers), num_base_layers + num_trm_layers
-    if have == want:
+    have, want, filled_under = len(cache.layers), num_base_layers + num_trm_layers, _halting_of(cache)
+    if have == want and filled_under == halting:
         return
     if have >= num_base_layers and _is_filled(cache):
+        if filled_under != halting:
+            raise ValueError(
+                f"HybridModel: expected an empty cache or one filled under halting {halting}, "
+                f"got one filled under {filled_under}."
+            )
         raise ValueError(
             "HybridModel: expected an empty cache or one filled with this num_recursion_steps "
             f"({num_trm_layers} TRM layers), got one filled with {have - num_base_layers}."
@@ -193,6 +231,11 @@ def make_room(
     cache.layers.extend(DynamicLayer() for _ in range(num_base_layers - len(cache.layers)))
     for _ in range(num_trm_layers):
         cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else GrowingLayer())
+    cache.trm_halting = halting  # type: ignore[attr-defined]  # our mark
+
+
+def _halting_of(cache: Cache) -> Halting | None:
+    return getattr(cache, "trm_halting", None)
 
 
 def _is_filled(cache: Cache) -> bool:

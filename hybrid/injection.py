@@ -8,7 +8,7 @@ closure would point at the original after a deepcopy.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
-from hybrid.cache import InjectionCache
+from hybrid.cache import InjectionCache, keeps_steps
 from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.backend import backend
+from trm_kernels.ops.adaptive_recursion import Halting
 from trm_kernels.ops.rope import Angles
 from trm_kernels.trm import Matrix
 
@@ -39,7 +40,10 @@ class InjectionCall:
     backend: (
         str  # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
     )
+    halting: Halting | None = None
+    is_token: Tensor | None = None  # [B, T] bool, with halting; None: all are
     done: int = 0  # injections so far
+    steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with halting, what each point reported
 
 
 # The call in progress in this thread; None means that the language model runs by itself.
@@ -104,17 +108,31 @@ class Injection(GradientCheckpointingLayer):
         visible: Visible,
         num_recursion_steps: int,
         backend_name: str,
+        halting: Halting | None = None,
+        is_token: Tensor | None = None,
+        steps: list[tuple[Tensor, Tensor]] | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
+
+        halting, is_token   see trm_kernels/ops/adaptive_recursion.py
+        steps               with halting, is added to: the call's (steps, evaluations)
 
         The cache comes as a keyword because gradient checkpointing takes it away by that name.
         """
         mask, key_mask, num_keys = visible
         update_cache = None
         if past_key_values is not None:
-            first = self.first_cache_layer + self.index * self.recursion.evaluations(num_recursion_steps)
-            update_cache = InjectionCache(past_key_values, first, num_keys)
+            evaluations = self.recursion.evaluations(num_recursion_steps, halting)
+            first = self.first_cache_layer + self.index * (evaluations + keeps_steps(halting))
+            steps_layer = first + evaluations if keeps_steps(halting) else None
+            update_cache = InjectionCache(past_key_values, first, num_keys, steps_layer)
+
+        def report(taken: Tensor, evaluations: Tensor) -> None:
+            if update_cache is not None:
+                update_cache.keep_steps(taken)
+            if steps is not None:
+                steps.append((taken, evaluations))
 
         # a traced graph keeps the backend in force while it is traced
         with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):
@@ -126,6 +144,10 @@ class Injection(GradientCheckpointingLayer):
                 key_mask=key_mask,
                 update_cache=update_cache,
                 num_recursion_steps=num_recursion_steps,
+                halting=halting,
+                is_token=is_token,
+                steps_before=None if update_cache is None else update_cache.steps_before(h.device),
+                report_steps=report,
             )
             gate = (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype)) if self.is_gated else ()
             return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
@@ -223,6 +245,9 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.visible.to(h.device),
         call.num_recursion_steps,
         call.backend,
+        call.halting,
+        None if call.is_token is None else call.is_token.to(h.device),
+        call.steps,
         past_key_values=call.cache,
     )
 

@@ -74,6 +74,13 @@ def visible(
     return Visible(key_mask=key_mask, num_keys=None if layer is None else num_keys)
 
 
+def tokens_of(what: Visible, tokens: int, cache: Cache | None, trm_layer: int) -> Tensor | None:
+    """[B, T] bool, False for padding among the tokens of this forward; None where nothing says so."""
+    if what.key_mask is None or (tokens == 1 and _static_layer(cache, trm_layer) is not None):
+        return None
+    return what.key_mask[:, -tokens:]
+
+
 def as_entries(what: Visible, inputs: Tensor) -> dict[str, Tensor | None]:
     """`what` among the masks that generate() makes before a forward: tensors only, so sizes carry numbers."""
     (B, T), key_mask = inputs.shape[:2], what.key_mask

@@ -12,7 +12,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,28 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from hybrid import checkpoint
-from hybrid.cache import make_room
+from hybrid.cache import keeps_steps, make_room
 from hybrid.config import HybridConfig
-from hybrid.injection import Injection, InjectionCall, attach, current_call, keep_call_in_checkpoints
-from hybrid.masks import Visible, as_entries, from_entries, visible
+from hybrid.halting import (
+    ForwardSteps,
+    Halting,
+    TokenHalting,
+    mean_over_points,
+    record_steps,
+    recording,
+    until_settled,
+)
+from hybrid.injection import (
+    Injection,
+    InjectionCall,
+    attach,
+    current_call,
+    keep_call_in_checkpoints,
+)
+from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from trm_kernels import TRM
 from trm_kernels.backend import current_backend
-from trm_kernels.ops.recursion import evaluations
+from trm_kernels.ops.adaptive_recursion import adaptive_evaluations
 from trm_kernels.ops.rope import Angles, rope_angles
 from trm_kernels.trm import Matrix
 
@@ -82,6 +97,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self.llm_model = llm_model
         self.generation_config = copy.deepcopy(llm_model.generation_config)
         self.injection_enabled = True
+        self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
         self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self._draws = 0  # forwards that drew a number of recursion steps
@@ -133,20 +149,38 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_recursion_steps: int | None = None,
+        halting: Halting | TokenHalting | Literal[False] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The language model's forward, with the TRMs' answers blended in.
 
-        Arguments are the language model's; one is ours:
+        Arguments are the language model's; two are ours:
         num_recursion_steps   n for this call; None takes the config's, or draws it (recursion_sampling)
+        halting               when a token stops before n, see halting.py; None takes `self.halting`, which is
+                              None at first; False: never
 
-        Errors: ValueError for a cache filled with another n, or both or neither of input_ids and
-        inputs_embeds; RuntimeError when an injection did not happen.
+        Errors: ValueError for a cache filled with another n or under another rule, halting in training, or
+        both or neither of input_ids and inputs_embeds; RuntimeError when an injection did not happen, or for
+        halting with gradient or under torch.compile.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
         self._warn_of_float16_training()
+        rule = self._rule(halting)
+        if isinstance(rule, TokenHalting):
+            if use_cache or past_key_values is not None:
+                raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
+            return self._until_settled(
+                inputs,
+                rule,
+                attention_mask,
+                position_ids,
+                labels,
+                logits_to_keep,
+                num_recursion_steps,
+                kwargs,
+            )
         if use_cache is None:
             use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
         if use_cache and past_key_values is None:
@@ -156,10 +190,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if self.injection_enabled:
             n = self._recursion_steps(num_recursion_steps, past_key_values)
             if past_key_values is not None:
-                make_room(past_key_values, self._num_base_layers, self._num_trm_cache_layers(n))
+                num_layers = self._num_trm_cache_layers(n, rule)
+                make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
             angles = self._angles(inputs, position_ids, past_key_values)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
-            call = InjectionCall(angles, what, past_key_values, n, current_backend())
+            call = InjectionCall(angles, what, past_key_values, n, current_backend(), rule)
+            call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
         arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
@@ -181,7 +217,85 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 f"HybridModel: expected {len(self.config.injection_layers)} injections in this forward, "
                 f"got {call.done}: the base skipped layers."
             )
+        if call is not None and (record := recording()) is not None:
+            record.forwards.append(self._steps_of(call, inputs))
         return output
+
+    def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
+        """The rule of this forward."""
+        rule = self.halting if halting is None else halting
+        if rule is None or rule is False or not self.injection_enabled:
+            return None
+        if not isinstance(rule, Halting | TokenHalting):
+            raise ValueError(f"HybridModel: expected halting to be Halting or TokenHalting, got {rule!r}.")
+        if self.training:
+            raise ValueError(
+                "HybridModel: halting expected a model in eval mode, got one in training: tokens that stop "
+                "by themselves are for inference. recursion_sampling='uniform' trains for any n."
+            )
+        return rule
+
+    def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
+        B, T = inputs.shape[:2]
+        n, num_cycles = call.num_recursion_steps, self.config.num_cycles
+        if call.halting is None:
+            steps, evaluations = torch.full((B, T), float(n)), torch.full((B, T), float(num_cycles * (n + 1)))
+        else:
+            steps, evaluations = mean_over_points(call.steps)
+        is_token = torch.ones(B, T, dtype=torch.bool) if call.is_token is None else call.is_token.cpu()
+        return ForwardSteps(steps, evaluations, is_token)
+
+    def _until_settled(
+        self,
+        inputs: Tensor,
+        rule: TokenHalting,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_recursion_steps: int | None,
+        others: dict[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """A forward under TokenHalting: each token's logits of the n at which its top token has stayed."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError(
+                "HybridModel: TokenHalting expected a call without gradient (torch.no_grad()), got one with."
+            )
+        if torch.compiler.is_compiling() or isinstance(attention_mask, dict):
+            raise RuntimeError(
+                "HybridModel: TokenHalting expected no torch.compile, got a call made for one."
+            )
+        if asked := [k for k in ("output_hidden_states", "output_attentions") if others.get(k)]:
+            raise ValueError(f"HybridModel: TokenHalting gives logits and a loss, got {asked[0]}.")
+        given: dict[str, Tensor | None] = {
+            "input_ids" if not inputs.is_floating_point() else "inputs_embeds": inputs
+        }
+        given |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        B, T = inputs.shape[:2]
+
+        def logits_at(n: int, sequences: Tensor) -> Tensor:
+            # of tensors with a row a sequence, these sequences' rows
+            some = {k: t[sequences] if t is not None and t.shape[0] == B else t for k, t in given.items()}
+            return self(**some, num_recursion_steps=n, halting=False, use_cache=False, **others).logits
+
+        _, what = self._masks(inputs, attention_mask, position_ids, None)
+        is_token = tokens_of(what, T, None, self._num_base_layers)
+        is_token = torch.ones(B, T, dtype=torch.bool, device=inputs.device) if is_token is None else is_token
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        most, num_cycles = self._recursion_steps(num_recursion_steps, None), self.config.num_cycles
+        with record_steps():  # of the forwards inside; what is recorded outside is their sum
+            settled = until_settled(
+                logits_at, rule, most, is_token, what.mask, keep, lambda n: num_cycles * (n + 1)
+            )
+        logits, loss = settled.logits[:, keep], None
+        if labels is not None:
+            loss = self.llm_model.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config(decoder=True).vocab_size
+            )
+        if (record := recording()) is not None:
+            of_kept = (settled.steps.float(), settled.evaluations.float(), is_token)
+            record.forwards.append(ForwardSteps(*(t[:, keep].cpu() for t in of_kept)))
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _recursion_steps(self, requested: int | None, cache: Cache | None) -> int:
         """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same.
@@ -212,9 +326,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         generator = random.Random(f"{self.config.recursion_seed}:{draw}")
         return generator.randint(1, self.config.num_recursion_steps)
 
-    def _num_trm_cache_layers(self, num_recursion_steps: int) -> int:
-        each = evaluations(self.config.trm_num_layers, num_recursion_steps, self.config.num_cycles)
-        return each * len(self.config.injection_layers)
+    def _num_trm_cache_layers(self, num_recursion_steps: int, halting: Halting | None = None) -> int:
+        config = self.config
+        each = adaptive_evaluations(config.trm_num_layers, num_recursion_steps, config.num_cycles, halting)
+        return (each + keeps_steps(halting)) * len(config.injection_layers)
 
     def _angles(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Angles:
         """RoPE's table for the TRMs, all of which see the same positions."""
@@ -267,10 +382,14 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None or not self.injection_enabled:
             return
+        rule = self._rule(model_kwargs.get("halting"))
+        if isinstance(rule, TokenHalting):
+            raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
         n = self._recursion_steps(model_kwargs.get("num_recursion_steps"), cache)
         # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
         length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
-        make_room(cache, self._num_base_layers, self._num_trm_cache_layers(n), max_cache_len=length)
+        num_layers = self._num_trm_cache_layers(n, rule)
+        make_room(cache, self._num_base_layers, num_layers, max_cache_len=length, halting=rule)
 
     def create_masks_for_generate(
         self,

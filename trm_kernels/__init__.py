@@ -1,6 +1,7 @@
 """Recursive blocks, fast: tensors in, tensors out. Needs neither a GPU nor Triton to be imported."""
 
 from trm_kernels.backend import backend
+from trm_kernels.ops.adaptive_recursion import Halting, adaptive_recursion
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.decode_attention import decode_attention
 from trm_kernels.ops.injection_blend import injection_blend
@@ -18,6 +19,8 @@ from trm_kernels.trm import TRM
 
 __all__ = [
     "TRM",
+    "Halting",
+    "adaptive_recursion",
     "add_rms_norm",
     "backend",
     "decode_attention",

@@ -5,15 +5,15 @@ language model: causal, with positions, a mask and a cache. The loop itself is `
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trm_kernels.ops.adaptive_recursion import Halting, adaptive_evaluations, adaptive_recursion
 from trm_kernels.ops.recursion import (
     EvaluationCache,
-    evaluations,
     trm_recursion,
 )
 from trm_kernels.ops.rope import Angles
@@ -21,7 +21,7 @@ from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.products import wants_gradient
-from trm_kernels.quantize import QUANTIZE, quantize_layers
+from trm_kernels.quantize import QUANTIZE, dequantize_layers, quantize_layers
 from trm_kernels.tuning import REGIMES
 
 # TRM's own code pads the inner width of an MLP to a multiple of this
@@ -204,9 +204,10 @@ class TRM(nn.Module):
         nn.init.normal_(self.y_init)
         nn.init.normal_(self.z_init)
 
-    def evaluations(self, num_recursion_steps: int | None = None) -> int:
-        """Evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
-        return evaluations(len(self.layers), num_recursion_steps or self.num_recursion_steps, self.num_cycles)
+    def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
+        """Evaluations of a layer in one call, the most: the key/value slabs that a cache has to keep."""
+        n = num_recursion_steps or self.num_recursion_steps
+        return adaptive_evaluations(len(self.layers), n, self.num_cycles, halting)
 
     def forward(
         self,
@@ -221,6 +222,10 @@ class TRM(nn.Module):
         update_cache: EvaluationCache | None = None,
         num_recursion_steps: int | None = None,
         angles: Angles | None = None,
+        halting: Halting | None = None,
+        is_token: Tensor | None = None,
+        steps_before: Tensor | None = None,
+        report_steps: Callable[[Tensor, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
 
@@ -231,6 +236,11 @@ class TRM(nn.Module):
         update_cache          keeps keys and values, see ops/recursion.py
         num_recursion_steps   n for this call; None takes the module's
         angles                rope_angles of the positions, for a caller with more than one call
+        halting               when a token stops before n, see ops/adaptive_recursion.py, which also has
+                              is_token and steps_before; None: never
+        report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
+
+        Errors: RuntimeError with halting for a call with gradient, torch.compile, or a regime of one launch.
         """
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
@@ -239,10 +249,44 @@ class TRM(nn.Module):
         n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
         regime = "per_op" if wants_gradient(x, y, z, *self.parameters()) else self.regime
         layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
+        y = self.y_init.to(x.dtype).expand_as(x) if y is None else y
+        z = self.z_init.to(x.dtype).expand_as(x) if z is None else z
+        if halting is not None:
+            if self.regime not in ("auto", "per_op"):
+                raise RuntimeError(
+                    f"TRM: halting expected regime auto or per_op, got {self.regime!r}: one launch cannot "
+                    "ask after every step who goes on."
+                )
+            adapted = adaptive_recursion(
+                x,
+                y,
+                z,
+                layers if scales is None else dequantize_layers(layers, scales, x.dtype),
+                halting=halting,
+                num_heads=self.num_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                num_recursion_steps=n,
+                num_cycles=self.num_cycles,
+                positions=positions,
+                mask=mask,
+                causal=self.causal,
+                rope_theta=self.rope_theta,
+                eps=self.eps,
+                update_cache=update_cache,
+                key_mask=key_mask,
+                query_offset=query_offset,
+                attention=self.attention,
+                angles=angles,
+                is_token=is_token,
+                steps_before=steps_before,
+            )
+            if report_steps is not None:
+                report_steps(adapted.steps, adapted.evaluations)
+            return adapted.y, adapted.z
         return trm_recursion(
             x,
-            self.y_init.to(x.dtype).expand_as(x) if y is None else y,
-            self.z_init.to(x.dtype).expand_as(x) if z is None else z,
+            y,
+            z,
             layers,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,

@@ -9,12 +9,15 @@ all beginnings (the first cup and six swaps) is never trained on; held-out games
 
 import random
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hybrid.demo.base import LanguageModel, encode
+from hybrid.halting import Halting, TokenHalting, record_steps
+from hybrid.model import HybridModel
 
 CUPS = 3
 SWAPS = {"a": (0, 1), "b": (0, 2), "c": (1, 2)}
@@ -74,21 +77,55 @@ class ShellGame(Dataset):
 
 @torch.no_grad()
 def accuracy_by_swaps(
-    model: LanguageModel, games: ShellGame, num_recursion_steps: int | None = None
+    model: LanguageModel,
+    games: ShellGame,
+    num_recursion_steps: int | None = None,
+    halting: Halting | TokenHalting | None = None,
 ) -> list[float]:
     """The share of right answers after 1, 2, ... swaps; an answer is the likeliest of all tokens.
 
     num_recursion_steps   a hybrid's n; None takes its config's
+    halting               when a hybrid's tokens stop before n; None: as the model says, by itself never
     """
-    steps = {} if num_recursion_steps is None else {"num_recursion_steps": num_recursion_steps}
+    given = {"num_recursion_steps": num_recursion_steps, "halting": halting}
+    given = {name: value for name, value in given.items() if value is not None}
     model.eval()
     right = torch.zeros(games.num_swaps)
     for batch in DataLoader(games, batch_size=_EVALUATED_TOGETHER):
         logits = model(
-            input_ids=batch["input_ids"].to(model.device), use_cache=False, **steps
+            input_ids=batch["input_ids"].to(model.device), use_cache=False, **given
         ).logits  # [B, T, V]
         right += (logits[:, 1:-1].argmax(-1).cpu() == batch["labels"][:, 2:]).sum(0)
     return (right / len(games)).tolist()
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """What a hybrid reached under a rule of halting, each a list: after 1, 2, ... swaps.
+
+    accuracy      the share of right answers
+    steps         recursion steps, on average
+    evaluations   of the block, on average, answers that were only compared included; n + 1 with a fixed n
+    """
+
+    accuracy: list[float]
+    steps: list[float]
+    evaluations: list[float]
+
+
+def adaptive_by_swaps(
+    model: HybridModel,
+    games: ShellGame,
+    halting: Halting | TokenHalting | None,
+    num_recursion_steps: int | None = None,
+) -> AdaptiveResult:
+    """Accuracy beside recursion steps. The arguments are accuracy_by_swaps's; None for halting: a fixed n."""
+    with record_steps() as record:
+        accuracy = accuracy_by_swaps(model, games, num_recursion_steps, halting)
+    after_swaps = slice(1, -1)  # the first cup is no swap, and the last is not asked for
+    steps = torch.cat([f.steps for f in record.forwards])[:, after_swaps].mean(dim=0)
+    evaluations = torch.cat([f.evaluations for f in record.forwards])[:, after_swaps].mean(dim=0)
+    return AdaptiveResult(accuracy, steps.tolist(), evaluations.tolist())
 
 
 @torch.no_grad()
