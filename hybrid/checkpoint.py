@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hybrid.config import HybridConfig
+from hybrid.quantized_base import as_it_was, integers, is_quantized, is_quantized_tensor
 
 # what says where the TRM's files are, and not how the base is to be loaded
 _PLACE_OF_TRM = ("revision", "subfolder")
@@ -48,7 +49,9 @@ def has_changed(
                 return True
             continue
         then, few = before[name], _few(tensor)
-        if then.shape != few.shape or not torch.equal(then.to(tensor.dtype).double(), few):
+        if not is_quantized_tensor(tensor):
+            then = then.to(tensor.dtype).double()
+        if then.shape != few.shape or not torch.equal(then, few):
             return True
     return False
 
@@ -67,6 +70,12 @@ def save(
     if folder.is_file():
         raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")
     if save_base:
+        if is_quantized(model.llm_model):
+            raise ValueError(
+                "save_pretrained: expected a base that can be had again where "
+                "config.base_model_name_or_path says, for a quantized one is not written, got "
+                f"{model.config.base_model_name_or_path!r}; save_base=False writes the TRM alone."
+            )
         _refuse_adapters(name for name, _ in model.base_named_parameters())
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
@@ -103,6 +112,9 @@ def load(
             return _load_whole(load_whole, path, *args, config=config, **kwargs)
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
         try:
+            if "quantization_config" not in of_base:
+                find = {name: of_base[name] for name in (*_HUB, "trust_remote_code") if name in of_base}
+                of_base |= as_it_was(config.base_config, config.base_model_name_or_path, **find)
             llm_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **of_base)
         except OSError as error:
             raise ValueError(
@@ -195,11 +207,12 @@ def _refuse_adapters(base_names: Iterable[str]) -> None:
 
 
 def _is_at_hand(t: Tensor) -> bool:
-    return t.device.type != "meta" and type(t) in (Tensor, torch.nn.Parameter)
+    is_known = type(t) in (Tensor, torch.nn.Parameter) or is_quantized_tensor(t)
+    return t.device.type != "meta" and is_known
 
 
 def _few(t: Tensor) -> Tensor:
-    flat = t.detach().reshape(-1)
+    flat = (integers(t) if is_quantized_tensor(t) else t).detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu()
 
 

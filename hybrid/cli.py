@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hybrid.config import HybridConfig
 from hybrid.options import add_config_options, config_of, given_fields
+from hybrid.quantized_base import QUANTIZE_BASE
 from trm_kernels.backend import NAMES, backend, describe
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -69,6 +70,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # what can be wrong is found out before a model is loaded, the quickest first
     phase = PHASES[arguments.phase]
+    if arguments.quantize_base is not None:
+        if phase.trains_base:
+            raise ValueError("expected phase 1 with --quantize-base, for such a base cannot learn, got 2.")
+        if arguments.shard:
+            raise ValueError("expected --quantize-base or --shard, got both: a quantized base is not split.")
     first_length, growing = arguments.length_curriculum or (0, 0)
     settings = TrainSettings(
         output_dir=arguments.output,
@@ -128,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> int:
     seed_everything(arguments.seed)
     learns_in = "bfloat16" if arguments.stochastic_rounding else "float32"
     dtype = arguments.dtype or (learns_in if phase.trains_base else "auto")
-    loaded = load_model(arguments.base, dtype, arguments.trust_remote_code)
+    loaded = load_model(arguments.base, dtype, arguments.trust_remote_code, arguments.quantize_base)
     model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
     enter(model, arguments.phase)
     if arguments.gradient_checkpointing:
@@ -442,6 +448,11 @@ def _parser() -> argparse.ArgumentParser:
         "--stochastic-rounding",
         action="store_true",
         help="keep what trains in phase 2 in bfloat16; small steps count on average (torchao)",
+    )
+    train.add_argument(
+        "--quantize-base",
+        choices=QUANTIZE_BASE,
+        help="keep the frozen base in 8 bits (torchao) or 4 (bitsandbytes)",
     )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")

@@ -123,7 +123,8 @@ class HybridConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         """What this config does not have (`vocab_size`, `hidden_size`, ...) is the language model's."""
         base = self.__dict__.get("base_config")
-        if base is None or name.startswith("_"):
+        # the base may be quantized; the hybrid is not, whatever reads this config
+        if base is None or name.startswith("_") or name == "quantization_config":
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         return getattr(base, name)
 

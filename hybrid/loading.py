@@ -17,6 +17,7 @@ from transformers import (
 from hybrid import run_state
 from hybrid.config import HybridConfig
 from hybrid.model import HybridModel
+from hybrid.quantized_base import quantization_config
 
 
 def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -27,18 +28,28 @@ def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTraine
     return _load(AutoConfig, "a model of transformers", name_or_path, trust_remote_code=trust_remote_code)
 
 
-def load_model(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False, quantize_base: str | None = None
+) -> PreTrainedModel:
     """A causal language model, hybrid or not; see load_config for what may be named.
 
-    dtype   of its parameters: "float32", "bfloat16", "float16", or "auto", as its files say
+    dtype           of its parameters: "float32", "bfloat16", "float16", or "auto", as its files say
+    quantize_base   "int8" or "nf4", see quantized_base.py; None: as its files say, or as it was saved
 
-    Errors: ValueError when there is none, or its files are damaged.
+    Errors: ValueError when there is none, its files are damaged, or a package to quantize it is missing.
     """
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    what = "a causal language model"
-    if isinstance(
-        load_config(name_or_path, trust_remote_code), HybridConfig
-    ):  # it refuses missing tensors itself
+    what, config = "a causal language model", load_config(name_or_path, trust_remote_code)
+    if quantize_base is not None:
+        of_files = config.get_text_config(decoder=True).dtype
+        in_half = of_files if of_files in (torch.bfloat16, torch.float16) else None
+        given = in_half if dtype == "auto" else arguments["dtype"]
+        arguments["quantization_config"] = quantization_config(quantize_base, given)
+    if isinstance(config, HybridConfig):  # it refuses missing tensors itself
+        if quantize_base is not None and config.base_model_name_or_path is None:
+            raise ValueError(
+                f"expected a base in a place of its own to quantize it, got {name_or_path}, which holds it."
+            )
         return _load(HybridModel, what, name_or_path, **arguments)
     arguments |= {"trust_remote_code": trust_remote_code, "output_loading_info": True}
     model, found = _load(AutoModelForCausalLM, what, name_or_path, **arguments)
@@ -68,7 +79,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(_place(name_or_path), **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"expected {what} at {name_or_path}, got none that can be loaded: {reason}"

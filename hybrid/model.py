@@ -48,6 +48,7 @@ from hybrid.injection import (
     keep_call_in_checkpoints,
 )
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
+from hybrid.quantized_base import keep_gradients
 from trm_kernels import TRM
 from trm_kernels.backend import current_backend
 from trm_kernels.ops.adaptive_recursion import adaptive_evaluations
@@ -104,6 +105,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._warned_of_float16 = False
         self._needs_input_gradients = True
         attach(llm_model, config)
+        keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
         self.train(llm_model.training)

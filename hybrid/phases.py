@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid.model import HybridModel
+from hybrid.quantized_base import is_quantized
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,16 @@ def enter(model: HybridModel, number: int) -> Phase:
     Parameters that would train in float16 are brought to float32, with one warning: a plain AdamW on
     float16 weights was seen to reach NaN within 20 steps. A frozen float16 base stays as it is.
 
-    Errors: ValueError for a phase that there is not.
+    Errors: ValueError for a phase that there is not, or that would train a quantized base.
     """
     if number not in PHASES:
         raise ValueError(f"enter: expected a phase of {', '.join(map(str, PHASES))}, got {number!r}.")
     phase = PHASES[number]
+    if phase.trains_base and is_quantized(model.llm_model):
+        raise ValueError(
+            f"enter: expected a base in float32 or bfloat16 for phase {number}, which trains it, "
+            "got a quantized one. Phase 1 trains the TRMs beside it; LoRA on it is peft's get_peft_model."
+        )
     model.freeze_base()
     if phase.trains_base:
         model.requires_grad_(True)

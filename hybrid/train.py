@@ -22,6 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +37,7 @@ from hybrid.model import HybridModel
 from hybrid.optimizer import adamw, set_rate
 from hybrid.processes import seed_everything, this_process
 from hybrid.progress import TrainingDisplay
+from hybrid.quantized_base import is_quantized_tensor
 from hybrid.run_state import Progress
 
 # these say how a run is watched and kept, not what it computes; they may change when it is resumed
@@ -227,6 +229,14 @@ class _Run:
         self.folder = Path(settings.output_dir)
         self.accelerator = _accelerator(model, settings)
         self.is_sharded = settings.shard
+        quantized = [name for name, p in model.named_parameters() if is_quantized_tensor(p)]
+        if self.is_sharded and quantized:
+            raise ValueError(
+                f"train: expected a base that is not quantized, to be split among processes (shard), "
+                f"got {quantized[0]} in few bits. Each process can have a copy of it instead."
+            )
+        # copies of what is frozen are equal already, and these cannot be sent
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantized)
         if self.is_sharded:
             bf16 = self.accelerator.mixed_precision == "bf16"
             device = self.accelerator.device.type
@@ -632,11 +642,19 @@ def _description(
             if some is not None
         },
         "config": {name: getattr(model.config, name) for name in fields},
+        "quantized": _quantized(model),
         "trained": {
             name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
         },
     }
     return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
+
+
+def _quantized(model: PreTrainedModel) -> str | None:
+    """How the base was."""
+    base = model.llm_model if isinstance(model, HybridModel) else model
+    how = getattr(base.config, "quantization_config", None)
+    return None if how is None else str(how if isinstance(how, dict) else how.to_dict())
 
 
 def _items(data: Dataset) -> dict[str, Any]:
