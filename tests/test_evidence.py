@@ -1,6 +1,7 @@
 """The evidence: every arm runs, a run that is there stays."""
 
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -65,3 +66,18 @@ def test_results_are_told_by_settings_and_seed(tmp_path):
     again.path.write_text("{}")
     with pytest.raises(ValueError, match="expected the results of this command"):
         Results(again.path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_recursion_pays_on_the_shell_game():
+    """What docs/evidence.md claims, with room for another machine's rounding."""
+    arms = ("n = 1", "n = 2", "n = 4", "n = 8", "n random in 1..8", "LoRA")
+    runs = [Run("shell_game", arm, seed) for arm in arms for seed in command.SEEDS]
+    accuracy = {run: result["accuracy"] for run, result in command.make_all(runs, quick=False, processes=2)}
+    by_arm = {arm: [accuracy[run] for run in runs if run.arm == arm] for arm in arms}
+    assert min(by_arm["n random in 1..8"]) > 0.95
+    assert max(by_arm["n = 1"]) < 0.70 and max(by_arm["LoRA"]) < 0.62
+    one, two, four, eight = (statistics.mean(by_arm[f"n = {n}"]) for n in (1, 2, 4, 8))
+    assert one < four < eight and two < four
+    assert one < two + 0.03  # from 1 to 2 it rises by less than the seeds differ

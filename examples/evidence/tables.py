@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from evidence.results import Results, mean_and_deviation
 from evidence.shell_game import SWAPS
+from evidence.tasks import TASKS
 from hybrid.demo.report import table
 
 GAME = "shell_game"
@@ -23,6 +24,7 @@ ANSWERS = {
     f"{SWAPS} swaps": slice(SWAPS - 1, SWAPS),
     f"{SWAPS + 1} to 24 swaps": slice(SWAPS, 24),
 }
+_PROMPTS = {"1 to 4 swaps": slice(0, 4), f"1 to {SWAPS} swaps": slice(0, SWAPS)}
 _MOST_COLUMNS = 6  # of difficulties in one table
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 
@@ -82,6 +84,33 @@ def by_n(results: Results) -> str:
     return table(["trained with", "accuracy after", *(f"n = {n}" for n in columns)], *rows)
 
 
+def adaptive(results: Results) -> str:
+    """Accuracy beside recursion steps, where each token stops by itself; the first row is a fixed n."""
+    found = results.of(GAME, RANDOM)
+    most = results.settings_of(GAME, RANDOM)["n"]
+    rows = [["none: n is fixed", *_adaptive_cells([_fixed(result, most) for result in found])]]
+    for rule in found[0]["adaptive"]:
+        rows.append([rule, *_adaptive_cells([result["adaptive"][rule] for result in found])])
+    columns = [
+        f"{title}: {what}" for title in _PROMPTS for what in ("accuracy", "steps", "evaluations of the block")
+    ]
+    return table(["watched, threshold", *columns], *rows)
+
+
+def _fixed(result: Result, n: int) -> Result:
+    """A fixed n, as the rules of halting tell of theirs."""
+    accuracy = result["by_n"][str(n)]
+    return {"accuracy": accuracy, "steps": [n] * len(accuracy), "evaluations": [n + 1] * len(accuracy)}
+
+
+def _adaptive_cells(seeds: list[Result]) -> list[str]:
+    cells = []
+    for part in _PROMPTS.values():
+        for what, digits in (("accuracy", 3), ("steps", 2), ("evaluations", 2)):
+            cells.append(mean_and_deviation([statistics.mean(one[what][part]) for one in seeds], digits))
+    return cells
+
+
 def prose(results: Results) -> str:
     """What learning the game cost: the held-out loss of what the base knew."""
     rows = []
@@ -89,6 +118,10 @@ def prose(results: Results) -> str:
         found = results.of(GAME, arm)
         rows.append([arm, _told(found, lambda r: r["prose"], 2), _told(found, lambda r: r["accuracy"])])
     return table(["arm", "prose, nats per character", "accuracy of the game"], *rows)
+
+
+def _name(task: str) -> str:
+    return task.replace("_", "-")
 
 
 class Table(NamedTuple):
@@ -99,9 +132,10 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "shell-game": Table(GAME, partial(arms, task=GAME)),
-    "shell-game-budgets": Table(GAME, partial(budgets, task=GAME)),
+    **{_name(task): Table(task, partial(arms, task=task)) for task in TASKS},
+    **{f"{_name(task)}-budgets": Table(task, partial(budgets, task=task)) for task in TASKS},
     "shell-game-by-n": Table(GAME, by_n),
+    "shell-game-adaptive": Table(GAME, adaptive),
     "shell-game-prose": Table(GAME, prose),
 }
 

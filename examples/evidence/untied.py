@@ -1,5 +1,7 @@
 """The control without recursion: as many layers as the recursion evaluates, each with weights of its own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from trm_kernels.trm import TRMLayer
 class UntiedStack(nn.Module):
     """The recursion's schedule with its own layer in each place: z = f_i(z + y + x), n times; y = f(y + z).
 
-    It stands where an injection has its TRM of one layer, and is called as that is; without caches.
+    It stands where an injection has its TRM of one layer, and is called as it is; without caches or halting.
 
     width, heads, intermediate_size   of each layer
     n                                 updates of z: n + 1 layers
@@ -38,12 +40,14 @@ class UntiedStack(nn.Module):
         key_mask: Tensor | None,
         update_cache: None,
         num_recursion_steps: int,
+        halting: None = None,
+        **of_halting: Any,
     ) -> tuple[Tensor, Tensor]:
-        """(y, z), each [B, T, D] as x."""
-        if update_cache is not None or num_recursion_steps != len(self.layers) - 1:
+        """(y, z), each [B, T, D] as x. The arguments are TRM's; `of_halting` is what halting would need."""
+        if (update_cache, halting, num_recursion_steps) != (None, None, len(self.layers) - 1):
             raise ValueError(
-                f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got n = "
-                f"{num_recursion_steps} and {'a' if update_cache else 'no'} cache."
+                f"UntiedStack: expected no cache, no halting and n = {len(self.layers) - 1}, got "
+                f"{update_cache}, {halting} and n = {num_recursion_steps}."
             )
         y, z = self.y_init.expand_as(x), self.z_init.expand_as(x)
         *steps, last = self.layers
