@@ -119,8 +119,11 @@ class PuzzleModel(nn.Module):
     def forward(self, puzzles: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(y, z, logits [B, cells, V], q [B]) of a supervision step; q > 0 says that all cells are right."""
         y, z = self.trm(self.embed(puzzles), y, z)
-        logits, q = self.lm_head(y[:, self.prefix :].float()), self.q_head(y[:, 0].float())
-        return y.detach(), z.detach(), logits, q[:, 0]
+        return y.detach(), z.detach(), *self.read(y)
+
+    def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [B, cells, V], q [B]) of an answer."""
+        return self.lm_head(y[:, self.prefix :].float()), self.q_head(y[:, 0].float())[:, 0]
 
 
 # Training and evaluation
@@ -197,9 +200,8 @@ def evaluate(
 ) -> list[list[float]]:
     """After each supervision step the shares of whole grids right, of blanks right, of grids said to be."""
     shares, blank = [], puzzles == 0
-    y, z = model.start(puzzles)
-    for _ in range(supervision_steps):
-        y, z, logits, q = model(puzzles, y, z)
+    for y, _ in model.trm.supervision_steps(model.embed(puzzles), supervision_steps):
+        logits, q = model.read(y)
         right = logits.argmax(-1) == solutions + 1
         shares.append([t.float().mean().item() for t in (right.all(-1), right[blank], q > 0)])
     return shares

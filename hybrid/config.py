@@ -29,6 +29,8 @@ class HybridConfig(PreTrainedConfig):
     num_recursion_steps      n, updates of the latent state z in a cycle
     num_cycles               updates of the answer y
     grad_cycles              the last cycles that pass gradients; None = all
+    deep_supervision         in training, the loss is the mean of those with the answer of the last injection
+                             point after each of these cycles, not after the last alone
     injection_strength       the factor of what is added to the hidden state
     blending_strategy        "linear" (gate 1) or "gated" (a sigmoid of a learned score per token)
     recursion_sampling       "fixed", or "uniform": each training forward draws n from 1..num_recursion_steps
@@ -66,6 +68,7 @@ class HybridConfig(PreTrainedConfig):
         num_recursion_steps: int = 4,
         num_cycles: int = 1,
         grad_cycles: int | None = 1,
+        deep_supervision: bool = False,
         injection_strength: float = 1.0,
         blending_strategy: str = "linear",
         recursion_sampling: str = "fixed",
@@ -92,6 +95,7 @@ class HybridConfig(PreTrainedConfig):
         self.num_recursion_steps = num_recursion_steps
         self.num_cycles = num_cycles
         self.grad_cycles = grad_cycles
+        self.deep_supervision = deep_supervision
         self.injection_strength = injection_strength
         self.blending_strategy = blending_strategy
         self.recursion_sampling = recursion_sampling
@@ -165,6 +169,15 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"HybridConfig: expected grad_cycles in 1..{self.num_cycles} (num_cycles) or None, "
                 f"got {self.grad_cycles}."
+            )
+        if not isinstance(self.deep_supervision, bool):
+            raise ValueError(
+                f"HybridConfig: expected deep_supervision to be True or False, got {self.deep_supervision!r}."
+            )
+        if self.deep_supervision and self.num_cycles > 1 and self.grad_cycles == 1:
+            raise ValueError(
+                f"HybridConfig: deep_supervision expected grad_cycles in 2..{self.num_cycles} (num_cycles) "
+                "or None, as only cycles that pass gradients learn from a loss, got 1."
             )
         if not _is_int(self.recursion_seed):
             raise ValueError(

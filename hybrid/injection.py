@@ -42,6 +42,7 @@ class InjectionCall:
     )
     halting: Halting | None = None
     is_token: Tensor | None = None  # [B, T] bool, with halting; None: all are
+    answers: int = 1  # of the last injection point, stacked along the batch; more than one: deep supervision
     done: int = 0  # injections so far
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with halting, what each point reported
 
@@ -91,6 +92,7 @@ class Injection(GradientCheckpointingLayer):
         if config.blending_strategy == "gated":
             self.gate_weight = nn.Parameter(torch.empty(1, d, **factory))
             self.gate_bias = nn.Parameter(torch.empty(1, **factory))
+        self.is_last = index == len(config.injection_layers) - 1
         self.is_gated = config.blending_strategy == "gated"
         self.reset_parameters()
 
@@ -111,12 +113,14 @@ class Injection(GradientCheckpointingLayer):
         halting: Halting | None = None,
         is_token: Tensor | None = None,
         steps: list[tuple[Tensor, Tensor]] | None = None,
+        each_cycle: bool = False,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
         halting, is_token   see trm_kernels/ops/adaptive_recursion.py
         steps               with halting, is added to: the call's (steps, evaluations)
+        each_cycle   h' [C B, T, D] with the answers of the C cycles that pass gradients, the last at the end
 
         The cache comes as a keyword because gradient checkpointing takes it away by that name.
         """
@@ -137,20 +141,26 @@ class Injection(GradientCheckpointingLayer):
         # a traced graph keeps the backend in force while it is traced
         with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):
             x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
-            y, _ = self.recursion(
-                x,
-                angles=angles,
-                mask=mask,
-                key_mask=key_mask,
-                update_cache=update_cache,
-                num_recursion_steps=num_recursion_steps,
-                halting=halting,
-                is_token=is_token,
-                steps_before=None if update_cache is None else update_cache.steps_before(h.device),
-                report_steps=report,
-            )
-            gate = (self.gate_weight.to(y.dtype), self.gate_bias.to(y.dtype)) if self.is_gated else ()
-            return injection_blend(h, y, self.out_proj().to(y.dtype), self.strength, *gate)
+            given: dict[str, Any] = {"angles": angles, "mask": mask, "key_mask": key_mask}
+            given["num_recursion_steps"] = num_recursion_steps
+            if each_cycle:
+                ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
+            else:
+                y, _ = self.recursion(
+                    x,
+                    update_cache=update_cache,
+                    halting=halting,
+                    is_token=is_token,
+                    steps_before=None if update_cache is None else update_cache.steps_before(h.device),
+                    report_steps=report,
+                    **given,
+                )
+                ys = [y]
+            dtype = ys[0].dtype
+            gate = (self.gate_weight.to(dtype), self.gate_bias.to(dtype)) if self.is_gated else ()
+            w = self.out_proj().to(dtype)
+            blended = [injection_blend(h, y, w, self.strength, *gate) for y in ys]
+            return torch.cat(blended) if each_cycle else blended[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -192,6 +202,9 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         else:
             layer.trm = injection
             layer.register_forward_hook(_after_layer)
+    if config.deep_supervision:
+        for layer in layers[config.injection_layers[-1] :]:
+            layer.register_forward_pre_hook(_for_each_answer, with_kwargs=True)
 
 
 def keep_call_in_checkpoints(model: nn.Module) -> None:
@@ -234,6 +247,35 @@ def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, kwargs | {"hidden_states": _inject(layer.trm_before, kwargs["hidden_states"])}
 
 
+def _for_each_answer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Above the last injection point there are several rows for one: repeat masks and positions for them."""
+    call = current_call.get()
+    if call is None or call.answers == 1:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(repeated(part) for part in value)
+        if isinstance(value, dict):
+            return {name: repeated(part) for name, part in value.items()}
+        if value is hidden or value is None or isinstance(value, bool | int | float | str):
+            return value
+        rows = len(hidden) // call.answers
+        if not isinstance(value, Tensor) or (value.ndim > 1 and len(value) not in (1, rows)):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"HybridModel: deep_supervision expected what {type(layer).__name__} is given to be numbers "
+                f"or tensors of {rows} rows, got {got}: with this language model and attention the last "
+                "injection point has to be after the last layer."
+            )
+        return value if value.ndim < 2 or len(value) < rows else torch.cat([value] * call.answers)
+
+    return repeated(args), repeated(kwargs)
+
+
 def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     call = current_call.get()
     if call is None:
@@ -248,6 +290,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.halting,
         None if call.is_token is None else call.is_token.to(h.device),
         call.steps,
+        call.answers > 1 and bool(injection.is_last),
         past_key_values=call.cache,
     )
 

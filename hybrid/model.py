@@ -161,9 +161,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         halting               when a token stops before n, see halting.py; None takes `self.halting`, which is
                               None at first; False: never
 
-        Errors: ValueError for a cache filled with another n or under another rule, halting in training, or
-        both or neither of input_ids and inputs_embeds; RuntimeError when an injection did not happen, or for
-        halting with gradient or under torch.compile.
+        With deep_supervision a training forward with labels runs what is above the last injection point on
+        one row for each of its answers: the loss is their mean, all else is of the last answer.
+
+        Errors: ValueError for a cache filled with another n or under another rule, or used where there is
+        deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
+        when an injection did not happen, or for halting with gradient or under torch.compile.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -188,7 +191,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.llm_model.config)
 
-        call, base_mask = None, attention_mask
+        call, base_mask, answers = None, attention_mask, self._answers(labels)
+        if answers > 1 and labels is not None:
+            if past_key_values is not None:
+                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
+            labels = torch.cat([labels] * answers)
+            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
+                kwargs["num_items_in_batch"] = of_batch * answers
         if self.injection_enabled:
             n = self._recursion_steps(num_recursion_steps, past_key_values)
             if past_key_values is not None:
@@ -197,6 +206,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             angles = self._angles(inputs, position_ids, past_key_values)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
             call = InjectionCall(angles, what, past_key_values, n, current_backend(), rule)
+            call.answers = answers
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
@@ -221,7 +231,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             )
         if call is not None and (record := recording()) is not None:
             record.forwards.append(self._steps_of(call, inputs))
-        return output
+        return output if answers == 1 else _of_last_rows(output, len(inputs))
+
+    def _answers(self, labels: Tensor | None) -> int:
+        """How many answers of the last injection point the loss of this forward is over."""
+        config = self.config
+        is_supervised = config.deep_supervision and self.injection_enabled
+        if not (is_supervised and self.training and labels is not None):
+            return 1
+        return config.num_cycles if config.grad_cycles is None else config.grad_cycles
 
     def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
         """The rule of this forward."""
@@ -516,6 +534,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
+
+
+def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
+    if output.logits is not None:
+        output.logits = output.logits[-rows:]
+    for name in ("hidden_states", "attentions"):
+        if (of_layers := getattr(output, name, None)) is not None:
+            setattr(output, name, tuple(t[-rows:] for t in of_layers))
+    return output
 
 
 def _unloaded_base(config: HybridConfig) -> PreTrainedModel:

@@ -78,6 +78,8 @@ def _type_of(hint: Any) -> dict[str, Any]:
     """What argparse has to know about a field of this type."""
     if hint == list[int] | None:
         return {"type": int, "nargs": "+", "metavar": "N"}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
     if hint == str | None:
         return {"type": _name_or_none, "metavar": "NAME"}
     if isinstance(hint, types.UnionType):

@@ -39,7 +39,9 @@ def texts(tmp_path_factory):
 def options(fields):
     """As a user types them: --trm-hidden-size 16, --injection-layers 1 2."""
     for name, value in fields.items():
-        yield f"--{name.replace('_', '-')}"
+        yield f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            continue
         yield from map(str, value if isinstance(value, list) else [value])
 
 
@@ -198,6 +200,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "num_recursion_steps": 5,
         "num_cycles": 3,
         "grad_cycles": 2,
+        "deep_supervision": True,
         "injection_strength": 0.5,
         "blending_strategy": "gated",
         "recursion_sampling": "uniform",

@@ -5,7 +5,7 @@ language model: causal, with positions, a mask and a cache. The loop itself is `
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -242,57 +242,39 @@ class TRM(nn.Module):
 
         Errors: RuntimeError with halting for a call with gradient, torch.compile, or a regime of one launch.
         """
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
-        if self.seq_len is not None and x.shape[1] != self.seq_len:
-            raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
-        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
-        regime = "per_op" if wants_gradient(x, y, z, *self.parameters()) else self.regime
-        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
-        y = self.y_init.to(x.dtype).expand_as(x) if y is None else y
-        z = self.z_init.to(x.dtype).expand_as(x) if z is None else z
-        if halting is not None:
-            if self.regime not in ("auto", "per_op"):
-                raise RuntimeError(
-                    f"TRM: halting expected regime auto or per_op, got {self.regime!r}: one launch cannot "
-                    "ask after every step who goes on."
-                )
-            adapted = adaptive_recursion(
+        if halting is None:
+            return self._cycles(
+                self.num_cycles,
+                self.grad_cycles,
                 x,
                 y,
                 z,
-                layers if scales is None else dequantize_layers(layers, scales, x.dtype),
-                halting=halting,
-                num_heads=self.num_heads,
-                num_key_value_heads=self.num_key_value_heads,
-                num_recursion_steps=n,
-                num_cycles=self.num_cycles,
+                num_recursion_steps,
                 positions=positions,
                 mask=mask,
-                causal=self.causal,
-                rope_theta=self.rope_theta,
-                eps=self.eps,
-                update_cache=update_cache,
                 key_mask=key_mask,
                 query_offset=query_offset,
-                attention=self.attention,
+                update_cache=update_cache,
                 angles=angles,
-                is_token=is_token,
-                steps_before=steps_before,
             )
-            if report_steps is not None:
-                report_steps(adapted.steps, adapted.evaluations)
-            return adapted.y, adapted.z
-        return trm_recursion(
+        if self.regime not in ("auto", "per_op"):
+            raise RuntimeError(
+                f"TRM: halting expected regime auto or per_op, got {self.regime!r}: one launch cannot "
+                "ask after every step who goes on."
+            )
+        y, z = self._start(x, y, z)
+        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
+        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        adapted = adaptive_recursion(
             x,
             y,
             z,
-            layers,
+            layers if scales is None else dequantize_layers(layers, scales, x.dtype),
+            halting=halting,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
             num_recursion_steps=n,
             num_cycles=self.num_cycles,
-            grad_cycles=self.grad_cycles,
             positions=positions,
             mask=mask,
             causal=self.causal,
@@ -302,10 +284,98 @@ class TRM(nn.Module):
             key_mask=key_mask,
             query_offset=query_offset,
             attention=self.attention,
-            save=self.save,
             angles=angles,
+            is_token=is_token,
+            steps_before=steps_before,
+        )
+        if report_steps is not None:
+            report_steps(adapted.steps, adapted.evaluations)
+        return adapted.y, adapted.z
+
+    def each_cycle(
+        self, x: Tensor, y: Tensor | None = None, z: Tensor | None = None, **arguments: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(y, z) after each of the cycles that pass gradients, which flow on from one to the next.
+
+        The last are what a call returns, but for rounding; a loss may be taken after each of them.
+
+        arguments   of a call, but for update_cache
+        """
+        passing = self.num_cycles if self.grad_cycles is None else self.grad_cycles
+        y, z = self._cycles(self.num_cycles - passing + 1, 1, x, y, z, **arguments)
+        yield y, z
+        for _ in range(passing - 1):
+            y, z = self._cycles(1, 1, x, y, z, **arguments)
+            yield y, z
+
+    def supervision_steps(
+        self,
+        x: Tensor | Callable[[], Tensor],
+        steps: int,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        **arguments: Any,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(y, z) after each of `steps` calls; every call goes on from the y and z before, without gradient.
+
+        Deep supervision as in the paper's figure 3: a loss, a backward and an optimizer step after each.
+
+            for y, z in trm.supervision_steps(lambda: embed(puzzle), 16):
+                loss(y).backward(); optimizer.step(); optimizer.zero_grad()
+
+        x           [B, T, D]; a function makes it anew for each call, as it has to be where its own
+                    parameters learn and the losses are not summed for one backward
+        arguments   of a call, but for update_cache
+        """
+        for _ in range(steps):
+            y, z = self(x if isinstance(x, Tensor) else x(), y, z, **arguments)
+            yield y, z
+            y, z = y.detach(), z.detach()
+
+    def _cycles(
+        self,
+        num_cycles: int,
+        grad_cycles: int | None,
+        x: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        num_recursion_steps: int | None = None,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """So many cycles with the module's weights; `arguments` as trm_recursion takes them."""
+        y, z = self._start(x, y, z)
+        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        regime = "per_op" if wants_gradient(x, y, z, *self.parameters()) else self.regime
+        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
+        return trm_recursion(
+            x,
+            y,
+            z,
+            layers,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            num_recursion_steps=n,
+            num_cycles=num_cycles,
+            grad_cycles=grad_cycles,
+            causal=self.causal,
+            rope_theta=self.rope_theta,
+            eps=self.eps,
+            attention=self.attention,
+            save=self.save,
             regime=regime,
             scales=scales,
+            **arguments,
+        )
+
+    def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The state to go on from. Errors: ValueError for an x of other sizes."""
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
+        if self.seq_len is not None and x.shape[1] != self.seq_len:
+            raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+        return (
+            self.y_init.to(x.dtype).expand_as(x) if y is None else y,
+            self.z_init.to(x.dtype).expand_as(x) if z is None else z,
         )
 
     def _weights(
