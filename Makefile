@@ -21,7 +21,7 @@ INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
 
-# where recursion pays, and where not: docs/evidence.md; ARGS=--quick for one seed
+# where recursion pays, and where not: docs/evidence.md; ARGS=--quick for one seed and fewer steps
 evidence: $(READY)
 	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
 

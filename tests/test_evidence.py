@@ -43,6 +43,8 @@ def test_every_arm_runs_and_is_not_run_again(two_steps, tmp_path, capsys, monkey
         assert re.search(rf"\| +{re.escape(arm)} \| +{result['accuracy']:.3f} \|", tables_md)
     assert (tmp_path / command.PICTURE).read_bytes().startswith(b"\x89PNG")
 
+    quick = command.missing(results, ["shell_game"], [0], quick=True)
+    assert quick == [Run("shell_game", arm, 0) for arm in shell_game.ARMS]  # with fewer steps: other settings
     before = results.path.read_bytes()
     command.main(arguments)
     assert "0 runs to make" in capsys.readouterr().out and results.path.read_bytes() == before

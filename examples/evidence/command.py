@@ -19,6 +19,7 @@ from evidence.results import Results, Run
 from evidence.tasks import TASKS
 from hybrid.run_state import replace_file
 
+FOLDER = Path("build/evidence")
 SEEDS = (0, 1, 2)
 RESULTS, REPORT, PICTURE = "results.json", "tables.md", "evidence.png"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence.md"
@@ -79,21 +80,22 @@ def versions() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="make evidence", description="Where recursion pays, and where not.")
-    parser.add_argument("--quick", action="store_true", help="one seed; a few minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed, fewer steps: a few minutes")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, quick 0")
     parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each; default 2")
     parser.add_argument("--publish", action="store_true", help="then write the results into docs/evidence.md")
-    parser.add_argument("--out", type=Path, default=Path("build/evidence"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default {FOLDER}, quick {FOLDER}/quick")
     chosen = parser.parse_args(argv)
     if chosen.publish and (chosen.quick or chosen.seeds or chosen.tasks != list(TASKS)):
         parser.error("--publish: expected all tasks with all seeds, got a part.")
+    folder = chosen.out or (FOLDER / "quick" if chosen.quick else FOLDER)
     seeds = chosen.seeds or (SEEDS[:1] if chosen.quick else SEEDS)
 
     began = time.perf_counter()
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        results = Results(chosen.out / RESULTS)
+        results = Results(folder / RESULTS)
     except ValueError as error:
         parser.error(str(error))
     results.versions = versions()
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             f"  {result['cpu_seconds']:.0f} s of CPU time",
             flush=True,
         )
-    report(results, chosen.out)
+    report(results, folder)
     if chosen.publish:
         publish(results)
     print(f"{results.path} is written. {time.perf_counter() - began:.0f} s")

@@ -58,7 +58,7 @@ class Settings:
     answers        "every" swap is asked for, or only the "last" of a game of 1..swaps, drawn
     curriculum     these lengths are drawn from 1..1 first, up to 1..swaps after 7/10 of the steps
     prose_rows     rows of the base's prose in each step, for it not to be forgotten
-    other_n        whether it is also measured with other n, and with tokens that stop by themselves
+    other_n        whether it is also measured with other n; if n is drawn, with tokens that stop as well
     steps, batch_size, learning_rate   of the training; games in a step
     base_steps     of the language model's own training
     games, rows    held-out games, and rows of prose, to measure on
@@ -105,8 +105,8 @@ ARMS = tuple(_ARMS)
 
 
 def settings(arm: str, quick: bool) -> dict[str, Any]:
-    """All of an arm's settings. A quick run is the same: what makes it quick is that there is one seed."""
-    return asdict(_ARMS[arm])
+    """All of an arm's settings; a quick run has half the steps."""
+    return asdict(_settings(arm, quick))
 
 
 def run(seed: int, arm: str, quick: bool) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def run(seed: int, arm: str, quick: bool) -> dict[str, Any]:
     by_n                 by n at inference, the accuracy after 1, 2, ... 24 swaps
     adaptive             by a rule of halting, accuracy, steps and evaluations after 1, 2, ... 24 swaps
     """
-    chosen = _ARMS[arm]
+    chosen = _settings(arm, quick)
     model = _model(chosen, seed)
     cpu_seconds = flops = 0.0
     if chosen.trains != "nothing":
@@ -139,11 +139,17 @@ def run(seed: int, arm: str, quick: bool) -> dict[str, Any]:
     }
     if chosen.other_n:
         result["by_n"] = {str(n): accuracy_by_swaps(model, held_out, n) for n in _N}
+    if chosen.other_n and chosen.sampling == "uniform":
         result["adaptive"] = {
             f"{halting.watch}, {halting.threshold}": asdict(adaptive_by_swaps(model, held_out, halting))
             for halting in _HALTING
         }
     return result
+
+
+def _settings(arm: str, quick: bool) -> Settings:
+    chosen = _ARMS[arm]
+    return replace(chosen, steps=chosen.steps // 2) if quick else chosen
 
 
 # Models

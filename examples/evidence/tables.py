@@ -36,9 +36,14 @@ def _told(results: list[Result], of: Callable[[Result], float], digits: int = 3)
     return mean_and_deviation([of(result) for result in results], digits)
 
 
+def _arms(results: Results, task: str) -> list[str]:
+    """Those that were run, in the task's order."""
+    return [arm for arm in TASKS[task].ARMS if arm in results.runs.get(task, {})]
+
+
 def arms(results: Results, task: str) -> str:
     """Every arm of a task: accuracy with every seed, and by difficulty in the mean."""
-    names = list(results.runs.get(task, {}))
+    names = _arms(results, task)
     difficulties = _spread(list(results.of(task, names[0])[0]["by_difficulty"])) if names else []
     rows = []
     for arm in names:
@@ -58,7 +63,7 @@ def _spread(difficulties: list[str]) -> list[str]:
 def budgets(results: Results, task: str) -> str:
     """What every arm of a task was given."""
     rows = []
-    for arm in results.runs.get(task, {}):
+    for arm in _arms(results, task):
         found, settings = results.of(task, arm), results.settings_of(task, arm)
         flops = found[0].get("flops_of_a_step")
         rows.append(
@@ -114,7 +119,7 @@ def _adaptive_cells(seeds: list[Result]) -> list[str]:
 def prose(results: Results) -> str:
     """What learning the game cost: the held-out loss of what the base knew."""
     rows = []
-    for arm in results.runs.get(GAME, {}):
+    for arm in _arms(results, GAME):
         found = results.of(GAME, arm)
         rows.append([arm, _told(found, lambda r: r["prose"], 2), _told(found, lambda r: r["accuracy"])])
     return table(["arm", "prose, nats per character", "accuracy of the game"], *rows)

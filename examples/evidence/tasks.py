@@ -17,7 +17,7 @@ class Task(Protocol):
         """All that decides what a run computes but the seed, as JSON has it: a run of other settings is made
         anew. Among it "steps", those of the optimiser.
 
-        quick   a run of a tenth or so, for which no claim is made
+        quick   a shorter run of the same, for which no claim is made
         """
 
     def run(self, seed: int, arm: str, quick: bool) -> dict[str, Any]:
