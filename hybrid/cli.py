@@ -16,9 +16,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from hybrid.config import HybridConfig
+from hybrid.halting import Halting, StepRecord, TokenHalting, record_steps
 from hybrid.options import add_config_options, config_of, given_fields
 from hybrid.quantized_base import QUANTIZE_BASE
 from trm_kernels.backend import NAMES, backend, describe
+from trm_kernels.ops.adaptive_recursion import WATCHED
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _HELD_OUT_BLOCKS = 64
@@ -170,7 +172,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         seed_everything(arguments.seed)
         options |= {"do_sample": True, "temperature": arguments.temperature}
         options |= {"top_k": arguments.top_k, "top_p": arguments.top_p}
-    print(tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True))
+    if isinstance(getattr(model, "halting", None), TokenHalting):
+        options["use_cache"] = False
+    with record_steps() as record:
+        print(tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True))
+    if getattr(model, "halting", None) is not None:
+        print(_steps_taken(record, model.config), file=sys.stderr)
     return 0
 
 
@@ -183,12 +190,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     model, tokenizer = _load(arguments)
     for source in arguments.data or ():
         blocks = _read_blocks([source], tokenizer, model.config, arguments)
-        loss = text_loss(model, blocks, arguments.batch_size)
+        with record_steps() as record:
+            loss = text_loss(model, blocks, arguments.batch_size)
         what = f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
         if isinstance(blocks, Examples):
             print(f"{what}{loss.accuracy:.2%} right of {loss.tokens:,} labels in {len(blocks):,} rows")
         else:
             print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}")
+        if getattr(model, "halting", None) is not None:
+            print(f"{source}: {_steps_taken(record, model.config)}")
     if arguments.tasks:
         for task, measures in task_results(model, tokenizer, arguments.tasks, arguments.batch_size).items():
             for measure, value in measures.items():
@@ -287,11 +297,12 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer) for inference: on the accelerator if there is one, with the n that was asked for."""
+    """(model, tokenizer) for inference: on the accelerator if there is one, recursing as was asked for."""
     from hybrid.loading import load_model, load_tokenizer
     from hybrid.model import HybridModel
     from hybrid.processes import this_process
 
+    halting = _halting(arguments)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     model = load_model(arguments.model, arguments.dtype or "auto", arguments.trust_remote_code)
     n = arguments.num_recursion_steps
@@ -301,7 +312,31 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if n < 1:
             raise ValueError(f"expected --num-recursion-steps of at least 1, got {n}.")
         model.config.num_recursion_steps = n
+    if halting is not None:
+        if not isinstance(model, HybridModel):
+            raise ValueError(f"expected a hybrid for --recursion-*, got {type(model).__name__}.")
+        model.halting = halting
     return model.to(this_process().device).eval(), tokenizer
+
+
+def _halting(arguments: argparse.Namespace) -> Halting | TokenHalting | None:
+    """The rule that --recursion-* make; None for none of them."""
+    threshold, patience = arguments.recursion_threshold, arguments.recursion_patience
+    if threshold is not None:
+        return Halting(
+            threshold, 1 if patience is None else patience, watch=arguments.recursion_watch or "answer"
+        )
+    if arguments.recursion_watch is not None:
+        raise ValueError("expected --recursion-threshold with --recursion-watch, got none.")
+    return None if patience is None else TokenHalting(patience)
+
+
+def _steps_taken(record: StepRecord, config: HybridConfig) -> str:
+    n, fixed = config.num_recursion_steps, config.num_cycles * (config.num_recursion_steps + 1)
+    return (
+        f"{record.mean_steps:.2f} recursion steps a token of at most {n}, "
+        f"{record.mean_evaluations:.2f} evaluations of the block a token and injection point; fixed: {fixed}"
+    )
 
 
 def _block(start: PreTrainedConfig, arguments: argparse.Namespace) -> tuple[HybridConfig, PreTrainedConfig]:
@@ -565,6 +600,23 @@ def _add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a saved hybrid or a run's folder; any causal language model"
     )
     parser.add_argument("--num-recursion-steps", type=int, help="default: as trained")
+    parser.add_argument(
+        "--recursion-threshold",
+        type=float,
+        metavar="X",
+        help="a token stops earlier, when its answer changes by no more than this share; try 0.2",
+    )
+    parser.add_argument(
+        "--recursion-patience",
+        type=int,
+        metavar="K",
+        help="so many steps in a row without a change; alone: in which the likeliest next token stays",
+    )
+    parser.add_argument(
+        "--recursion-watch",
+        choices=WATCHED,
+        help="whose change: the answer's (default), or the latent state's, for half the work",
+    )
     _add_backend_option(parser)
     _add_model_options(parser)
 

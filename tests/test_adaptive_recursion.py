@@ -229,7 +229,7 @@ def test_on_the_kernels_as_on_the_reference(rule):
 
 def test_what_cannot_run_says_why():
     rule, x = Halting(0.1), inputs()
-    with pytest.raises(RuntimeError, match="halting expected regime auto or per_op, got 'one_launch'"):
+    with pytest.raises(ValueError, match="halting expected regime auto or per_op, got 'one_launch'"):
         make(regime="one_launch")(x, halting=rule)
     with pytest.raises(ValueError, match="expected layers with attention, got none or mlp_t"):
         make(False, mlp_t=True, seq_len=6, rope_theta=None)(x, halting=rule)

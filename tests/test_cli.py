@@ -13,9 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
 import hybrid.injection
-from hybrid import HybridModel, PresetConfigs
+from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
 from hybrid.cli import main
 from hybrid.config import trm_fields
+from hybrid.data import TokenBlocks
+from hybrid.evaluate import text_loss
 from hybrid.injection import Injection
 from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_hybrid
 from trm_kernels.backend import current_backend
@@ -312,6 +314,43 @@ def test_generate_continues_a_prompt(trained, base, capsys):
     assert capsys.readouterr().out == tokenizer.decode(wanted, skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--recursion-threshold", "0.3"], Halting(0.3)),
+        (
+            ["--recursion-threshold", "0.3", "--recursion-patience", "2", "--recursion-watch", "latent"],
+            Halting(0.3, patience=2, watch="latent"),
+        ),
+        (["--recursion-patience", "1"], TokenHalting(1)),
+    ],
+)
+def test_generate_and_eval_stop_early(trained, base, texts, capsys, options, rule):
+    assert (
+        main(["generate", "--model", str(trained), "--prompt", "12", "--max-new-tokens", "4", *options]) == 0
+    )
+    told = capsys.readouterr()
+    model = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000006")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    inputs = tokenizer("12", return_tensors="pt")
+    with record_steps() as record:
+        wanted = model.generate(**inputs, max_new_tokens=4, do_sample=False, halting=rule, use_cache=False)[0]
+    assert told.out == tokenizer.decode(wanted, skip_special_tokens=True) + "\n"
+    n = model.config.num_recursion_steps
+    assert re.search(rf"\d\.\d\d recursion steps a token of at most {n}, \d+\.\d\d evaluations", told.err)
+
+    file = str(texts / "known.txt")
+    command = ["eval", "--model", str(trained), "--sequence-length", "16", "--data", file, *options]
+    assert main(command) == 0
+    blocks = TokenBlocks.read([file], tokenizer, 16, separate=True)
+    model.halting = rule
+    with record_steps() as record:
+        loss = text_loss(model, blocks, 8)
+    out = capsys.readouterr().out
+    assert f"{file}: loss {loss.per_token:.4f} nats" in out
+    assert f"{file}: {record.mean_steps:.2f} recursion steps a token of at most {n}" in out
+
+
 def test_sampling_repeats_by_its_seed(base, capsys):
     outs = []
     for seed in ("0", "0", "1"):
@@ -585,6 +624,13 @@ def test_triton_where_it_cannot_run(trained, base, texts, tmp_path, monkeypatch,
             "of at least 1, got 0",
         ),
         (["generate", "--model", "BASE", "--prompt", "a", "--num-recursion-steps", "2"], "expected a hybrid"),
+        (["eval", "--model", "BASE", "--data", "x", "--recursion-threshold", "0.1"], "expected a hybrid"),
+        (["eval", "--model", "MODEL", "--data", "x", "--recursion-threshold", "-1"], "of at least 0, got -1"),
+        (["eval", "--model", "MODEL", "--data", "x", "--recursion-patience", "0"], "of at least 1, got 0"),
+        (
+            ["eval", "--model", "MODEL", "--data", "x", "--recursion-watch", "latent"],
+            "expected --recursion-threshold with --recursion-watch",
+        ),
         (["info"], "expected --base, a saved hybrid as --model, or the --preset of a level"),
         (["info", "--preset", "tiny", "--config", "x.json"], "not allowed with argument"),
         (["info", "--base", "BASE", "--config", "gone.json"], "gone.json"),

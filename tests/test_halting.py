@@ -183,7 +183,7 @@ def test_what_cannot_be_combined_says_why(hybrid):
             hybrid.generate(ids, halting=TokenHalting(), **GREEDY)
         with pytest.raises(ValueError, match="gives logits and a loss, got output_hidden_states"):
             hybrid(ids, halting=TokenHalting(), output_hidden_states=True)
-        with pytest.raises(RuntimeError, match="expected regime auto or per_op, got 'per_phase'"):
+        with pytest.raises(ValueError, match="expected regime auto or per_op, got 'per_phase'"):
             tiny_hybrid(trm_regime="per_phase")(ids, halting=RULES[0])
 
 

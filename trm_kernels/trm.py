@@ -240,7 +240,8 @@ class TRM(nn.Module):
                               is_token and steps_before; None: never
         report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
 
-        Errors: RuntimeError with halting for a call with gradient, torch.compile, or a regime of one launch.
+        Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
+        under torch.compile.
         """
         if halting is None:
             return self._cycles(
@@ -258,7 +259,7 @@ class TRM(nn.Module):
                 angles=angles,
             )
         if self.regime not in ("auto", "per_op"):
-            raise RuntimeError(
+            raise ValueError(
                 f"TRM: halting expected regime auto or per_op, got {self.regime!r}: one launch cannot "
                 "ask after every step who goes on."
             )
