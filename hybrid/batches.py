@@ -4,11 +4,12 @@ All items have one order, a function of the data and the seed; step s takes thos
 So a run goes on exactly with another number of processes, as long as a step has as many items as before.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ from torch.utils.data import Dataset
 from hybrid.collate import IGNORED, collate
 from hybrid.data import StreamPlace, TokenStream
 
-Batch = dict[str, Tensor]
+_FINGERPRINT_ITEMS = 64
+
+
+class Batch(NamedTuple):
+    """B items in one forward.
+
+    inputs   what a model is given, by its arguments' names
+    rows     which row of a stream's text, or item of a data set, each of them is
+    """
+
+    inputs: dict[str, Tensor]
+    rows: list[int]
 
 
 @dataclass(frozen=True)
@@ -110,26 +122,26 @@ def batches(
     else:
         items = _shuffled(data, seed, steps.start * share.items_per_step, place)
     for step in steps:
-        length, mine = None if curriculum is None else curriculum.at(step), []
+        length = None if curriculum is None else curriculum.at(step)
+        mine, rows = [], []
         of_step = items if length is None else _cut(items, length)
         for number in range(share.items_per_step):
-            make, place = next(of_step)
+            make, row, place = next(of_step)
             if share.has(number):
                 mine.append(make())
+                rows.append(row)
         assert place is not None, "a step has items"
-        yield (
-            [collate(mine[i : i + share.batch_size]) for i in range(0, len(mine), share.batch_size)],
-            place,
-        )
+        parts = [slice(i, i + share.batch_size) for i in range(0, len(mine), share.batch_size)]
+        yield [Batch(collate(mine[part]), rows[part]) for part in parts], place
 
 
-# (makes the item, where the data is after it)
-Item = tuple[Callable[[], Batch], dict[str, Any]]
+# (makes the item, which row of the text or item of the data it is, where the data is after it)
+Item = tuple[Callable[[], dict[str, Tensor]], int, dict[str, Any]]
 
 
 def _streamed(data: TokenStream, place: dict[str, Any] | None) -> Iterator[Item]:
     for row, after in data.rows(None if place is None else StreamPlace(**place)):
-        yield partial(row.item, data.separate), asdict(after)
+        yield partial(row.item, data.separate), row.number, asdict(after)
 
 
 def _shuffled(data: Dataset, seed: int, start: int, place: dict[str, Any] | None) -> Iterator[Item]:
@@ -142,17 +154,18 @@ def _shuffled(data: Dataset, seed: int, start: int, place: dict[str, Any] | None
         number = random.Random(f"{seed}:{this_pass}").getrandbits(63)
         order = torch.randperm(items, generator=torch.Generator().manual_seed(number))
         for taken, index in enumerate(order[first:], start=first + 1):
-            yield partial(data.__getitem__, int(index)), {"passes": this_pass, "taken": taken}
+            index = int(index)
+            yield partial(data.__getitem__, index), index, {"passes": this_pass, "taken": taken}
         this_pass, first = this_pass + 1, 0
 
 
 def _cut(items: Iterator[Item], length: int) -> Iterator[Item]:
     """The first `length` tokens of each item in which a label is left."""
     last_pass = None  # in which one has to be left
-    for make, place in items:
+    for make, row, place in items:
         item = {name: t[:length] for name, t in make().items()}
         if (item["labels"][1:] != IGNORED).any():
-            yield partial(dict, item), place
+            yield partial(dict, item), row, place
             last_pass = None
         elif last_pass is None:
             last_pass = place["passes"] + 1
@@ -165,3 +178,19 @@ def _cut(items: Iterator[Item], length: int) -> Iterator[Item]:
 
 def count(data: Dataset) -> int:
     return len(cast(Any, data))  # torch's Dataset does not promise a length
+
+
+def describe_items(data: Dataset) -> dict[str, Any]:
+    """What tells data from other data. Errors: ValueError when there is no item."""
+    items = count(data)
+    if not items:
+        raise ValueError("train: expected data with at least one item, got none.")
+    digest = hashlib.sha256()
+    for index in range(0, items, max(1, items // _FINGERPRINT_ITEMS)):
+        for name, tensor in sorted(data[index].items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return {
+        "items": items,
+        "tokens": len(data[0]["input_ids"]),
+        "sha256 of a sample": digest.hexdigest(),
+    }

@@ -98,9 +98,12 @@ def _train(arguments: argparse.Namespace) -> int:
         else None,
         stochastic_rounding=arguments.stochastic_rounding,
         keep_ratio=arguments.keep_ratio,
+        cache_hidden_states=arguments.cache_hidden_states,
     )
     if (arguments.keep is None) != (arguments.keep_ratio is None):
         raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
+    if phase.trains_base and settings.cache_hidden_states is not None:
+        raise ValueError("train: expected phase 1 with --cache-hidden-states, got 2: all learns in it.")
     run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = _block(start, arguments)
@@ -490,6 +493,12 @@ def _parser() -> argparse.ArgumentParser:
         help="keep the frozen base in 8 bits (torchao) or 4 (bitsandbytes)",
     )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    train.add_argument(
+        "--cache-hidden-states",
+        metavar="FOLDER",
+        help="phase 1: keep what comes out of the layers below the first injection point there, and read it "
+        "from the second pass over the data on",
+    )
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)
     _add_data_options(train)

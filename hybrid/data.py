@@ -9,6 +9,8 @@ TokenStream makes the rows while they are trained on, of text of any size; Token
 Rows that bring their own labels (labelled.py) are not put in a row: each stays what it is.
 """
 
+import hashlib
+import json
 import os
 import random
 from collections import deque
@@ -34,10 +36,14 @@ _HELD_OUT_EVERY = 20
 
 
 class Row(NamedTuple):
-    """T tokens, and the position of each in its document, or in as much of it as the row has."""
+    """T tokens, and the position of each in its document, or in as much of it as the row has.
+
+    number   which row of the text this is, in its order
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
+    number: int
 
     def item(self, separate: bool) -> dict[str, Tensor]:
         """What a model is given; `separate`: documents do not look at each other."""
@@ -93,7 +99,7 @@ class TokenBlocks(Dataset):
         if reader.has_labels:
             raise ValueError(f"TokenBlocks: expected text, got rows with labels in {reader.name}.")
         rows = list(_pack(_with_ids(reader, tokenize), sequence_length, keep_rest=True))
-        tokens, positions = ([getattr(row, name) for row, _ in rows] for name in Row._fields)
+        tokens, positions = ([getattr(row, name) for row, _ in rows] for name in ("tokens", "positions"))
         return cls(_joined(tokens), sequence_length, reader.name, _joined(positions) if separate else None)
 
     def __len__(self) -> int:
@@ -102,7 +108,7 @@ class TokenBlocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         tokens = self._blocks[index]
         positions = tokens if self._positions is None else self._positions[index]
-        return Row(tokens.numpy(), positions.numpy()).item(separate=self._positions is not None)
+        return Row(tokens.numpy(), positions.numpy(), index).item(separate=self._positions is not None)
 
     def split(self, held_out: int) -> tuple["TokenBlocks", "TokenBlocks"]:
         """(all blocks but the last `held_out`, the last `held_out`).
@@ -233,7 +239,9 @@ class TokenStream:
         name = f"what is held out of {self.sources.name}"
         if self.sources.has_labels:
             return Examples(rows, name)
-        tokens, positions = (_joined([getattr(row, name) for row in rows]) for name in Row._fields)
+        tokens, positions = (
+            _joined([getattr(row, name) for row in rows]) for name in ("tokens", "positions")
+        )
         return TokenBlocks(tokens, length, name, positions if self.separate else None)
 
     def describe(self) -> dict[str, Any]:
@@ -244,6 +252,23 @@ class TokenStream:
             "held_out": self._held_out,
             "shuffled_rows": self.shuffled_rows,
         }
+
+    def describe_rows(self) -> dict[str, Any]:
+        """What each row of a pass is a function of; their order is not."""
+        return self.sources.describe() | {
+            "tokens": self.sequence_length,
+            "separate": self.separate,
+            "tokenizer": self._tokenize.fingerprint(),
+        }
+
+    def count_rows(self) -> int:
+        """The rows of the text, held out ones too. Reads and tokenizes all of it."""
+        loader = _Loader(self.sources, self._tokenize, self.workers, None)
+        return sum(len(ids.tokens) for ids in loader.one_pass()) // self.sequence_length
+
+    def count_trained(self, rows: int) -> int:
+        """Of so many rows of the text, those that are trained on."""
+        return rows - min(self._held_out, -(-rows // _HELD_OUT_EVERY))
 
     def rows(self, at: StreamPlace | None = None) -> Iterator[tuple[Row | Example, StreamPlace]]:
         """(a row, where the stream is after it), without end.
@@ -266,11 +291,11 @@ class TokenStream:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _rows_of(
-        self, pieces: Iterator["_Ids"], used: int = 0
+        self, pieces: Iterator["_Ids"], used: int = 0, first: int = 0
     ) -> Iterator[tuple[Any, tuple[list[Any], int]]]:
         if self.sources.has_labels:
-            return _examples(pieces, used)
-        return _pack(pieces, self.sequence_length, used)
+            return _examples(pieces, used, first)
+        return _pack(pieces, self.sequence_length, used, first=first)
 
     def _is_held_out(self, number: int) -> bool:
         return number % _HELD_OUT_EVERY == 0 and number // _HELD_OUT_EVERY < self._held_out
@@ -278,11 +303,11 @@ class TokenStream:
     def _shuffles(self, loader: "_Loader", at: StreamPlace) -> Iterator[_Shuffle]:
         while True:
             has_rows, shuffle, number = at.row > 0, _Shuffle(at), at.row
-            for row, (place, used) in self._rows_of(loader.one_pass(), at.used):
-                if not self._is_held_out(number):
+            for row, (place, used) in self._rows_of(loader.one_pass(), at.used, first=number):
+                if not self._is_held_out(row.number):
                     shuffle.rows.append(row)
                     has_rows = True
-                number += 1
+                number = row.number + 1
                 if len(shuffle.rows) == self.shuffled_rows:
                     yield self._in_order(shuffle)
                     shuffle = _Shuffle(StreamPlace(at.passes, number, place, used))
@@ -328,6 +353,15 @@ class Tokenize(Dataset):
             return [self._checked(np.array(ids, dtype=np.int32)) for ids in found]
         except ValueError as error:
             return str(error)
+
+    def fingerprint(self) -> str:
+        """A checksum of what makes the tokens: vocabulary, rules, chat template."""
+        rules = getattr(self._tokenizer, "backend_tokenizer", None)
+        what = self._tokenizer.get_vocab() if rules is None else json.loads(rules.to_str())
+        for name in ("truncation", "padding"):  # of the last call to it
+            what.pop(name, None)
+        parts = [type(self._tokenizer).__name__, what, self.end, self._tokenizer.chat_template]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _chat(self, turns: list[Any]) -> str:
         if not self._tokenizer.chat_template:
@@ -439,15 +473,16 @@ def _closed(pieces: list[Piece], answer: list[np.ndarray | str] | str, end: int 
 
 
 def _pack(
-    pieces: Iterator[_Ids], length: int, used: int = 0, keep_rest: bool = False
+    pieces: Iterator[_Ids], length: int, used: int = 0, keep_rest: bool = False, first: int = 0
 ) -> Iterator[tuple[Row, tuple[list[Any], int]]]:
     """(a row, (the piece that the next one begins in, the tokens of it that are used up)).
 
     used        tokens of the first piece to pass over
     keep_rest   the last tokens, which fill no row, come as a shorter one
+    first       number of the first row
     """
     tokens, positions = np.empty(length, np.int32), np.empty(length, np.int32)
-    filled = position = 0
+    filled, position, number = 0, 0, first
     place: list[Any] = []
     for ids, ends, place in pieces:
         while used < len(ids):
@@ -456,20 +491,24 @@ def _pack(
             positions[filled : filled + count] = np.arange(position, position + count)
             filled, used, position = filled + count, used + count, position + count
             if filled == length:
-                yield Row(tokens.copy(), positions.copy()), (place, used)
+                yield Row(tokens.copy(), positions.copy(), number), (place, used)
+                number += 1
                 filled = position = 0  # what goes on in the next row sees nothing of this one
         used = 0
         if ends:
             position = 0
     if keep_rest and filled:
-        yield Row(tokens[:filled].copy(), positions[:filled].copy()), (place, used)
+        yield Row(tokens[:filled].copy(), positions[:filled].copy(), number), (place, used)
 
 
-def _examples(pieces: Iterator[_Ids], used: int = 0) -> Iterator[tuple[Example, tuple[list[Any], int]]]:
+def _examples(
+    pieces: Iterator[_Ids], used: int = 0, first: int = 0
+) -> Iterator[tuple[Example, tuple[list[Any], int]]]:
     """What _pack gives, of rows with labels: a row a piece."""
     for both, _, place in pieces:
         if not used:
-            yield Example(*both), (place, both.shape[1])
+            yield Example(both[0], both[1], first), (place, both.shape[1])
+            first += 1
         used = 0
 
 

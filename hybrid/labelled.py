@@ -51,14 +51,15 @@ LabelledRow = LabelledTokens | LabelledText
 
 
 class Example(NamedTuple):
-    """Tokens [T] int32 and the label beside each, -100 for none."""
+    """Tokens [T] int32 and the label beside each, -100 for none; `number`: which row of all this is."""
 
     tokens: np.ndarray
     labels: np.ndarray
+    number: int = 0
 
     def item(self, separate: bool = True) -> dict[str, Tensor]:
         """What a model is given; an example is one sequence, so that nothing in it is separate."""
-        tokens, labels = (torch.from_numpy(t.astype(np.int64)) for t in self)
+        tokens, labels = (torch.from_numpy(t.astype(np.int64)) for t in self[:2])
         return {"input_ids": tokens, "labels": labels}
 
 
@@ -76,7 +77,7 @@ class Examples(Dataset):
 
     def largest_token(self) -> int:
         """The largest id, to be compared with a model's vocabulary."""
-        return max(int(t.max()) for row in self._rows for t in row)
+        return max(int(t.max()) for row in self._rows for t in row[:2])
 
 
 def labelled_row(row: dict[str, Any], field: str) -> LabelledRow | None:

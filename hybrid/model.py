@@ -103,7 +103,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
-        self._needs_input_gradients = True
+        self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         attach(llm_model, config)
         keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
@@ -496,7 +496,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(*args, **kwargs)
         keep_call_in_checkpoints(self)
         options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
-        self._needs_input_gradients = options.get("use_reentrant", True)
+        self.needs_input_gradients = options.get("use_reentrant", True)
 
     def enable_input_require_grads(self) -> None:
         """Nothing, under checkpoints that are not reentrant: those find the TRMs' parameters by themselves.
@@ -504,7 +504,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         transformers calls it whenever checkpointing is switched on. A frozen base would then be recomputed
         and differentiated down to its embeddings, for gradients of which none is used.
         """
-        if self._needs_input_gradients:
+        if self.needs_input_gradients:
             super().enable_input_require_grads()
 
     @torch.no_grad()

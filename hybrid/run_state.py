@@ -202,6 +202,18 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def first_difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """(name, value then, value now) of the first thing in which two trees differ, or None.
+
+    A name inside of others is written with points between; a value that is missing is "none".
+    """
+    before, after = dict(_flat(then)), dict(_flat(now))
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            return name, before.get(name, "none"), after.get(name, "none")
+    return None
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What requires gradients, by name, each tensor once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -215,13 +227,11 @@ def _check_same_run(folder: Path, run: dict[str, Any]) -> None:
         raise ValueError(f"train: expected a run to resume in {folder}, got no {RUN} there.") from None
     except ValueError as error:
         raise ValueError(f"train: expected a whole {folder / RUN}, got a damaged one ({error}).") from error
-    then, now = dict(_flat(before)), dict(_flat(run))
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            raise ValueError(
-                f"train: to resume the run in {folder}, expected {name} {_or_none(then, name)} as it began, "
-                f"got {_or_none(now, name)}."
-            )
+    if difference := first_difference(before, run):
+        name, then, now = difference
+        raise ValueError(
+            f"train: to resume the run in {folder}, expected {name} {then} as it began, got {now}."
+        )
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -349,7 +359,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _or_none(values: dict[str, Any], name: str) -> Any:
-    return values.get(name, "none")

@@ -6,7 +6,6 @@ dropout, and a hybrid's number of recursion steps, which is the same on every ra
 what an uninterrupted one would have seen.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -27,12 +26,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid import curve, run_state, shard
-from hybrid.batches import Batch, LengthCurriculum, Share, batches, count
+from hybrid.batches import Batch, LengthCurriculum, Share, batches, count, describe_items
 from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
 from hybrid.data import TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
 from hybrid.extras import installed
+from hybrid.hidden_states import HiddenStates
 from hybrid.model import HybridModel
 from hybrid.optimizer import adamw, set_rate
 from hybrid.processes import seed_everything, this_process
@@ -49,12 +49,12 @@ _MAY_CHANGE = (
     "log_every",
     "keep_checkpoints",
     "max_skipped_steps",
+    "cache_hidden_states",
     "batch_size",
     "accumulate",
     "shard",
 )
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
-_FINGERPRINT_ITEMS = 64
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -82,6 +82,8 @@ class TrainSettings:
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
     stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
     keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
+    cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
+                          and read from the second pass on (hidden_states.py); None: computed in every step
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -107,6 +109,7 @@ class TrainSettings:
     length_curriculum: LengthCurriculum | None = None
     stochastic_rounding: bool = False
     keep_ratio: float | None = None
+    cache_hidden_states: Path | str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -228,6 +231,7 @@ class _Run:
         self.held_out, self.tokenizer = held_out, tokenizer
         self.folder = Path(settings.output_dir)
         self.accelerator = _accelerator(model, settings)
+        self.hidden_states = self._hidden_states()
         self.is_sharded = settings.shard
         quantized = [name for name, p in model.named_parameters() if is_quantized_tensor(p)]
         if self.is_sharded and quantized:
@@ -277,6 +281,8 @@ class _Run:
             self.display.say(
                 f"going on from {checkpoint or f'step 0: no checkpoint in {self.folder} is whole'}"
             )
+        for cache in self.hidden_states:
+            cache.open(this_process(), self.display.say)
         return checkpoint
 
     def go(self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None) -> TrainResult:
@@ -330,22 +336,21 @@ class _Run:
             steps["num_recursion_steps"] = self.hybrid.draw_recursion_steps(index)
         set_rate(self.optimizer, settings.rate_at(index))
 
-        batches, kept = (
-            [{name: t.to(accelerator.device) for name, t in batch.items()} for batch in some]
-            for some in (batches, kept)
-        )
-        if self.keep_share is None:
-            weights = self._weights(batches)
-        else:
+        given = [
+            {name: t.to(accelerator.device) for name, t in batch.inputs.items()} for batch in batches + kept
+        ]
+        weights = self._weights(given[: len(batches)])
+        if self.keep_share is not None:
             of_keep = self.keep_share.items_per_step / self.share.items_per_step
-            weights = [weight * (1 - of_keep) for weight in self._weights(batches)]
-            weights += [weight * of_keep for weight in self._weights(kept)]
-            batches = batches + kept
+            weights = [weight * (1 - of_keep) for weight in weights]
+            weights += [weight * of_keep for weight in self._weights(given[len(batches) :])]
+        lower_layers = [self._lower_layers(batch, is_kept=False) for batch in batches]
+        lower_layers += [self._lower_layers(batch, is_kept=True) for batch in kept]
         loss = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(batches, start=1):
-            with self._gradients_meet(number == len(batches)):
-                part = self.parallel_model(**batch, use_cache=False, **steps).loss
-                part = part * weights[number - 1]
+        for number, inputs in enumerate(given):
+            with self._gradients_meet(number == len(given) - 1), lower_layers[number]:
+                part = self.parallel_model(**inputs, use_cache=False, **steps).loss
+                part = part * weights[number]
                 accelerator.backward(part)
             loss += part.detach()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -360,13 +365,13 @@ class _Run:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        tokens = sum(inputs["input_ids"].numel() for inputs in given)
         self.window.add(loss, grad_norm, tokens * accelerator.num_processes, is_good)
         if not is_good:
             self._skipped(index + 1, loss.item(), grad_norm.item())
         return loss
 
-    def _weights(self, batches: list[Batch]) -> list[Tensor]:
+    def _weights(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
         """Each batch's share of the tokens that are predicted in those of all processes."""
         # a model shifts the labels by one: the first of a row is predicted by nothing
         predicted = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
@@ -400,6 +405,26 @@ class _Run:
             self.parallel_model.set_requires_gradient_sync(together)
             return nullcontext()
         return nullcontext() if together else self.accelerator.no_sync(self.parallel_model)
+
+    def _hidden_states(self) -> list[HiddenStates]:
+        """Caches for the data and for what is kept; none where none is asked for."""
+        settings = self.settings
+        if settings.cache_hidden_states is None:
+            return []
+        if settings.length_curriculum is not None:
+            raise ValueError(
+                "train: expected cache_hidden_states or a length_curriculum, got both: the hidden states of "
+                "whole rows are kept."
+            )
+        folder, precision = Path(settings.cache_hidden_states), self.accelerator.mixed_precision
+        caches = [HiddenStates(folder, self.model, self.data, precision)]
+        if self.keep is not None:
+            caches.append(HiddenStates(folder / "keep", self.model, self.keep, precision))
+        return caches
+
+    def _lower_layers(self, batch: Batch, is_kept: bool) -> AbstractContextManager[Any]:
+        """Whether this forward and backward compute the layers below the first injection point."""
+        return self.hidden_states[is_kept].around(batch) if self.hidden_states else nullcontext()
 
     def _log(self, step: int) -> None:
         window = self.window
@@ -637,7 +662,7 @@ def _description(
         **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
         "items_per_step": share.items_per_step,
         **{
-            name: some.describe() if isinstance(some, TokenStream) else _items(some)
+            name: some.describe() if isinstance(some, TokenStream) else describe_items(some)
             for name, some in (("data", data), ("keep", keep))
             if some is not None
         },
@@ -655,22 +680,6 @@ def _quantized(model: PreTrainedModel) -> str | None:
     base = model.llm_model if isinstance(model, HybridModel) else model
     how = getattr(base.config, "quantization_config", None)
     return None if how is None else str(how if isinstance(how, dict) else how.to_dict())
-
-
-def _items(data: Dataset) -> dict[str, Any]:
-    """What tells data from other data."""
-    items = count(data)
-    if not items:
-        raise ValueError("train: expected data with at least one item, got none.")
-    digest = hashlib.sha256()
-    for index in range(0, items, max(1, items // _FINGERPRINT_ITEMS)):
-        for name, tensor in sorted(data[index].items()):
-            digest.update(name.encode() + tensor.numpy().tobytes())
-    return {
-        "items": items,
-        "tokens": len(data[0]["input_ids"]),
-        "sha256 of a sample": digest.hexdigest(),
-    }
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

@@ -33,7 +33,7 @@ def stream(name, **options):
 def rows_of(step):
     """The tokens of every row of a step's batches, without padding."""
     rows = []
-    for batch in step:
+    for batch, _ in step:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         rows += [tuple(t[m].tolist()) for t, m in zip(batch["input_ids"], mask, strict=True)]
     return rows
@@ -146,7 +146,7 @@ def test_both_means_weigh_as_many_items_as_they_have(folder, tmp_path):
     ]
     for step, pair in enumerate(zip(*feeds, strict=True)):
         n = model.draw_recursion_steps(step)
-        (rows,), (text,) = (of_part for of_part, _ in pair)
+        (rows,), (text,) = ([batch.inputs for batch in of_part] for of_part, _ in pair)
         assert (len(rows["labels"]), len(text["labels"])) == (3, 1)
         with torch.no_grad():
             means = [

@@ -222,7 +222,9 @@ def test_shares_and_padding(games):
 
     def seen(rank, processes, batch_size):
         share = Share(rank, processes, batch_size, 1)
-        return [batch for step, _ in batches(stream(games), 0, share, range(4), None) for batch in step]
+        return [
+            batch.inputs for step, _ in batches(stream(games), 0, share, range(4), None) for batch in step
+        ]
 
     one, two = seen(0, 1, 6), seen(0, 2, 3) + seen(1, 2, 3)
     rows = []

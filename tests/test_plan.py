@@ -55,6 +55,12 @@ KEEPS_ALL = PresetConfigs.llama_2_7b_level1()
 KEEPS_ALL.trm_save = "all"
 
 
+def _on_the_embeddings():
+    config = PresetConfigs.llama_2_7b_level1()
+    config.injection_layers = [0, 32]
+    return Run("llama-2-7b", KNOWN_BASES["llama-2-7b"], config, CARDS["A100-80GB"])
+
+
 # Shapes and cards
 
 
@@ -238,6 +244,15 @@ def test_json_has_the_same_figures(capsys):
         for save in SAVES
     }
     assert found["cost"]["cloud_dollars"] == pytest.approx(3 * found["cost"]["gpu_hours"])
+    assert found["cached_hidden_states_bytes"] == 1e9 * 4096 * 2
+
+
+def test_hidden_states_on_disk_are_told():
+    wishes = Wishes(tokens=1e9)
+    told = [line for line in lines(plan(level_1(), wishes)) if "--cache-hidden-states" in line]
+    assert [line.split()[4] for line in told] == ["8,192.0"]
+    for run in (level_1(cards=8, shards=8, phase=2), _on_the_embeddings()):
+        assert not [line for line in lines(plan(run, wishes)) if "--cache-hidden-states" in line]
 
 
 def test_a_base_may_be_a_folder_and_a_block_a_file(tmp_path, capsys):

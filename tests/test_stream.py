@@ -129,7 +129,7 @@ def test_each_process_has_its_own_share(jsonl):
     def seen(rank, processes, batch_size, accumulate, steps=range(6), place=None):
         share = Share(rank, processes, batch_size, accumulate)
         return [
-            [tuple(row.tolist()) for batch in step for row in batch["input_ids"]]
+            [tuple(row.tolist()) for batch in step for row in batch.inputs["input_ids"]]
             for step, _ in batches(stream(jsonl), 0, share, steps, place)
         ]
 

@@ -14,6 +14,7 @@ from hybrid.plan.work import (
     Cost,
     Speed,
     Work,
+    cached_bytes,
     cost,
     from_scratch,
     speed,
@@ -107,6 +108,9 @@ def as_json(made: Plan) -> dict[str, Any]:
         },
         "speed": asdict(made.speed),
         "cost": None if made.cost is None else asdict(made.cost),
+        "cached_hidden_states_bytes": cached_bytes(made.fit.run or made.run, made.cost.tokens)
+        if made.cost
+        else None,
         "from_scratch": asdict(made.scratch),
     }
 
@@ -242,6 +246,8 @@ def _work_lines(made: Plan) -> Iterator[str]:
     else:
         yield ""
         yield from _cost_lines(f"cost of {made.cost.tokens / 1e9:,.4g} G tokens", made.cost, run)
+        if cached := cached_bytes(run, made.cost.tokens):
+            yield f"  {'GB on disk, --cache-hidden-states':<38}{cached / 1e9:>13,.1f}  if all in one pass"
     yield ""
     tokens = f"{TOKENS_PER_PARAMETER} tokens for each, {made.scratch.tokens / 1e9:,.0f} G tokens"
     yield from _cost_lines(f"from scratch: as many parameters, {tokens}", made.scratch, run)

@@ -215,6 +215,13 @@ def cost(
     return _cost(run, tokens, tokens / of_step.tokens_per_second, dollars_per_hour, dollars_per_card)
 
 
+def cached_bytes(run: Run, tokens: float) -> float | None:
+    """On disk, of the base's hidden states at the first point of so many tokens; None: nothing to cache."""
+    if run.phase == 2 or run.config.injection_layers[0] == 0:
+        return None
+    return tokens * run.base.get_text_config(decoder=True).hidden_size * run.compute_dtype.itemsize
+
+
 def from_scratch(
     run: Run,
     of_step: Speed,

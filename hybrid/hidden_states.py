@@ -1,0 +1,234 @@
+"""A frozen language model's hidden states at the first injection point, in a folder, a file a row of data.
+
+    key.json                    what they are of: the base, the data, the layer; and how many rows there are
+    row-000000123.safetensors   hidden_states [T, D]; its checksum, and that of the tokens it came from
+
+The first time that a row is trained on its file is written; from then on it is read, and the layers below do
+not run. A file is written beside its place and renamed into it; a damaged one is computed and written again.
+The recursive block, the order of the data and how it is trained make no difference to the key: other runs go
+on with the same folder.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from accelerate import PartialState
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hybrid import checkpoint, run_state
+from hybrid.batches import Batch, count, describe_items
+from hybrid.data import TokenStream
+from hybrid.lower_layers import LowerLayers
+from hybrid.model import HybridModel
+
+_KEY = "key.json"
+_FILE_OVERHEAD = 8192  # bytes on the disk beside the tensor, at most: header, and the rest of the last block
+_ANOTHER_FOLDER = "Name another folder, or delete this one."
+_NOT_OF_A_BASE = ("_name_or_path", "transformers_version")  # of its config
+
+
+class HiddenStates:
+    """The hidden states of the rows of `data` at `model`'s first injection point, in `folder`.
+
+    Make it before the model is split among processes, open it when the model is ready to compute.
+
+    precision   that the model computes in, as accelerate says it
+
+    Errors: ValueError as LowerLayers, for data without an item, and for a model that is no hybrid.
+    """
+
+    def __init__(
+        self, folder: Path | str, model: Any, data: Dataset | TokenStream, precision: str = "no"
+    ) -> None:
+        if not isinstance(model, HybridModel):
+            raise ValueError(f"HiddenStates: expected a HybridModel, got {type(model).__name__}.")
+        if isinstance(data, TokenStream) and data.sources.has_labels:
+            raise ValueError(
+                "HiddenStates: expected rows of one length, got rows with labels, each as long as it is, "
+                f"from {data.sources.name}."
+            )
+        self.folder, self._data = Path(folder), data
+        self._layers = LowerLayers(model)
+        self._key: dict[str, Any] = {
+            "base": _describe_base(model) | {"mixed precision": precision},
+            "data": data.describe_rows() if isinstance(data, TokenStream) else describe_items(data),
+            "layer": self._layers.point,
+        }
+
+    def open(self, processes: PartialState, say: Callable[[str], None]) -> None:
+        """Say what it takes of the disk, then make the folder where there is none. Every process calls it.
+
+        Rows of a stream are counted the first time: all of it is read and tokenized once for that.
+
+        Errors: ValueError when it does not fit, when the folder holds hidden states of something else, and as
+        LowerLayers.check.
+        """
+        some = self._layers.check()
+        self._device = some.device
+        self._key["base"]["dtype"] = str(some.dtype).removeprefix("torch.")
+        with processes.main_process_first():
+            self._begin(some, say)
+
+    @contextmanager
+    def around(self, batch: Batch) -> Iterator[None]:
+        """Within the block, `batch` goes forward and backward; without the layers below where it can.
+
+        Where hidden states are missing, all of the batch is computed, and they are written at the end.
+
+        Errors: ValueError for rows of several lengths and for hidden states of other tokens, OSError when
+        they cannot be written.
+        """
+        tokens = batch.inputs["input_ids"].shape[1]
+        if tokens != self._key["data"]["tokens"]:
+            raise ValueError(
+                f"HiddenStates: expected rows of one length, got {tokens} tokens and "
+                f"{self._key['data']['tokens']}."
+            )
+        digests = [_digest_of_inputs(batch.inputs, index) for index in range(len(batch.rows))]
+        known = [self._read(row, digest) for row, digest in zip(batch.rows, digests, strict=True)]
+        rows = [h for h in known if h is not None]
+        if len(rows) == len(known):
+            with self._layers.left_out(torch.stack(rows).to(self._device)):
+                yield
+            return
+        with self._layers.recorded() as found:
+            yield
+        computed = found[0].cpu()
+        for index, row in enumerate(batch.rows):
+            if known[index] is None:
+                self._write(row, computed[index].clone(), digests[index])
+
+    def _begin(self, some: Tensor, say: Callable[[str], None]) -> None:
+        before = self._read_key()
+        all_rows = before["rows"] if before else self._count()
+        rows = self._data.count_trained(all_rows) if isinstance(self._data, TokenStream) else all_rows
+        there = sum(1 for _ in self.folder.glob("row-*.safetensors"))
+        tokens, width = self._key["data"]["tokens"], some.shape[-1]
+        of_row = tokens * width * some.element_size()
+        place = next(
+            path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists()
+        )
+        free = shutil.disk_usage(place).free
+        say(
+            f"hidden states after layer {self._layers.point} in {self.folder}: {rows:,} rows x {tokens:,} "
+            f"tokens x {width:,} x {some.element_size()} bytes = {rows * of_row:,} bytes; {there:,} rows are "
+            f"there, {free:,} bytes are free"
+        )
+        needed = max(0, rows - there) * (of_row + _FILE_OVERHEAD)
+        if needed > free:
+            raise ValueError(
+                f"HiddenStates: expected {needed:,} free bytes on the disk of {self.folder}, got {free:,}."
+            )
+        run_state.make_folder(self.folder, "HiddenStates")
+        if before is None:
+            content = json.dumps({**self._key, "rows": all_rows}, indent=1).encode()
+            _replace_file(self.folder / _KEY, content)
+
+    def _read_key(self) -> dict[str, Any] | None:
+        """What the folder's hidden states are of, which is what is asked for; None for a new folder."""
+        path = self.folder / _KEY
+        if not path.exists():
+            if any(self.folder.glob("row-*.safetensors")):
+                raise ValueError(f"HiddenStates: expected {_KEY} in {self.folder}, got rows without it.")
+            return None
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"HiddenStates: expected a whole {path}, got a damaged one ({error})."
+            ) from error
+        then = {name: before.get(name, {}) for name in self._key}
+        if difference := run_state.first_difference(then, self._key):
+            name, was, now = difference
+            kind = name.partition(".")[0]
+            raise ValueError(
+                f"HiddenStates: expected in {self.folder} those of this {kind}, got those of another: "
+                f"{name} was {was}, is {now}. {_ANOTHER_FOLDER}"
+            )
+        return before
+
+    def _count(self) -> int:
+        return self._data.count_rows() if isinstance(self._data, TokenStream) else count(self._data)
+
+    def _path(self, row: int) -> Path:
+        return self.folder / f"row-{row:09d}.safetensors"
+
+    def _read(self, row: int, digest: str) -> Tensor | None:
+        """[T, D]; None when it is not there or damaged."""
+        path = self._path(row)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                facts, h = file.metadata() or {}, file.get_tensor("hidden_states")
+        except FileNotFoundError:
+            return None
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            _say_damaged(path, str(error))
+            return None
+        if facts.get("sha256") != _checksum(h, row, facts.get("inputs", "")):
+            _say_damaged(path, "its checksum is another")
+            return None
+        if facts["inputs"] != digest:
+            raise ValueError(
+                f"HiddenStates: expected in {self.folder} those of this data, got those of another: the "
+                f"tokens of row {row} differ. {_ANOTHER_FOLDER}"
+            )
+        return h
+
+    def _write(self, row: int, h: Tensor, digest: str) -> None:
+        facts = {"inputs": digest, "sha256": _checksum(h, row, digest)}
+        _replace_file(self._path(row), save({"hidden_states": h}, facts))
+
+
+def _describe_base(model: HybridModel) -> dict[str, str]:
+    """Checksums of the language model's config, and of a few values of each of its tensors."""
+    base = model.llm_model
+    config = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_OF_A_BASE}
+    few = checkpoint.sample(model.base_named_parameters())
+    weights = hashlib.sha256()
+    for name, p in model.base_named_parameters():
+        weights.update(f"{name} {p.dtype} {list(p.shape)}".encode())
+        if name in few:
+            weights.update(few[name].numpy().tobytes())
+    return {
+        "class": type(base).__name__,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "attention": str(base.config._attn_implementation),
+        "sample of weights": weights.hexdigest(),
+    }
+
+
+def _digest_of_inputs(inputs: dict[str, Tensor], index: int) -> str:
+    """Of all that a forward is given of one row; labels make no difference to hidden states."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(inputs.items()):
+        if name != "labels":
+            digest.update(name.encode() + tensor[index].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(h: Tensor, row: int, digest: str) -> str:
+    content = hashlib.sha256(f"{row} {digest} {h.dtype} {list(h.shape)}".encode())
+    content.update(h.contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """As run_state.replace_file, also where other runs write into the same folder."""
+    beside = path.with_name(f".saving-{os.getpid()}-{path.name}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def _say_damaged(path: Path, why: str) -> None:
+    warnings.warn(f"{path} is damaged ({why}): its hidden states are computed again.", stacklevel=3)
