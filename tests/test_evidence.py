@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evidence import command, shell_game
+from evidence import command, shell_game, tables
 from evidence.results import Results, Run, mean_and_deviation
+from evidence.tasks import TASKS
 
 TINY = {"steps": 2, "batch_size": 4, "base_steps": 2, "games": 8, "rows": 4}
 
@@ -68,6 +69,37 @@ def test_results_are_told_by_settings_and_seed(tmp_path):
     again.path.write_text("{}")
     with pytest.raises(ValueError, match="expected the results of this command"):
         Results(again.path)
+
+
+DOCUMENT = command.DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_the_documents_tables_are_those_of_its_results():
+    results = Results(command.PUBLISHED / command.RESULTS)
+    assert tables.rewritten(DOCUMENT, results) == DOCUMENT
+    shown = set(re.findall(r"<!-- table: ([\w-]+) -->", DOCUMENT))
+    assert shown >= {name for name, table in tables.TABLES.items() if table.task in results.runs}
+    for task in results.runs:
+        assert set(results.runs[task]) == set(TASKS[task].ARMS)
+        for run in (Run(task, arm, seed) for arm in TASKS[task].ARMS for seed in command.SEEDS):
+            assert results.find(run, TASKS[task].settings(run.arm, quick=False)) is not None, run
+
+
+def test_no_measured_number_stands_outside_the_documents_tables():
+    """But for those of earlier trials, which have a section of their own."""
+    ours, _ = DOCUMENT.split("## From earlier trials")
+    prose = re.sub(r"<!-- table: .*?<!-- end -->", "", ours, flags=re.S)
+    assert not re.findall(r"\d+\.\d+|\d ?%|(?<![\d.])\.\d", prose)
+
+
+def test_a_number_that_was_changed_by_hand_is_found():
+    results = Results(command.PUBLISHED / command.RESULTS)
+    if "shell_game" not in results.runs:
+        pytest.skip("no run is published yet")
+    table = re.search(r"<!-- table: shell-game -->\n(.*?)<!-- end -->", DOCUMENT, re.S)[0]
+    digit = re.search(r"0\.\d\d(\d)", table)
+    wrong = DOCUMENT.replace(digit[0], digit[0][:-1] + str((int(digit[1]) + 1) % 10))
+    assert tables.rewritten(wrong, results) == DOCUMENT != wrong
 
 
 @pytest.mark.slow

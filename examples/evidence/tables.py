@@ -156,7 +156,9 @@ def rewritten(text: str, results: Results) -> str:
     def anew(block: re.Match[str]) -> str:
         if block["name"] not in TABLES:
             raise ValueError(f"evidence: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
-        return f"{block[1]}{TABLES[block['name']].make(results)}\n{block[4]}"
+        of = TABLES[block["name"]]
+        made = of.make(results) if of.task in results.runs else "Not run yet."
+        return f"{block[1]}{made}\n{block[4]}"
 
     return _BLOCK.sub(anew, text)
 
