@@ -140,6 +140,14 @@ def test_without_a_stop_it_is_the_fixed_loop(watch, causal):
     assert evaluations.eq(CYCLES * (2 * N if watch == "answer" else N + 1)).all()
 
 
+def test_weights_in_8_bits_recurse_as_in_the_fixed_loop():
+    trm, x = make(dtype=torch.float32, quantize="int8"), inputs(dtype=torch.float32)
+    y, z, *_ = run(trm, x, Halting(0.0))
+    for got, want in zip((y, z), trm(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(y, make(dtype=torch.float32)(x)[0], rtol=1e-3), "a test that could not fail"
+
+
 @every_rule
 def test_f_is_computed_for_those_that_go_on_only(rule, monkeypatch):
     trm, x, computed = make(), inputs(), []

@@ -4,7 +4,8 @@
         repeat at most num_recursion_steps times, while a token goes on, for tokens that go on:
             z = f(z + (y + x))
             a = f(y + z)                        # the answer, had this step been the last
-            stop where |a - a before| <= threshold * |a|  (patience times in a row)
+            stop where |a - a before| <= threshold * |a|, patience times in a row, and, in_order, where no
+            token that this one looks at goes on
         y = a
 
 A token that stopped keeps its z and its a. What others see of it in later steps are the keys and values of
@@ -12,7 +13,7 @@ its last step: in an evaluation at step s each token's keys are those of step mi
 token stops depends on itself and on the tokens it looks at. In causal attention those are the earlier ones,
 and one call over all tokens, calls over parts of them with a cache, and token after token give the same
 answers after the same steps: in the cache, repeated keys stand in the place of those that were not computed.
-A token beside which nobody stops early takes n steps, and is then what ops/recursion.py makes of it.
+For in_order it keeps the numbers of steps as well. Where nobody stops early, it is ops/recursion.py.
 
 What is saved: f is computed for the tokens that go on, attention for the sequences that have one, and the
 loop ends when there are none. What it costs: `a` at every step, so 2 evaluations of f a step, where a fixed
