@@ -63,7 +63,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from hybrid.batches import LengthCurriculum
     from hybrid.data import TokenStream
     from hybrid.info import count, count_trained
-    from hybrid.loading import load_config, load_model, load_tokenizer
+    from hybrid.loading import load_config, load_model, load_on_first, load_tokenizer
     from hybrid.model import HybridModel
     from hybrid.phases import PHASES, enter
     from hybrid.processes import seed_everything, this_process
@@ -139,7 +139,10 @@ def _train(arguments: argparse.Namespace) -> int:
     seed_everything(arguments.seed)
     learns_in = "bfloat16" if arguments.stochastic_rounding else "float32"
     dtype = arguments.dtype or (learns_in if phase.trains_base else "auto")
-    loaded = load_model(arguments.base, dtype, arguments.trust_remote_code, arguments.quantize_base)
+    if arguments.shard and processes.num_processes > 1:
+        loaded = load_on_first(arguments.base, dtype, arguments.trust_remote_code)
+    else:
+        loaded = load_model(arguments.base, dtype, arguments.trust_remote_code, arguments.quantize_base)
     model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
     enter(model, arguments.phase)
     if arguments.gradient_checkpointing:

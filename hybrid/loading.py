@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -59,6 +61,31 @@ def load_model(
             f"({len(missing)} are missing for a {type(model).__name__})."
         )
     return model
+
+
+def load_on_first(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """As load_model, by all processes of a group: the first reads the weights, the others nothing.
+
+    Theirs are on the meta device, for shard() to fill in.
+    """
+    model, dtypes = None, [dict[str, torch.dtype]()]
+    if torch.distributed.get_rank() == 0:
+        model = load_model(name_or_path, dtype, trust_remote_code)
+        dtypes = [{name: p.dtype for name, p in model.named_parameters()}]
+    broadcast_object_list(dtypes)
+    if model is not None:
+        return model
+    config = load_config(name_or_path, trust_remote_code)
+    with init_empty_weights():  # buffers, such as RoPE's frequencies, are made
+        if isinstance(config, HybridConfig):
+            model = HybridModel(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    base = model.llm_model if isinstance(model, HybridModel) else model
+    base.tie_weights()  # each module had a parameter of its own
+    for name, p in model.named_parameters():
+        p.data = p.data.to(dtypes[0][name])
+    return model.eval()
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -31,6 +32,9 @@ _FILE_BYTES = 5 * 10**9  # the largest file, about
 def shard(model: PreTrainedModel, mesh: DeviceMesh, compute: torch.dtype | None = None) -> None:
     """Split `model` among the processes of `mesh`, in place; do it before the optimizer is made.
 
+    Where the first process has weights and another has them on the meta device, they are sent to it, a unit
+    at a time: it holds one unit and its own part of the others. So one process alone has to load a model.
+
     compute   the precision of the units' work; None: that of the language model's parameters as they are
     """
     base = model.llm_model if isinstance(model, HybridModel) else model
@@ -40,12 +44,52 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, compute: torch.dtype | None 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # RoPE's cosines and sines stay float32
     )
-    for module in [m for m in model.modules() if isinstance(m, Injection)]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    for layer in decoder_layers(base):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    units: list[nn.Module] = [m for m in model.modules() if isinstance(m, Injection)]
     # the rest, too, is split again after a forward, so that parameters are always what is kept
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    units += [*decoder_layers(base), model]
+    sends = _first_sends(model, mesh)
+    for unit in units:
+        if sends:
+            _send_parameters(unit, mesh)
+        splits_again = True if unit is model else None
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=splits_again)
+    if sends:
+        _send_buffers(model, mesh)
+
+
+def _first_sends(model: nn.Module, mesh: DeviceMesh) -> bool:
+    """Whether the first process has weights that another has not; all have to ask."""
+    missing = float(any(p.is_meta for p in model.parameters()))
+    of_first, of_any = (torch.tensor(missing, device=mesh.device_type) for _ in range(2))
+    dist.broadcast(of_first, src=0)
+    dist.all_reduce(of_any, dist.ReduceOp.MAX)
+    return not of_first and bool(of_any)
+
+
+def _send_parameters(unit: nn.Module, mesh: DeviceMesh) -> None:
+    """From the first process to all: those of `unit` that are not split yet; tied ones stay tied."""
+    came: dict[nn.Parameter, nn.Parameter] = {}
+    for module in unit.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if isinstance(p, DTensor):
+                continue
+            if p not in came:
+                whole = (
+                    torch.empty_like(p, device=mesh.device_type)
+                    if p.is_meta
+                    else p.detach().to(mesh.device_type)
+                )
+                dist.broadcast(whole, src=0)
+                came[p] = nn.Parameter(whole, p.requires_grad) if p.is_meta else p
+            setattr(module, name, came[p])
+
+
+def _send_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """From the first process to all: also those that no file has."""
+    for buffer in model.buffers():
+        whole = buffer.to(mesh.device_type)
+        dist.broadcast(whole, src=0)
+        buffer.copy_(whole)
 
 
 def is_sharded(model: nn.Module) -> bool:

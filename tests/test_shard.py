@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hybrid import HybridModel, run_state
 from hybrid.phases import enter
 from hybrid.train import TrainSettings, train
-from tests.tiny_text import Counting, save_base, tiny_hybrid
+from tests.tiny_text import TEXT, Counting, character_tokenizer, save_base, tiny_base, tiny_hybrid
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,10 +34,13 @@ def settings(folder, batch_size, **changes):
 
 
 def two(folder, batch_size=1, where="nowhere", at=0, phase=1, checkpointing="plain"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.two_ranks", folder, batch_size, where, at, phase, checkpointing]
+    return torchrun("tests.two_ranks", folder, batch_size, where, at, phase, checkpointing)
+
+
+def torchrun(module, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     return subprocess.run(
-        [str(word) for word in command],
+        [*command, module, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -138,6 +141,22 @@ def test_both_phases_split_and_the_whole_model_comes_out(folder, tmp_path):
 def test_there_must_be_processes_to_split_among(folder, tmp_path):
     with pytest.raises(ValueError, match=r"processes to split the model among \(torchrun.*\), got one"):
         train(hybrid_in(1, folder / "base"), rows(), settings(tmp_path, 2, shard=True))
+
+
+def test_one_process_reads_the_weights(tmp_path):
+    """Also where embeddings are tied: the same losses and files as if every process had loaded them."""
+    model = tiny_base(tie_word_embeddings=True).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    character_tokenizer().save_pretrained(tmp_path / "base")
+    for name in ("new.txt", "known.txt"):
+        (tmp_path / name).write_text(TEXT[:600])
+    ended = torchrun("tests.two_ranks_loading", tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for phase in ("1", "2", "hybrid"):
+        assert numbers_of(tmp_path / f"first-{phase}") == numbers_of(tmp_path / f"all-{phase}")
+        one, other = (run_state.checkpoint_of(tmp_path / f"{who}-{phase}", 3) for who in ("first", "all"))
+        for file in one.glob("*.safetensors"):
+            assert file.read_bytes() == (other / file.name).read_bytes()
 
 
 UNITS = """

@@ -34,7 +34,7 @@ def character_tokenizer(with_end: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"eos_token": END} if with_end else {}))
 
 
-def tiny_base(dropout: float = 0.0) -> LlamaForCausalLM:
+def tiny_base(dropout: float = 0.0, **changes: object) -> LlamaForCausalLM:
     """A LLaMA of two layers whose weights are drawn from a fixed seed."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -49,6 +49,7 @@ def tiny_base(dropout: float = 0.0) -> LlamaForCausalLM:
             initializer_range=0.2,
             bos_token_id=None,
             eos_token_id=0,
+            **changes,
         )
     )
 
