@@ -120,6 +120,12 @@ class HybridConfig(PreTrainedConfig):
                 kwargs.setdefault(name, getattr(base_config, name, None))
         super().__init__(**kwargs)
 
+    @property
+    def supervised_answers(self) -> int:
+        """Answers of the last injection point that the loss of a training forward is over."""
+        passing = self.num_cycles if self.grad_cycles is None else self.grad_cycles
+        return passing if self.deep_supervision else 1
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's: caches, masks and generation are built from it."""
         return self if self.base_config is None else self.base_config.get_text_config(decoder=decoder)

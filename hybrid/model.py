@@ -235,11 +235,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def _answers(self, labels: Tensor | None) -> int:
         """How many answers of the last injection point the loss of this forward is over."""
-        config = self.config
-        is_supervised = config.deep_supervision and self.injection_enabled
-        if not (is_supervised and self.training and labels is not None):
-            return 1
-        return config.num_cycles if config.grad_cycles is None else config.grad_cycles
+        is_supervised = self.injection_enabled and self.training and labels is not None
+        return self.config.supervised_answers if is_supervised else 1
 
     def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
         """The rule of this forward."""

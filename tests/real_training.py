@@ -54,6 +54,11 @@ CASES = {
         {"injection_layers": [0, 2], "trm_dtype": "bfloat16"},
         {"batch_size": 3},
     ),
+    "llama, deep supervision": (
+        LlamaConfig(**_MLP | {"num_hidden_layers": 3}),
+        {"num_cycles": 3, "grad_cycles": 2, "deep_supervision": True},
+        {},
+    ),
     "llama, wide": (
         LlamaConfig(**_MLP | {"tie_word_embeddings": True}),
         {"trm_hidden_size": 64, "trm_num_key_value_heads": 1, "trm_num_layers": 1},

@@ -115,7 +115,9 @@ def test_every_family_can_be_planned(family):
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "gpt2, gated, all cycles", "phi, on the embeddings"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2, gated, all cycles", "phi, on the embeddings", "llama, deep supervision"]
+)
 def test_operations_are_those_that_pytorch_counts(name, phase):
     """Products of matrices; attention's are counted by halves here and in full there."""
     base, block, _ = CASES[name]
@@ -124,7 +126,7 @@ def test_operations_are_those_that_pytorch_counts(name, phase):
     enter(model, phase)
     ids = torch.zeros(1, 32, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, backend("reference"):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     products = sum(
         flops
         for op, flops in counter.get_flop_counts()["Global"].items()

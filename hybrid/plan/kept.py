@@ -106,7 +106,8 @@ class _Units:
     def __call__(self, layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         leaves = tree_leaves((args, getattr(function, "keywords", {})))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        key = (type(layer), *map(_kind, layer.parameters()), *map(_kind, tensors))
+        flags = [leaf for leaf in leaves if isinstance(leaf, bool)]  # whether it answers each cycle
+        key = (type(layer), *map(_kind, layer.parameters()), *map(_kind, tensors), *flags)
         if _NESTED and any(isinstance(m, Injection) for m in layer.modules()):
             key = (layer,)
         unit = self._known.get(key)

@@ -101,12 +101,14 @@ def work(run: Run) -> Work:
     heads = text_config.num_attention_heads
     head_width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     attended = 0.5 * 4 * S * heads * head_width
-    layers, adapters = [], 0.0
-    for layer in decoder_layers(model.llm_model):
+    layers, adapters, answers = [], 0.0, config.supervised_answers
+    for i, layer in enumerate(decoder_layers(model.llm_model)):
+        rows = answers if i >= config.injection_layers[-1] else 1  # for one that comes in
         own = {n: p for n, p in layer.named_parameters() if not checkpoint.is_trm_key(n) and p.ndim > 1}
-        adapters += 2.0 * sum(p.numel() for n, p in own.items() if "lora_" in n)
-        layers.append(Flops(2.0 * sum(p.numel() for n, p in own.items() if "lora_" not in n), attended))
-    head = Flops(2.0 * text_config.vocab_size * text_config.hidden_size)
+        adapters += 2.0 * rows * sum(p.numel() for n, p in own.items() if "lora_" in n)
+        products = 2.0 * sum(p.numel() for n, p in own.items() if "lora_" not in n)
+        layers.append(Flops(products, attended).times(rows))
+    head = Flops(2.0 * text_config.vocab_size * text_config.hidden_size).times(answers)
     first = 0 if run.phase == 2 else config.injection_layers[0]
     above = sum(layers[first:], start=Flops())
     parts = {
@@ -146,7 +148,8 @@ def _trm(run: Run, save: str) -> tuple[Flops, Flops, Flops]:
             for i in range(len(layers))
         ]
         f = Flops(sum(of_layer), len(layers) * 0.5 * 4 * run.sequence_length * config.trm_hidden_size)
-        around = 2.0 * (injection.in_proj.weight.numel() + injection.out_proj.weight.numel())
+        answers = config.supervised_answers if injection.is_last else 1
+        around = 2.0 * (injection.in_proj.weight.numel() + answers * injection.out_proj.weight.numel())
         forward += f.times(cycles * (steps + 1)) + (around, 0.0)
         backward += f.times(2 * with_gradient, 2.5 * with_gradient) + (2 * around, 0.0)
         if save != "all":
