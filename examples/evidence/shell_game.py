@@ -75,7 +75,7 @@ class Settings:
     curriculum: bool = False
     prose_rows: int = 0
     other_n: bool = False
-    steps: int = 1300
+    steps: int = 1900
     batch_size: int = 16
     learning_rate: float = 2e-3
     base_steps: int = 400
@@ -84,7 +84,7 @@ class Settings:
 
 
 _RANDOM = Settings(sampling="uniform")
-_LAST = replace(_RANDOM, answers="last", swaps=8, batch_size=32)
+_LAST = replace(_RANDOM, answers="last", swaps=8, steps=1300, batch_size=32)
 _ARMS: dict[str, Settings] = {
     "frozen base": Settings("nothing", steps=0),
     **{f"n = {n}": Settings(n=n, other_n=n == 8) for n in (1, 2, 4, 8)},
@@ -93,9 +93,6 @@ _ARMS: dict[str, Settings] = {
     "full fine-tuning": Settings("all"),
     "untied, same FLOPs": Settings("untied"),
     "untied, same parameters": Settings("untied", width=24, intermediate_size=52),
-    # their steps are so many that they take the CPU time of n random, as it was in trials
-    "n = 1, CPU time of n random": Settings(n=1, steps=2350),
-    "LoRA, CPU time of n random": Settings("LoRA", steps=2600),
     "n random, prose mixed in": replace(_RANDOM, prose_rows=2),
     "LoRA, prose mixed in": Settings("LoRA", prose_rows=2),
     "n random, last answer only": _LAST,
