@@ -1,7 +1,7 @@
-"""Sudoku of boxes k x k, made on the spot: [count, k^4] int64, row by row; 1..k^2 is a digit, 0 a blank.
+"""Sudoku of boxes R x C, made on the spot: [count, (R C)^2] int64, row by row; 1..R C is a digit, 0 a blank.
 
-Solutions  one base grid with its digits, bands, stacks, rows and columns permuted, and perhaps transposed:
-           192 of the 288 grids of 4x4, a small part of those of 9x9.
+Solutions  one base grid with its digits, bands, stacks, rows and columns permuted and, if boxes are square,
+           perhaps transposed: 192 of the 288 grids of 4x4, a small part of those of 6x6 and 9x9.
 Puzzles    givens at random, kept if naked and hidden singles solve it. That proves the solution unique, and
            makes the puzzle an easy one: these are not the hard ones of the TRM paper.
 Held out   by solution: about one in eight, chosen by a checksum, is the answer of no training puzzle.
@@ -15,27 +15,34 @@ _DRAWN_TOGETHER = 1024
 _IN_VAIN = 20  # times that many, without a puzzle, and there is none to be found
 
 
-def solved_grids(count: int, k: int, generator: torch.Generator) -> Tensor:
-    """[count, k^4] solutions of boxes k x k: the base grid, permuted."""
+def solved_grids(count: int, box: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, (R C)^2] solutions of boxes R x C: the base grid, permuted."""
+    rows, columns = box
+    side = rows * columns
 
-    def order() -> Tensor:
-        """[count, k^2] rows or columns: bands change places, and the lines within a band."""
-        bands = torch.rand(count, k, 1, generator=generator).argsort(1)
-        return (k * bands + torch.rand(count, k, k, generator=generator).argsort(2)).flatten(1)
+    def order(bands: int, lines: int) -> Tensor:
+        """[count, R C] rows or columns: bands change places, and the lines within a band."""
+        band = torch.rand(count, bands, 1, generator=generator).argsort(1)
+        return (lines * band + torch.rand(count, bands, lines, generator=generator).argsort(2)).flatten(1)
 
-    row, column = order()[:, :, None], order()[:, None, :]
-    digits = 1 + torch.rand(count, k * k, generator=generator).argsort(1)
-    grids = digits.gather(1, ((k * row + row // k + column) % (k * k)).flatten(1)).view(count, k * k, k * k)
-    return torch.where(torch.rand(count, 1, 1, generator=generator) < 0.5, grids, grids.mT).flatten(1)
+    row, column = order(columns, rows)[:, :, None], order(rows, columns)[:, None, :]
+    digits = 1 + torch.rand(count, side, generator=generator).argsort(1)
+    grids = digits.gather(1, ((columns * row + row // rows + column) % side).flatten(1))
+    grids = grids.view(count, side, side)
+    if rows == columns:
+        grids = torch.where(torch.rand(count, 1, 1, generator=generator) < 0.5, grids, grids.mT)
+    return grids.flatten(1)
 
 
-def solved_by_singles(puzzles: Tensor) -> Tensor:
+def solved_by_singles(puzzles: Tensor, box: tuple[int, int]) -> Tensor:
     """[count] whether naked and hidden singles fill every cell: then there is no other solution."""
-    k = round(puzzles.shape[1] ** 0.25)
-    cells, digits = torch.arange(k**4), torch.arange(k * k)
-    row, column = cells // (k * k), cells % (k * k)
-    units = torch.cat([digits[:, None] == unit for unit in (row, column, row // k * k + column // k)]).float()
-    peers = ((units.T @ units > 0) & ~torch.eye(k**4, dtype=torch.bool)).float()
+    rows, columns = box
+    side = rows * columns
+    cells, digits = torch.arange(side * side), torch.arange(side)
+    row, column = cells // side, cells % side
+    box_of = row // rows * rows + column // columns
+    units = torch.cat([digits[:, None] == unit for unit in (row, column, box_of)]).float()
+    peers = ((units.T @ units > 0) & ~torch.eye(side * side, dtype=torch.bool)).float()
     possible = (puzzles[:, :, None] == 0) | (puzzles[:, :, None] == 1 + digits)  # [count, cell, digit]
     while True:
         before = possible
@@ -55,11 +62,11 @@ def is_held_out(solutions: Tensor) -> Tensor:
 
 
 def sudoku(
-    count: int, k: int, givens: tuple[int, int], seed: int, held_out: bool = False
+    count: int, box: tuple[int, int], givens: tuple[int, int], seed: int, held_out: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(puzzles, solutions) [count, k^4], to train on or held out. Some may come twice.
+    """(puzzles, solutions) [count, (R C)^2], to train on or held out. Some may come twice.
 
-    k        rows and columns of a box
+    box      (R, C), rows and columns of a box
     givens   the fewest and the most to draw, not to be had in equal numbers: few givens make few puzzles
 
     Errors: ValueError when no puzzle is found with as few givens.
@@ -69,12 +76,12 @@ def sudoku(
     while (found := sum(len(puzzles) for puzzles, _ in kept)) < count:
         if not found and len(kept) == _IN_VAIN:
             raise ValueError(f"sudoku: expected numbers of givens that leave one solution, got {givens}.")
-        solutions = solved_grids(_DRAWN_TOGETHER, k, generator)
+        solutions = solved_grids(_DRAWN_TOGETHER, box, generator)
         solutions = solutions[is_held_out(solutions).eq(held_out)]
         rank = torch.rand(solutions.shape, generator=generator).argsort(1).argsort(1)
         number = torch.randint(givens[0], givens[1] + 1, (len(solutions), 1), generator=generator)
         puzzles = torch.where(rank < number, solutions, 0)
-        unique = solved_by_singles(puzzles)
+        unique = solved_by_singles(puzzles, box)
         kept.append((puzzles[unique], solutions[unique]))
     puzzles, solutions = (torch.cat(parts)[:count] for parts in zip(*kept, strict=True))
     return puzzles, solutions

@@ -38,7 +38,7 @@ EXPLORATION = 0.1  # share of rows that go on for a drawn number of steps althou
 class Settings:
     """What may be chosen; the 9x9 values are the paper's, but for the steps."""
 
-    box: int  # a box has box x box cells, a grid box^4
+    box: tuple[int, int]  # rows and columns of a box, which has as many cells as a grid has rows
     hidden_size: int = 512
     num_heads: int = 8  # without mlp_t
     prefix: int = 16  # tokens in front; they hold the puzzle embedding
@@ -55,7 +55,7 @@ class Settings:
 
 PUZZLES = {
     "4x4": Settings(
-        box=2,
+        box=(2, 2),
         hidden_size=64,
         num_heads=4,
         prefix=1,
@@ -68,7 +68,7 @@ PUZZLES = {
         puzzles=20_000,
         givens=(4, 6),
     ),
-    "9x9": Settings(box=3),
+    "9x9": Settings(box=(3, 3)),
 }
 
 
@@ -83,7 +83,8 @@ class PuzzleModel(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        width, cells, vocabulary = settings.hidden_size, settings.box**4, settings.box**2 + 2
+        width, side = settings.hidden_size, math.prod(settings.box)
+        cells, vocabulary = side * side, side + 2
         self.width, self.prefix = width, settings.prefix
         embedding = torch.randn(vocabulary, width) / math.sqrt(width)
         self.embed_tokens = nn.ParameterDict({"embedding_weight": nn.Parameter(embedding)})

@@ -20,71 +20,76 @@ def few_puzzles(monkeypatch):
     monkeypatch.setitem(example.PUZZLES, "4x4", replace(example.PUZZLES["4x4"], puzzles=50))
 
 
-def lines_of(grid, k):
+def lines_of(grid, box):
     """Rows, columns and boxes of a grid, as lists."""
-    side, cells = k * k, grid.tolist()
+    (high, wide), cells = box, grid.tolist()
+    side = high * wide
     rows = [cells[i * side : (i + 1) * side] for i in range(side)]
     boxes = [
-        [rows[k * a + i][k * b + j] for i, j in product(range(k), repeat=2)]
-        for a, b in product(range(k), repeat=2)
+        [rows[high * a + i][wide * b + j] for i, j in product(range(high), range(wide))]
+        for a, b in product(range(wide), range(high))
     ]
     return rows + [list(column) for column in zip(*rows, strict=True)] + boxes
 
 
-def solve(puzzle, k, limit=2):
+def solve(puzzle, box, limit=2):
     """How many solutions a puzzle has, up to `limit`: by trying."""
     if 0 not in puzzle:
         return 1
-    side, at = k * k, puzzle.index(0)
+    (high, wide), at = box, puzzle.index(0)
+    side = high * wide
     row, column = divmod(at, side)
     seen = {
         puzzle[i]
         for i in range(side * side)
         if i // side == row
         or i % side == column
-        or (i // side // k, i % side // k) == (row // k, column // k)
+        or (i // side // high, i % side // wide) == (row // high, column // wide)
     }
     found = 0
     for digit in set(range(1, side + 1)) - seen:
-        found += solve([*puzzle[:at], digit, *puzzle[at + 1 :]], k, limit - found)
+        found += solve([*puzzle[:at], digit, *puzzle[at + 1 :]], box, limit - found)
         if found >= limit:
             break
     return found
 
 
-@pytest.mark.parametrize(("k", "givens"), [(2, (4, 6)), (3, (33, 45))])
-def test_puzzles_have_one_solution_and_it_is_this_one(k, givens):
+@pytest.mark.parametrize(
+    ("box", "givens"), [((2, 2), (4, 6)), ((2, 3), (14, 22)), ((3, 2), (14, 22)), ((3, 3), (33, 45))]
+)
+def test_puzzles_have_one_solution_and_it_is_this_one(box, givens):
+    side = box[0] * box[1]
     for held_out in (False, True):
-        puzzles, solutions = puzzles_of.sudoku(40, k, givens, seed=1, held_out=held_out)
-        assert puzzles.shape == solutions.shape == (40, k**4)
+        puzzles, solutions = puzzles_of.sudoku(40, box, givens, seed=1, held_out=held_out)
+        assert puzzles.shape == solutions.shape == (40, side * side)
         for grid in solutions:
-            assert all(sorted(line) == list(range(1, k * k + 1)) for line in lines_of(grid, k))
+            assert all(sorted(line) == list(range(1, side + 1)) for line in lines_of(grid, box))
         number = (puzzles > 0).sum(-1)
         assert givens[0] <= number.min() and number.max() <= givens[1] and number.unique().numel() > 1
         assert torch.equal(puzzles[puzzles > 0], solutions[puzzles > 0])
-        assert all(solve(puzzle, k) == 1 for puzzle in puzzles[: 40 if k == 2 else 8].tolist())
+        assert all(solve(puzzle, box) == 1 for puzzle in puzzles[: 8 if side == 9 else 40].tolist())
 
 
 def test_a_puzzle_that_singles_do_not_solve_is_not_taken():
-    solutions = puzzles_of.solved_grids(200, 2, torch.Generator().manual_seed(0))
+    solutions = puzzles_of.solved_grids(200, (2, 2), torch.Generator().manual_seed(0))
     blanked = torch.where(torch.rand(solutions.shape) < 0.3, solutions, 0)
-    solved = puzzles_of.solved_by_singles(blanked)
-    several = torch.tensor([solve(puzzle, 2) > 1 for puzzle in blanked.tolist()])
+    solved = puzzles_of.solved_by_singles(blanked, (2, 2))
+    several = torch.tensor([solve(puzzle, (2, 2)) > 1 for puzzle in blanked.tolist()])
     assert solved.any() and several.any() and not (solved & several).any()
     with pytest.raises(ValueError, match=r"givens that leave one solution, got \(1, 2\)"):
-        puzzles_of.sudoku(10, 2, (1, 2), seed=0)
+        puzzles_of.sudoku(10, (2, 2), (1, 2), seed=0)
 
 
 def test_no_solution_is_in_both_parts_and_a_seed_says_which_puzzles():
-    parts = [puzzles_of.sudoku(300, 2, (4, 6), seed, held) for seed in (0, 1) for held in (False, True)]
+    parts = [puzzles_of.sudoku(300, (2, 2), (4, 6), seed, held) for seed in (0, 1) for held in (False, True)]
     seen = [{tuple(grid) for grid in solutions.tolist()} for _, solutions in parts]
     assert not (seen[0] | seen[2]) & (seen[1] | seen[3])
-    grids = puzzles_of.solved_grids(4000, 2, torch.Generator().manual_seed(0)).unique(dim=0)
+    grids = puzzles_of.solved_grids(4000, (2, 2), torch.Generator().manual_seed(0)).unique(dim=0)
     assert len(grids) == 192
     assert float(puzzles_of.is_held_out(grids).float().mean()) == pytest.approx(1 / 8, abs=0.05)
-    again = puzzles_of.sudoku(300, 2, (4, 6), 0)
+    again = puzzles_of.sudoku(300, (2, 2), (4, 6), 0)
     assert torch.equal(again[0], parts[0][0]) and not torch.equal(again[0], parts[2][0])
-    nine = [puzzles_of.sudoku(50, 3, (40, 45), 0, held)[1] for held in (False, True)]
+    nine = [puzzles_of.sudoku(50, (3, 3), (40, 45), 0, held)[1] for held in (False, True)]
     assert puzzles_of.is_held_out(nine[1]).all() and not puzzles_of.is_held_out(nine[0]).any()
 
 
@@ -109,7 +114,7 @@ def test_a_few_steps_reduce_the_loss(puzzle, mlp_t):
 def test_rows_halt_and_make_way_for_new_puzzles():
     settings = small()
     model = example.PuzzleModel(settings)
-    old, new = puzzles_of.sudoku(4, 2, (4, 6), 0), puzzles_of.sudoku(4, 2, (4, 6), 1)
+    old, new = puzzles_of.sudoku(4, (2, 2), (4, 6), 0), puzzles_of.sudoku(4, (2, 2), (4, 6), 1)
     nn.init.constant_(model.q_head.bias, 5.0)
     y, z = (t.clone().normal_() for t in model.start(old[0]))
     halted = torch.tensor([True, False, False, True])
@@ -131,7 +136,7 @@ def test_rows_halt_and_make_way_for_new_puzzles():
 
 
 def test_evaluation_counts_whole_grids_and_blanks():
-    puzzles, solutions = puzzles_of.sudoku(6, 2, (4, 6), 0)
+    puzzles, solutions = puzzles_of.sudoku(6, (2, 2), (4, 6), 0)
     model = example.PuzzleModel(small())
     logits = nn.functional.one_hot(solutions + 1, 6).float()
     first_blank = int((puzzles[0] == 0).int().argmax())
