@@ -19,12 +19,12 @@ def two_steps(monkeypatch):
     tiny = {name: replace(arm, **TINY) for name, arm in shell_game._ARMS.items()}
     monkeypatch.setattr(shell_game, "_ARMS", tiny)
     monkeypatch.setattr(command, "TASKS", {"shell_game": shell_game})
-    shell_game._base.cache_clear()
+    shell_game.pretrained_base.cache_clear()
     shell_game._games.cache_clear()
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    shell_game._base.cache_clear()
+    shell_game.pretrained_base.cache_clear()
     shell_game._games.cache_clear()
 
 

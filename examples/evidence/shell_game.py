@@ -154,7 +154,7 @@ def _settings(arm: str, quick: bool) -> Settings:
 
 def _model(chosen: Settings, seed: int) -> LanguageModel:
     """The base, what requires gradients within it being what the arm trains."""
-    base = copy.deepcopy(_base(chosen.base_steps)).requires_grad_(False)
+    base = copy.deepcopy(pretrained_base(chosen.base_steps)).requires_grad_(False)
     seed_everything(seed)
     if chosen.trains == "nothing":
         return base
@@ -189,7 +189,7 @@ def _model(chosen: Settings, seed: int) -> LanguageModel:
 
 
 @lru_cache(maxsize=1)
-def _base(steps: int) -> LlamaForCausalLM:
+def pretrained_base(steps: int) -> LlamaForCausalLM:
     """The language model, pre-trained as in the demonstration; the same for every arm and seed."""
     batch_size = 32
     seed_everything(0)

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from evidence import shell_game
+from evidence import reachability, shell_game, sudoku6
 
 
 class Task(Protocol):
@@ -30,4 +30,4 @@ class Task(Protocol):
         """
 
 
-TASKS: dict[str, Task] = {"shell_game": shell_game}
+TASKS: dict[str, Task] = {"shell_game": shell_game, "reachability": reachability, "sudoku6": sudoku6}
