@@ -297,6 +297,13 @@ def test_accelerate_launches_it():
     assert "trained in phase 1" in ended.stdout
 
 
+def test_engines_of_accelerate_are_refused(base, texts, tmp_path, monkeypatch, capsys):
+    """As after `accelerate launch --use_fsdp`, which on a CPU would train copies without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    error = refused(capsys, *train_command(base, texts, tmp_path))
+    assert "got FSDP from accelerate's configuration; --shard is FSDP2" in error
+
+
 # generate, eval, info, demo
 
 
