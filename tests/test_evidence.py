@@ -9,6 +9,10 @@ import torch
 from evidence import command, shell_game, tables
 from evidence.results import Results, Run, mean_and_deviation
 from evidence.tasks import TASKS
+from evidence.training import count_flops, trained
+from evidence.untied import UntiedStack
+
+from trm_kernels import TRM, rope_angles
 
 TINY = {"steps": 2, "batch_size": 4, "base_steps": 2, "games": 8, "rows": 4}
 
@@ -69,6 +73,50 @@ def test_results_are_told_by_settings_and_seed(tmp_path):
     again.path.write_text("{}")
     with pytest.raises(ValueError, match="expected the results of this command"):
         Results(again.path)
+
+
+def test_an_untied_stack_of_equal_layers_is_the_recursion():
+    torch.manual_seed(0)
+    recursion = TRM(8, 2, 1, intermediate_size=12, num_recursion_steps=3, causal=True)
+    stack = UntiedStack(8, 2, 12, n=3, eps=recursion.eps, attention="auto")
+    stack.load_state_dict({"y_init": recursion.y_init, "z_init": recursion.z_init}, strict=False)
+    for layer in stack.layers:
+        layer.load_state_dict(recursion.layers[0].state_dict())
+    x, angles = torch.randn(2, 5, 8), rope_angles(torch.arange(5)[None], 4, 10000.0)
+    said = {"angles": angles, "mask": None, "key_mask": None, "update_cache": None, "num_recursion_steps": 3}
+    for one, other in zip(stack(x, **said), recursion(x, **said), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # products in another order
+    with pytest.raises(ValueError, match="n = 3, got None, None and n = 2"):
+        stack(x, **said | {"num_recursion_steps": 2})
+
+
+def test_arms_have_the_sizes_that_they_are_named_for(two_steps):
+    def costs(arm):
+        model = shell_game._model(shell_game._ARMS[arm], seed=0)
+        loss_of = shell_game._loss(model, shell_game._ARMS[arm], seed=0)
+        return sum(p.numel() for p in trained(model)), count_flops(loss_of, steps=1)
+
+    parameters, flops = costs("n = 8")
+    assert costs("untied, same FLOPs")[1] == flops
+    assert costs("untied, same FLOPs")[0] > 7 * parameters
+    for arm in ("LoRA", "untied, same parameters"):
+        assert costs(arm)[0] == pytest.approx(parameters, rel=0.03)
+    assert costs("n = 1")[0] == parameters and costs("n = 1")[1] < flops / 2
+
+
+def test_only_the_last_answer_of_a_game_is_asked_for():
+    games = shell_game.ShellGame(200, 16, seed=0)
+    batch = {name: torch.stack([games[i][name] for i in range(200)]) for name in games[0]}
+    shown = shell_game._last_only(batch, 5, torch.Generator().manual_seed(0))
+    assert shown["input_ids"].equal(batch["input_ids"][:, :7])
+    rows, places = (shown["labels"] != -100).nonzero(as_tuple=True)
+    assert rows.equal(torch.arange(200)) and set((places - 1).tolist()) == {1, 2, 3, 4, 5}
+    assert shown["labels"][rows, places].equal(batch["labels"][rows, places])
+
+    growing = shell_game._ARMS["n random, last answer only, curriculum"]
+    longest = [shell_game._longest(growing, step) for step in range(growing.steps)]
+    assert longest == sorted(longest) and longest[0] == 1 and longest[int(0.7 * growing.steps)] == 8
+    assert longest.count(1) == pytest.approx(0.7 * growing.steps / 8, abs=1)
 
 
 DOCUMENT = command.DOCUMENT.read_text(encoding="utf-8")
