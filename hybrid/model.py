@@ -284,10 +284,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             )
         if asked := [k for k in ("output_hidden_states", "output_attentions") if others.get(k)]:
             raise ValueError(f"HybridModel: TokenHalting gives logits and a loss, got {asked[0]}.")
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         given: dict[str, Tensor | None] = {
-            "input_ids" if not inputs.is_floating_point() else "inputs_embeds": inputs
+            name: inputs,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
         }
-        given |= {"attention_mask": attention_mask, "position_ids": position_ids}
         B, T = inputs.shape[:2]
 
         def logits_at(n: int, sequences: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """adaptive_recursion: against one token after another in float64, the fixed loop, and what it may compute."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -28,14 +29,14 @@ RULES = [
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)
 
 
-def make(causal=True, dtype=torch.float64, **changes):
+def make(causal=True, dtype=torch.float64, size=0.7, **changes):
     torch.manual_seed(0)
     sizes = {"num_key_value_heads": GROUPS, "intermediate_size": 32, "num_recursion_steps": N}
     sizes |= {"num_cycles": CYCLES, "causal": causal, "dtype": dtype}
     trm = TRM(WIDTH, HEADS, 2, **(sizes | changes)).requires_grad_(False)
-    for layer in trm.layers:  # with weights of this size the states settle
+    for layer in trm.layers:  # with weights of 0.7 their size the states settle
         for weight in layer.parameters():
-            weight *= 0.7
+            weight *= size
     return trm
 
 
@@ -116,7 +117,18 @@ class OneAfterAnother:
 
 @every_rule
 def test_it_is_one_token_after_another(rule):
-    trm, x = make(), inputs()
+    check_one_after_another(make(), rule)
+
+
+def test_a_change_starts_the_count_of_steps_without_one_again():
+    trm, rule = make(size=1.2), Halting(0.8, patience=2, in_order=False)
+    check_one_after_another(trm, rule)
+    once = run(trm, inputs(), replace(rule, patience=1))[2]
+    assert (run(trm, inputs(), rule)[2] > once + 1).any(), "a test that could not fail"
+
+
+def check_one_after_another(trm, rule):
+    x = inputs()
     y, z, steps, evaluations = run(trm, x, rule)
     assert len(set(steps.flatten().tolist())) > 2, "a test that could not fail"
     for b in range(len(x)):
