@@ -48,6 +48,15 @@ def test_every_arm_runs_and_is_not_run_again(two_steps, tmp_path, capsys, monkey
         assert re.search(rf"\| +{re.escape(arm)} \| +{result['accuracy']:.3f} \|", tables_md)
     assert (tmp_path / command.PICTURE).read_bytes().startswith(b"\x89PNG")
 
+    document = tmp_path / "page.md"
+    document.write_text("<!-- table: shell-game-adaptive -->\nwrong\n<!-- end -->\n")
+    monkeypatch.setattr(command, "DOCUMENT", document)
+    monkeypatch.setattr(command, "PUBLISHED", tmp_path / "page")
+    command.publish(results)
+    assert (tmp_path / "page" / command.RESULTS).read_bytes() == results.path.read_bytes()
+    assert "wrong" not in document.read_text() and " answer, 0.1 |" in document.read_text()
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {command.RESULTS, command.PICTURE}
+
     quick = command.missing(results, ["shell_game"], [0], quick=True)
     assert quick == [Run("shell_game", arm, 0) for arm in shell_game.ARMS]  # with fewer steps: other settings
     before = results.path.read_bytes()
