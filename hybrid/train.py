@@ -193,7 +193,7 @@ def train(
 
     data        a stream of tokens, or map-style: item i is {"input_ids": [T] int64, "labels": [T] int64} and
                 more that the model takes, a function of i alone; a label stands beside its own token (the
-                model shifts them), -100 is not counted
+                model shifts them), -100 is not counted; items of one batch are padded to the longest
     held_out    name -> data of the same kind, whose loss is measured before, between and after
     resume      go on from the last whole checkpoint in settings.output_dir
     on_step     called on the main process after each step with its number, from 1, and its loss
