@@ -108,6 +108,8 @@ def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
         return loader.from_pretrained(_place(name_or_path), **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).exists():
+            reason = "there is no such folder."
         raise ValueError(
             f"expected {what} at {name_or_path}, got none that can be loaded: {reason}"
         ) from error

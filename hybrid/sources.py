@@ -212,6 +212,8 @@ def _data_set(source: Path | str) -> Any:
         return load_dataset(name, config or None, split=split or "train", streaming=True)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(source, Path):
+            raise ValueError(f"data: expected a whole parquet file in {source}, got: {reason}") from error
         raise ValueError(
             f"data: expected a file or a data set, got {source}, which is no file here and cannot be loaded "
             f"as a data set ({reason})."
@@ -227,6 +229,9 @@ def _content(row: object, field: str, where: str) -> str | list[Any] | LabelledR
     content = row.get(field) if isinstance(row, dict) else None
     is_chat = isinstance(content, list) and content and all(isinstance(turn, dict) for turn in content)
     if not isinstance(content, str) and not is_chat:
-        got = ", ".join(map(str, row)) or "no fields" if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and field in row:
+            got = f"{content!r:.40}"
+        else:
+            got = ", ".join(map(str, row)) or "no fields" if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"data: {where}: expected text or a chat in the field {field!r}, got {got}.")
     return content  # type: ignore[return-value]  # what is left is one of the two

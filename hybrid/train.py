@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -467,15 +468,22 @@ class _Run:
 
     def _save(self, step: int, before: dict[str, float]) -> Path:
         self._check_weights(step)
-        run_state.save(
-            self.folder,
-            self.window.progress(step, before, self.place, self.keep_place),
-            self.model,
-            self.optimizer,
-            self.tokenizer,
-            self.settings.keep_checkpoints,
-            this_process(),
-        )
+        try:
+            run_state.save(
+                self.folder,
+                self.window.progress(step, before, self.place, self.keep_place),
+                self.model,
+                self.optimizer,
+                self.tokenizer,
+                self.settings.keep_checkpoints,
+                this_process(),
+            )
+        except (SafetensorError, OSError) as error:
+            last = run_state.latest(self.folder)
+            raise ValueError(
+                f"train: expected to write the checkpoint of step {step} into {self.folder}, got: {error}. "
+                + (f"The run can be resumed from {last}." if last else "There is none before it.")
+            ) from error
         if self.accelerator.is_main_process:
             curve.draw(run_state.read_metrics(self.folder), self.folder / run_state.CURVE)
         self.accelerator.wait_for_everyone()

@@ -539,6 +539,7 @@ def test_an_output_folder_that_cannot_be_written_to(base, texts, tmp_path, capsy
 def test_a_base_that_is_not_there(texts, tmp_path, capsys):
     error = refused(capsys, *train_command(tmp_path / "gone", texts, tmp_path / "run"))
     assert f"expected a model of transformers at {tmp_path / 'gone'}, got none that can be loaded" in error
+    assert "there is no such folder" in error
 
 
 @pytest.mark.parametrize("config", [BertConfig(num_hidden_layers=2), T5Config(num_layers=2)])

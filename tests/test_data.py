@@ -106,7 +106,7 @@ def test_something_must_be_left_of_both(count):
         (
             "number.jsonl",
             b'{"text": 3}',
-            "number.jsonl, line 1: expected text or a chat in the field 'text', got text",
+            "number.jsonl, line 1: expected text or a chat in the field 'text', got 3",
         ),
         ("list.jsonl", b"[1]", "list.jsonl, line 1: expected text or a chat in the field 'text', got list"),
         ("broken.jsonl", b'{"text": "x"}\n{"te', "broken.jsonl, line 2: expected a JSON object, got none"),

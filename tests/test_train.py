@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hybrid import run_state
@@ -222,6 +224,21 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(tmp_path, capsys
     assert "going on from step 0" in capsys.readouterr().out
     assert_equal(resumed, straight)
     assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
+
+
+def test_a_full_disk_ends_a_run_that_can_be_resumed(tmp_path, monkeypatch):
+    def full(tensors, file):
+        if "20" in file.parent.name:
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(tensors, file)
+
+    monkeypatch.setattr(run_state, "save_file", full)
+    says = r"checkpoint of step 20 .* No space left .* from \S+/checkpoint-000010"
+    with pytest.raises(ValueError, match=says):
+        train(phase_1(), Counting(), settings_for(tmp_path))
+    monkeypatch.undo()
+    train(phase_1(), Counting(), settings_for(tmp_path), resume=True)
+    assert run_state.latest(tmp_path).name == "checkpoint-000020"
 
 
 def test_a_finished_run_can_be_resumed(tmp_path):
