@@ -45,8 +45,8 @@ def stream(sources, length=16, **options):
 
 
 def some(data, number, at=None):
-    """[(tokens, positions, place)] of the next rows."""
-    return [(tuple(r.tokens), tuple(r.positions), p) for r, p in islice(data.rows(at), number)]
+    """[(tokens, positions, place, number)] of the next rows."""
+    return [(tuple(r.tokens), tuple(r.positions), p, r.number) for r, p in islice(data.rows(at), number)]
 
 
 # What a row is
@@ -72,6 +72,8 @@ def test_every_row_comes_once_a_pass_and_passes_differ(jsonl):
     rows = some(stream(jsonl), 2 * rows_of_text)
     first, second = ([row[0] for row in part] for part in (rows[:rows_of_text], rows[rows_of_text:]))
     assert sorted(first) == sorted(second)
+    numbers = [sorted(row[3] for row in part) for part in (rows[:rows_of_text], rows[rows_of_text:])]
+    assert numbers[0] == numbers[1] == list(range(rows_of_text))
     assert first != second
     assert [row[0] for row in some(stream(jsonl, seed=1), 20)] != first[:20]
 
