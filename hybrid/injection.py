@@ -26,6 +26,7 @@ from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.backend import backend
 from trm_kernels.ops.adaptive_recursion import Halting
 from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.weights import InjectionWeights
 from trm_kernels.trm import Matrix
 
 
@@ -33,7 +34,8 @@ from trm_kernels.trm import Matrix
 class InjectionCall:
     """What all injection points of one forward share; settled once, in HybridModel.forward."""
 
-    angles: Angles  # of RoPE, for every token's position
+    positions: Tensor  # [B, T] or [1, T], in tokens
+    angles: Angles | None  # RoPE's table of them; None where each injection makes it in its own launch
     visible: Visible
     cache: Cache | None
     num_recursion_steps: int
@@ -106,7 +108,8 @@ class Injection(GradientCheckpointingLayer):
     def forward(
         self,
         h: Tensor,
-        angles: Angles,
+        positions: Tensor,
+        angles: Angles | None,
         visible: Visible,
         num_recursion_steps: int,
         backend_name: str,
@@ -140,9 +143,14 @@ class Injection(GradientCheckpointingLayer):
 
         # a traced graph keeps the backend in force while it is traced
         with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):
-            x = injection_in(h, self.in_proj().to(h.dtype), self.eps)
-            given: dict[str, Any] = {"angles": angles, "mask": mask, "key_mask": key_mask}
-            given["num_recursion_steps"] = num_recursion_steps
+            w_in, w_out = self.in_proj().to(h.dtype), self.out_proj().to(h.dtype)
+            gate = (self.gate_weight.to(h.dtype), self.gate_bias.to(h.dtype)) if self.is_gated else ()
+            given: dict[str, Any] = {"positions": positions, "angles": angles}
+            given |= {"mask": mask, "key_mask": key_mask, "num_recursion_steps": num_recursion_steps}
+            if halting is None and not each_cycle:
+                weights = InjectionWeights(w_in, w_out, *gate)
+                return self.recursion.inject(h, weights, self.strength, update_cache=update_cache, **given)
+            x = injection_in(h, w_in, self.eps)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:
@@ -156,10 +164,7 @@ class Injection(GradientCheckpointingLayer):
                     **given,
                 )
                 ys = [y]
-            dtype = ys[0].dtype
-            gate = (self.gate_weight.to(dtype), self.gate_bias.to(dtype)) if self.is_gated else ()
-            w = self.out_proj().to(dtype)
-            blended = [injection_blend(h, y, w, self.strength, *gate) for y in ys]
+            blended = [injection_blend(h, y, w_out, self.strength, *gate) for y in ys]
             return torch.cat(blended) if each_cycle else blended[0]
 
 
@@ -283,7 +288,8 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     call.done += 1
     return injection(
         h,
-        Angles(*(t.to(h.device) for t in call.angles)),
+        call.positions.to(h.device),
+        None if call.angles is None else Angles(*(t.to(h.device) for t in call.angles)),
         call.visible.to(h.device),
         call.num_recursion_steps,
         call.backend,

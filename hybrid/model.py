@@ -49,8 +49,9 @@ from hybrid.injection import (
 )
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.quantized_base import keep_gradients
-from trm_kernels import TRM
+from trm_kernels import TRM, tuning
 from trm_kernels.backend import current_backend
+from trm_kernels.launch import arch_of
 from trm_kernels.ops.adaptive_recursion import adaptive_evaluations
 from trm_kernels.ops.rope import Angles, rope_angles
 from trm_kernels.trm import Matrix
@@ -203,9 +204,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             if past_key_values is not None:
                 num_layers = self._num_trm_cache_layers(n, rule)
                 make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
-            angles = self._angles(inputs, position_ids, past_key_values)
+            positions = self._positions(inputs, position_ids, past_key_values)
+            angles = self._angles(inputs, positions)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
-            call = InjectionCall(angles, what, past_key_values, n, current_backend(), rule)
+            call = InjectionCall(positions, angles, what, past_key_values, n, current_backend(), rule)
             call.answers = answers
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
 
@@ -350,13 +352,25 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         each = adaptive_evaluations(config.trm_num_layers, num_recursion_steps, config.num_cycles, halting)
         return (each + keeps_steps(halting)) * len(config.injection_layers)
 
-    def _angles(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Angles:
-        """RoPE's table for the TRMs, all of which see the same positions."""
-        if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
-        head_width = self.config.trm_hidden_size // self.config.trm_num_heads
-        return rope_angles(position_ids, head_width, self.config.trm_rope_theta)
+    def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """[B, T] or [1, T]: the caller's, as generate() gives them, or one after the other."""
+        if position_ids is not None:
+            return position_ids
+        seen = 0 if cache is None else cache.get_seq_length()
+        return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
+
+    def _angles(self, inputs: Tensor, positions: Tensor) -> Angles | None:
+        """RoPE's table for the TRMs, all of which see the same positions.
+
+        None where they run in one launch, which makes its own: one that does not after all has its own made.
+        """
+        (B, T), width = inputs.shape[:2], self.config.trm_hidden_size
+        regime = self.config.trm_regime
+        if regime == "auto":
+            regime = tuning.regime(arch_of(inputs), B * T, T, width)
+        if regime != "per_op" and not torch.is_grad_enabled():
+            return None
+        return rope_angles(positions, width // self.config.trm_num_heads, self.config.trm_rope_theta)
 
     def _masks(
         self,

@@ -39,12 +39,12 @@ BUGS = [
     ("linear_residual-mm", "linear_residual.bwd", "2 * h * ", "h * "),
     ("linear_residual", "rstd_from_squares.fwd", "/ N + eps", "/ N"),
     ("linear_residual", "rstd_from_squares.bwd", "-0.5", "0.5"),
-    ("injection_in", "injection_in.fwd", "squares += ", "squares = "),
+    ("injection_in", "injection_in.rows_by_weight_and_squares", "squares += ", "squares = "),
     ("injection_in", "injection_in.fwd", "tile_n == 0", "tile_n == 1"),
     ("injection_in-mm", "injection_in.norm", "/ D + eps", "/ D"),
     ("injection_in-mm", "injection_in.bwd", "dh = rstd * ", "dh = "),
     ("injection_blend", "injection_blend.fwd", "u *= strength", "pass"),
-    ("injection_blend-gated", "injection_blend.fwd", "weight_ptr + k + offs_k", "weight_ptr + offs_k"),
+    ("injection_blend-gated", "injection_blend.rows_by_weight_and_score", "ptr + k + offs_k", "ptr + offs_k"),
     ("injection_blend-mm", "injection_blend.add", "scores += ", "scores = "),
     ("injection_blend-mm", "injection_blend.bwd", "gate * (1 - gate)", "gate"),
     ("injection_blend-gated", "injection_blend.bwd", "+ dscore[:, None] * ", "+ 0 * "),
@@ -82,6 +82,10 @@ BUGS = [
     ("trm_recursion-decode", "one_launch.kernel.attention_phase", "+ offs_r % GROUP", ""),
     ("trm_recursion-decode", "one_launch.kernel.attention_phase", "tl.load(key_mask", "1 + tl.load(key_mask"),
     ("trm_recursion-decode-int8", "one_launch.phases._channel_scale", "+ offs_n", "+ 0 * offs_n"),
+    ("trm_injection-decode", "one_launch.kernel.in_phase", "/ N + eps", "/ D + eps"),
+    ("trm_injection-decode", "one_launch.kernel.angles_phase", " * frequencies", " + frequencies"),
+    ("trm_injection-decode", "one_launch.kernel.blend_phase", "score * rstd", "score"),
+    ("trm_injection-decode", "one_launch.kernel.blend_phase", "strength * rstd", "strength"),
 ]  # fmt: skip
 
 

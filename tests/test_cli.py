@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
 
-import hybrid.injection
 from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
 from hybrid.cli import main
 from hybrid.config import trm_fields
@@ -21,6 +20,7 @@ from hybrid.evaluate import text_loss
 from hybrid.injection import Injection
 from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_hybrid
 from trm_kernels.backend import current_backend
+from trm_kernels.ops import injection as injection_ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,13 +103,13 @@ def test_train_says_what_came_of_it(base, texts, tmp_path, capsys):
 def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monkeypatch, capsys):
     """On a CPU it is the reference either way, bit for bit; the log says which and why, once."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chosen, injection_in = [], hybrid.injection.injection_in
+    chosen, injection_in = [], injection_ops.injection_in
 
     def spy(*given):
         chosen.append(current_backend())
         return injection_in(*given)
 
-    monkeypatch.setattr(hybrid.injection, "injection_in", spy)
+    monkeypatch.setattr(injection_ops, "injection_in", spy)
     weights = []
     for name, why in (("auto", "reference (auto: no CUDA device)"), ("reference", "reference (asked for)")):
         folder = tmp_path / name

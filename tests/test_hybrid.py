@@ -23,9 +23,9 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from hybrid import CombinedTRMLLM, HybridModel
-from hybrid import injection as hybrid_injection
 from tests.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 from trm_kernels.backend import backend, current_backend, interpreting
+from trm_kernels.ops import injection as injection_ops
 from trm_kernels.ops import library_attention
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -389,13 +389,13 @@ def test_a_drawn_number_holds_under_checkpoint_recomputation():
 
 def test_a_chosen_backend_holds_under_checkpoint_recomputation(monkeypatch):
     """On a GPU autograd recomputes in a thread of its own, which chose nothing."""
-    chosen, blend = [], hybrid_injection.injection_blend
+    chosen, blend = [], injection_ops.injection_blend
 
     def spy(*given):
         chosen.append(current_backend())
         return blend(*given)
 
-    monkeypatch.setattr(hybrid_injection, "injection_blend", spy)
+    monkeypatch.setattr(injection_ops, "injection_blend", spy)
     hybrid = tiny_hybrid().freeze_base().train()
     hybrid.gradient_checkpointing_enable({"use_reentrant": False})
     with backend("reference"):

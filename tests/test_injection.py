@@ -26,9 +26,10 @@ def test_an_injection_is_three_ops_and_nothing_between(blending_strategy):
     meta = torch.device("meta")
     injection = Injection(config, WIDTH, first_cache_layer=0, index=0, device=meta)
     h = torch.empty(2, 9, WIDTH, dtype=torch.bfloat16, device=meta, requires_grad=True)
+    where = torch.empty(1, 9, dtype=torch.long, device=meta)
     angles = Angles(*(torch.empty(1, 9, 4, device=meta) for _ in range(2)))
     with record("sm90"), Counting() as forward:
-        out = injection(h, angles, Visible(), 2, "auto")
+        out = injection(h, where, angles, Visible(), 2, "auto")
     ours = {"injection_in_fwd": 1, "trm_recursion_fwd": 1, "injection_blend_fwd": 1}
     assert forward.computing() == ours
     with record("sm90"), Counting() as back:

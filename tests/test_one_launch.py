@@ -295,8 +295,8 @@ ROWS = torch.zeros(2, 3, 64)
     ("of_model", "more", "says"),
     [
         ({"hidden_size": 130, "num_heads": 1}, {}, "an even head width of at most 128 .* got 130"),
-        ({"hidden_size": 36, "num_heads": 2}, {}, "multiples of 8, got 36"),
-        ({"intermediate_size": 44}, {}, "multiples of 8, got 64 and, in the MLP, 44"),
+        ({"hidden_size": 36, "num_heads": 2}, {}, "multiples of 16, got 36"),
+        ({"intermediate_size": 40}, {}, "multiples of 16, got 64 and 40"),
         (
             {},
             {"mask": torch.ones(1, 1, 3, 3, dtype=torch.bool)},
@@ -311,7 +311,7 @@ ROWS = torch.zeros(2, 3, 64)
 @kernels_run
 @torch.no_grad()
 def test_a_regime_that_cannot_run_is_an_error_that_says_why(of_model, more, says):
-    trm = make(**of_model)
+    trm = make(**({"intermediate_size": 48} | of_model))
     x = torch.zeros(2, 3, trm.hidden_size, device=DEVICE)
     with backend("triton"), pytest.raises(RuntimeError, match=f"'one_launch' was asked for, .*{says}"):
         call(trm, x, "one_launch", **more)
@@ -345,7 +345,8 @@ def test_a_grid_larger_than_what_runs_at_once_is_an_error_and_no_hang():
 @torch.no_grad()
 def test_a_module_keeps_its_regime_to_calls_without_gradient(monkeypatch):
     """Training goes per op, whatever the module's regime."""
-    trm, x = make(num_layers=1, num_cycles=1, num_recursion_steps=1, regime="one_launch"), ROWS[:1].to(DEVICE)
+    small = {"num_layers": 1, "num_cycles": 1, "num_recursion_steps": 1, "intermediate_size": 48}
+    trm, x = make(regime="one_launch", **small), ROWS[:1].to(DEVICE)
     ran = []
     monkeypatch.setattr(recursion, "launch", lambda *args, **meta: ran.append(args))
     with backend("triton"):
@@ -377,7 +378,7 @@ def test_the_error_of_weights_in_8_bits(kind, most):
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @torch.no_grad()
 def test_weights_in_8_bits_in_one_launch_equal_the_same_weights_widened(kind):
-    given = Given("puzzles", num_layers=1)
+    given = Given("puzzles", num_layers=1, intermediate_size=48)
     given.trm.quantize = kind
     told = []
     for regime in ("one_launch", "per_op"):

@@ -4,6 +4,7 @@ from trm_kernels.backend import backend
 from trm_kernels.ops.adaptive_recursion import Halting, adaptive_recursion
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.decode_attention import decode_attention
+from trm_kernels.ops.injection import trm_injection
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.ops.linear_residual import linear_residual
@@ -35,5 +36,6 @@ __all__ = [
     "rope_attention",
     "rstd_from_squares",
     "swiglu_mlp",
+    "trm_injection",
     "trm_recursion",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from trm_kernels.backend import backend, runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from trm_kernels.ops.decode_attention import decode_attention, decode_attention_ref
+from trm_kernels.ops.injection import trm_injection
 from trm_kernels.ops.injection_blend import injection_blend, injection_blend_ref
 from trm_kernels.ops.injection_in import injection_in, injection_in_ref
 from trm_kernels.ops.linear_residual import linear_residual, linear_residual_ref
@@ -27,7 +28,7 @@ from trm_kernels.ops.rope import Angles, rope, rope_angles, rope_ref
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.ops.weights import AttentionWeights, InjectionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.quantize import quantize
 
 Shape = tuple[int, ...]
@@ -373,6 +374,55 @@ def _one_launch(name: str, heads: _Heads, quantized: str | None = None, **fields
     return Case(name, op, ref, inputs, moved=moved, floor=_PRODUCT_FLOOR, seeds=6, **fields)
 
 
+def _one_launch_injection(name: str, heads: _Heads, quantized: str | None = None, **fields: Any) -> Case:
+    """A case of trm_injection in one launch: as above, with the projections and the gate around it."""
+
+    def injection(regime: str, h: Tensor, *rest: Tensor) -> Tensor:
+        around, (y, z), rest = InjectionWeights(*rest[:4]), rest[4:6], rest[6:]
+        weights, rest, scales = _by_names(rest[:4]), rest[4:], None
+        if quantized is not None:
+            scales, rest = [_by_names(rest[:4])], rest[4:]
+        slots = [t.contiguous().clone() for t in rest]
+        cache = _Slots(slots[:_ONE_LAUNCH_EVALUATIONS], slots[_ONE_LAUNCH_EVALUATIONS:])
+        (B, G, S, _), (H, _) = slots[0].shape, heads.counts(y.shape[2])
+        return trm_injection(
+            h,
+            around,
+            0.7,
+            y,
+            z,
+            [weights],
+            num_heads=H,
+            num_key_value_heads=G,
+            num_recursion_steps=1,
+            positions=torch.full((1, 1), S - 1, device=h.device),
+            update_cache=cache,
+            key_mask=torch.arange(S, device=h.device) >= _left_padding(B, S, h.device)[:, None],
+            scales=scales,
+            regime=regime,
+        )
+
+    def ref(*tensors: Tensor) -> Tensor:
+        with backend("reference"):
+            return injection("per_op", *tensors)
+
+    def inputs(shape: Shape, dtype: torch.dtype, seed: int) -> list[Tensor]:
+        *of_recursion, N = shape
+        (B, _, D, _), g = of_recursion, torch.Generator().manual_seed(seed + 2)
+        sizes = (B, 1, N), (D, N), (N, D), (1, D), (1,)
+        scales = 0.01, N**-0.5, D**-0.5, D**-0.5, 1.0  # so small a hidden state that eps weighs
+        around = [
+            (s * torch.randn(size, generator=g)).to(dtype) for size, s in zip(sizes, scales, strict=True)
+        ]
+        return [*around, *_decoding(heads, quantized, tuple(of_recursion), dtype, seed)[1:]]
+
+    def moved(tensors: list[Tensor]) -> int:
+        return sum(t.nbytes for t in tensors) + tensors[0].nbytes
+
+    op = partial(injection, "one_launch")
+    return Case(name, op, ref, inputs, moved=moved, floor=_PRODUCT_FLOOR, seeds=6, **fields)
+
+
 def _by_names(matrices: Sequence[Tensor]) -> LayerWeights:
     return LayerWeights(AttentionWeights(*matrices[:2]), SwiGLUWeights(*matrices[2:]))
 
@@ -665,7 +715,7 @@ CASES: tuple[Case, ...] = (
         heads=_Heads(width=64, share=1),
         regime="one_launch",
         with_gradient=False,
-        shapes=((1, 3, 32, 24), (2, 5, 48, 20)),
+        shapes=((1, 3, 32, 16), (2, 5, 48, 32)),
         bench=((1, 97, 512, 1536),),
         launches=1,
         launches_with_gradient=1,
@@ -674,7 +724,7 @@ CASES: tuple[Case, ...] = (
         "trm_recursion-decode",
         heads=_Heads(width=128, share=4),
         dtypes=(torch.float32, torch.bfloat16),
-        shapes=((1, 3, 32, 24), (2, 5, 64, 20)),
+        shapes=((1, 3, 32, 16), (2, 5, 64, 48)),
         bench=tuple((B, 2048, 2048, 5632) for B in (1, 32, 64)),
         launches=1,
         launches_with_gradient=1,
@@ -684,8 +734,27 @@ CASES: tuple[Case, ...] = (
         heads=_Heads(width=128, share=4),
         quantized="int8",
         dtypes=(torch.bfloat16,),
-        shapes=((1, 3, 32, 24), (2, 5, 64, 20)),
+        shapes=((1, 3, 32, 16), (2, 5, 64, 48)),
         bench=tuple((B, 2048, 2048, 5632) for B in (1, 32)),
+        launches=1,
+        launches_with_gradient=1,
+    ),
+    _one_launch_injection(
+        "trm_injection-decode",
+        heads=_Heads(width=128, share=4),
+        dtypes=(torch.float32, torch.bfloat16),
+        shapes=((1, 3, 32, 16, 48), (2, 5, 64, 48, 32)),
+        bench=((1, 2048, 2048, 5632, 4096),),
+        launches=1,
+        launches_with_gradient=1,
+    ),
+    _one_launch_injection(
+        "trm_injection-decode-int8",
+        heads=_Heads(width=128, share=4),
+        quantized="int8",
+        dtypes=(torch.bfloat16,),
+        shapes=((1, 3, 32, 16, 48),),
+        bench=((1, 2048, 2048, 5632, 4096),),
         launches=1,
         launches_with_gradient=1,
     ),

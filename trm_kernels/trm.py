@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels.ops.adaptive_recursion import Halting, adaptive_evaluations, adaptive_recursion
+from trm_kernels.ops.injection import trm_injection
 from trm_kernels.ops.recursion import (
     EvaluationCache,
     trm_recursion,
@@ -19,7 +20,7 @@ from trm_kernels.ops.recursion import (
 from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.ops.weights import AttentionWeights, InjectionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.products import wants_gradient
 from trm_kernels.quantize import QUANTIZE, dequantize_layers, quantize_layers
 from trm_kernels.tuning import REGIMES
@@ -345,28 +346,73 @@ class TRM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """So many cycles with the module's weights; `arguments` as trm_recursion takes them."""
         y, z = self._start(x, y, z)
-        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
-        regime = "per_op" if wants_gradient(x, y, z, *self.parameters()) else self.regime
         layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
         return trm_recursion(
             x,
             y,
             z,
             layers,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            num_recursion_steps=n,
             num_cycles=num_cycles,
             grad_cycles=grad_cycles,
-            causal=self.causal,
-            rope_theta=self.rope_theta,
-            eps=self.eps,
-            attention=self.attention,
-            save=self.save,
-            regime=regime,
             scales=scales,
+            **self._settings(num_recursion_steps, wants_gradient(x, y, z, *self.parameters())),
             **arguments,
         )
+
+    def inject(
+        self,
+        h: Tensor,
+        injection: InjectionWeights,
+        strength: float,
+        *,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        update_cache: EvaluationCache | None = None,
+        num_recursion_steps: int | None = None,
+        angles: Angles | None = None,
+    ) -> Tensor:
+        """h' [B, T, D] of an injection point, see ops/injection.py; from y_init and z_init.
+
+        h           [B, T, D], D the language model's width
+        injection   the projections and the gate, in h's dtype
+        positions   [B, T] or [1, T] for RoPE, in tokens; what else is named is as in a call
+        """
+        has_gradient = wants_gradient(h, *self.parameters(), *injection)
+        layers, scales = self._weights(h.dtype, has_gradient)
+        size = (*h.shape[:2], self.hidden_size)
+        return trm_injection(
+            h,
+            injection,
+            strength,
+            self.y_init.to(h.dtype).expand(size),
+            self.z_init.to(h.dtype).expand(size),
+            layers,
+            positions=positions,
+            mask=mask,
+            update_cache=update_cache,
+            key_mask=key_mask,
+            angles=angles,
+            num_cycles=self.num_cycles,
+            grad_cycles=self.grad_cycles,
+            scales=scales,
+            **self._settings(num_recursion_steps, has_gradient),
+        )
+
+    def _settings(self, num_recursion_steps: int | None, has_gradient: bool) -> dict[str, Any]:
+        """What the module says of every call."""
+        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        return {
+            "num_heads": self.num_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "num_recursion_steps": n,
+            "causal": self.causal,
+            "rope_theta": self.rope_theta,
+            "eps": self.eps,
+            "attention": self.attention,
+            "save": self.save,
+            "regime": "per_op" if has_gradient else self.regime,
+        }
 
     def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """The state to go on from. Errors: ValueError for an x of other sizes."""

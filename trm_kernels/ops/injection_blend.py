@@ -58,6 +58,42 @@ def injection_blend_ref(
 
 
 @triton.jit
+def rows_by_weight_and_score(
+    y_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    gate_weight_ptr,  # [K], or None
+    offs_m,
+    in_m,
+    offs_n,
+    in_n,
+    K,
+    stride_ym,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of y W^T, [BLOCK_M, BLOCK_N] float32, and the rows' scores y g [BLOCK_M], or zeros."""
+    offs_k = tl.arange(0, BLOCK_K)
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    scores = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        y = tl.load(y_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        product = tl.dot(y, w, product, input_precision=PRECISION)
+        if gate_weight_ptr is not None:
+            gate_weight = tl.load(gate_weight_ptr + k + offs_k, mask=in_k, other=0.0).to(tl.float32)
+            scores += y.to(tl.float32) * gate_weight[None, :]
+        y_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return product, tl.sum(scores, axis=1)
+
+
+@triton.jit
 def _injection_blend_fwd_kernel(
     h_ptr,  # [M, N]
     y_ptr,  # [M, K]
@@ -84,27 +120,26 @@ def _injection_blend_fwd_kernel(
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     in_m, in_n = offs_m < M, offs_n < N
-
-    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_k[None, :]
-    w_out_ptrs = w_out_ptr + offs_n[None, :] * stride_w_outn + offs_k[:, None]
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    scores = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        y = tl.load(y_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        w_out = tl.load(w_out_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        u = tl.dot(y, w_out, u, input_precision=PRECISION)
-        if gate_weight_ptr is not None:
-            gate_weight = tl.load(gate_weight_ptr + k + offs_k, mask=in_k, other=0.0).to(tl.float32)
-            scores += y.to(tl.float32) * gate_weight[None, :]
-        y_ptrs += BLOCK_K
-        w_out_ptrs += BLOCK_K
-
+    u, score = rows_by_weight_and_score(
+        y_ptr,
+        w_out_ptr,
+        gate_weight_ptr,
+        offs_m,
+        in_m,
+        offs_n,
+        in_n,
+        K,
+        stride_ym,
+        stride_w_outn,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     u *= strength
     if gate_weight_ptr is not None:
-        gate = tl.sigmoid(tl.sum(scores, axis=1) + tl.load(gate_bias_ptr).to(tl.float32))  # [BLOCK_M]
+        gate = tl.sigmoid(score + tl.load(gate_bias_ptr).to(tl.float32))  # [BLOCK_M]
         u *= gate[:, None]
         tl.store(gate_ptr + offs_m, gate, mask=in_m & (tile_n == 0))
     mask = in_m[:, None] & in_n[None, :]

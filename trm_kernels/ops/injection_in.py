@@ -41,6 +41,40 @@ def injection_in_ref(h: Tensor, w_in: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 @triton.jit
+def rows_by_weight_and_squares(
+    h_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    offs_m,
+    in_m,
+    offs_n,
+    in_n,
+    K,
+    stride_hm,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of h W^T, [BLOCK_M, BLOCK_N] float32, and the rows' sums of squares [BLOCK_M]."""
+    offs_k = tl.arange(0, BLOCK_K)
+    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :]
+    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None]
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        h = tl.load(h_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        product = tl.dot(h, w, product, input_precision=PRECISION)
+        h = h.to(tl.float32)
+        squares += h * h
+        h_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return product, tl.sum(squares, axis=1)
+
+
+@triton.jit
 def _injection_in_fwd_kernel(
     h_ptr,  # [M, K]
     w_in_ptr,  # [N, K]
@@ -63,24 +97,23 @@ def _injection_in_fwd_kernel(
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     in_m, in_n = offs_m < M, offs_n < N
-
-    h_ptrs = h_ptr + offs_m[:, None] * stride_hm + offs_k[None, :]
-    w_in_ptrs = w_in_ptr + offs_n[None, :] * stride_w_inn + offs_k[:, None]
-    x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        in_k = offs_k < K - k
-        h = tl.load(h_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
-        w_in = tl.load(w_in_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        x = tl.dot(h, w_in, x, input_precision=PRECISION)
-        h = h.to(tl.float32)
-        squares += h * h
-        h_ptrs += BLOCK_K
-        w_in_ptrs += BLOCK_K
-
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / K + eps)  # [BLOCK_M]
+    x, squares = rows_by_weight_and_squares(
+        h_ptr,
+        w_in_ptr,
+        offs_m,
+        in_m,
+        offs_n,
+        in_n,
+        K,
+        stride_hm,
+        stride_w_inn,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    rstd = tl.rsqrt(squares / K + eps)  # [BLOCK_M]
     x *= rstd[:, None]
     mask = in_m[:, None] & in_n[None, :]
     tl.store(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)

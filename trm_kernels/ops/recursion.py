@@ -164,7 +164,7 @@ def trm_recursion(
                           that cannot run, and with a warning per phase where one launch is impossible
     scales                of weights in 8 bits, see quantize.py
     """
-    _check(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
+    check_call(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
     H, G = num_heads, num_key_value_heads or num_heads
     with_gradient = num_cycles if grad_cycles is None else grad_cycles
     angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
@@ -192,7 +192,7 @@ def trm_recursion(
         weights,
         scales,
         (x, y, z),
-        None if update_cache is None else partial(_room, update_cache, x, G, x.shape[2] // H, count),
+        None if update_cache is None else partial(room_in, update_cache, x, G, x.shape[2] // H, count),
         num_heads=H,
         mask=mask,
         query_offset=query_offset,
@@ -200,7 +200,7 @@ def trm_recursion(
         candidate=candidate,
     )
     if regime != "per_op":
-        _check_key_mask(key_mask, x, room)
+        check_key_mask(key_mask, x, room)
         y, z = one_launch_recursion(
             x,
             y,
@@ -250,11 +250,11 @@ def trm_recursion(
     )
     if update_cache is not None:
         return fused_recursion_with_cache(x, y, z, weights, call, attend)
-    _check_key_mask(key_mask, x)
+    check_key_mask(key_mask, x)
     return fused_recursion(x, y, z, weights, angles, key_mask, call)
 
 
-def _room(cache: EvaluationCache, *what: Any) -> CacheRoom | None:
+def room_in(cache: EvaluationCache | None, *what: Any) -> CacheRoom | None:
     """Where a cache lets a call write; None where it cannot."""
     find = getattr(cache, "room", None)
     return find(*what) if find else None
@@ -304,7 +304,7 @@ def _angles(
     return angles
 
 
-def _check_key_mask(key_mask: Tensor | None, x: Tensor, room: CacheRoom | None = None) -> None:
+def check_key_mask(key_mask: Tensor | None, x: Tensor, room: CacheRoom | None = None) -> None:
     if key_mask is None:
         return
     B, S = x.shape[0], x.shape[1]
@@ -317,7 +317,7 @@ def _check_key_mask(key_mask: Tensor | None, x: Tensor, room: CacheRoom | None =
         )
 
 
-def _check(
+def check_call(
     x: Tensor,
     y: Tensor,
     z: Tensor,

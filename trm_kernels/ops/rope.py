@@ -5,8 +5,8 @@ Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in 
 Errors   ValueError when sizes or devices disagree, K is odd, or above the widest tuned head.
 Source   "RoFormer", Su et al., 2021, section 3.2, in its rotate-half form.
 
-The cosines and sines are a table made once for all heads, layers and steps: made in the kernel they would be
-made again for each of them, and float32's cosine of a large angle needs a stack.
+The cosines and sines are a table made once for all heads, layers and steps: made in this kernel they would be
+made again for each of them. A recursion in one launch makes the table itself, by `cos_and_sin`.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,15 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+def rope_frequencies(head_width: int, theta: float, device: torch.device) -> Tensor:
+    """[K/2] float32: by how much the angle of each pair grows from one position to the next."""
+    exponents = torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width
+    return theta**-exponents
+
+
 def rope_angles(positions: Tensor, head_width: int, theta: float) -> Angles:
     """The table for tokens at `positions` [B, T] or [1, T]."""
-    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angles = positions[..., None].float() * theta**-exponents
+    angles = positions[..., None].float() * rope_frequencies(head_width, theta, positions.device)
     return Angles(angles.cos(), angles.sin())
 
 
@@ -51,6 +56,27 @@ def rope_ref(u: Tensor, angles: Angles) -> Tensor:
 def turn(low, high, cos, sin):
     """The two halves of some heads, turned by an angle; -sin turns back."""
     return low * cos - high * sin, high * cos + low * sin
+
+
+@triton.jit
+def cos_and_sin(angle):
+    """Of a float32 angle, to float32's precision up to 2^24. tl.cos would take a stack for a large one.
+
+    In float64, where a quarter turn can be taken away as often as it fits. Of the rest, at most pi/4 to
+    either side, the Taylor series leave out less than 2e-10.
+    """
+    angle = angle.to(tl.float64)
+    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)  # 2/pi
+    r = angle - quarters * 1.5707963267948966
+    s = r * r
+    cos = 1 - s * (1 / 2) * (1 - s * (1 / 12) * (1 - s * (1 / 30) * (1 - s * (1 / 56) * (1 - s * (1 / 90)))))
+    sin = 1 - s * (1 / 6) * (1 - s * (1 / 20) * (1 - s * (1 / 42) * (1 - s * (1 / 72) * (1 - s * (1 / 110)))))
+    sin *= r
+    turns = quarters.to(tl.int32) & 3
+    is_odd, is_behind = (turns & 1) == 1, turns >= 2
+    cos, sin = tl.where(is_odd, -sin, cos), tl.where(is_odd, cos, sin)
+    cos, sin = tl.where(is_behind, -cos, cos), tl.where(is_behind, -sin, sin)
+    return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit

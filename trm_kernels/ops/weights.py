@@ -20,6 +20,15 @@ class SwiGLUWeights(NamedTuple):
     down_proj: Tensor
 
 
+class InjectionWeights(NamedTuple):
+    """What stands between a language model of width D and a recursion of width d, and back."""
+
+    in_proj: Tensor  # [d, D]
+    out_proj: Tensor  # [D, d]
+    gate_weight: Tensor | None = None  # [1, d]; None where the blend has no gate
+    gate_bias: Tensor | None = None  # [1]
+
+
 class LayerWeights(NamedTuple):
     """One layer's matrices, each [out, in]: what mixes the tokens, then the MLP."""
 

@@ -17,7 +17,7 @@ from trm_kernels.ops.weights import AttentionWeights, LayerWeights
 from trm_kernels.products import are_aligned, as_autocast, rows_of, wants_gradient
 
 _WIDEST_HEAD, _WIDEST_ROW = 128, 8192
-_MULTIPLE = 8  # elements of a row: rows of other lengths are loaded an element at a time, and spill
+_MULTIPLE = 16  # elements of a row: what Triton asks for to load 16 bytes at a time; others spill
 
 
 def choose_regime(
@@ -33,6 +33,7 @@ def choose_regime(
     query_offset: int | None,
     attention: str,
     candidate: str | None,
+    projections: Sequence[Tensor] = (),
 ) -> tuple[str, CacheRoom | None]:
     """(the regime, where it writes its keys and values): no room where it goes per op, or has no cache.
 
@@ -40,18 +41,22 @@ def choose_regime(
     x           [B, T, D], or a tensor like it
     inputs      what a gradient may be wanted of, beside the weights
     find_room   of the cache; None: there is none
+    projections [d, D] and [D, d], of an injection point: in x's dtype, whatever the other weights have
 
     Errors: RuntimeError where what was asked for cannot run, with the reason.
     """
     B, T, D = x.shape
     regime = asked if asked != "auto" else tuning.regime(arch_of(x), B * T, T, D)
-    flat = [t for w in weights for part in w for t in part]
-    if asked == "auto" and not are_aligned(*map(rows_of, flat)):
-        regime = "per_op"  # rows that are not aligned load slowly
+    flat = [*projections, *(t for w in weights for part in w for t in part)]
     if regime == "per_op":
         return regime, None
+    # rows that are not aligned load slowly; where a graph is traced, nobody knows where they lie
+    if asked == "auto" and not torch.compiler.is_compiling() and not are_aligned(*map(rows_of, flat)):
+        return "per_op", None
     has_gradient = wants_gradient(*inputs, *flat)
-    why = _why_not(x, weights, scales, num_heads, mask, query_offset, attention, candidate, has_gradient)
+    why = _why_not(
+        x, weights, scales, projections, num_heads, mask, query_offset, attention, candidate, has_gradient
+    )
     room = None
     if why is None and find_room is not None:
         room = find_room()
@@ -67,6 +72,7 @@ def _why_not(
     x: Tensor,
     weights: Sequence[LayerWeights],
     scales: Sequence[LayerWeights] | None,
+    projections: Sequence[Tensor],
     num_heads: int,
     mask: Tensor | None,
     query_offset: int | None,
@@ -89,16 +95,17 @@ def _why_not(
         return "it expected layers of one shape"
     if as_autocast(x)[0].dtype != x.dtype:
         return "torch.autocast is on, which would cast the weights in every call"
-    if scales is None and any(t.dtype != x.dtype for w in weights for part in w for t in part):
+    in_its_dtype = [*projections, *(t for w in weights for part in w for t in part if scales is None)]
+    if any(t.dtype != x.dtype for t in in_its_dtype):
         return f"it expected weights of {x.dtype}, as x"
     if K % 2 or K > _WIDEST_HEAD or x.shape[2] > _WIDEST_ROW:
         return (
             f"it expected an even head width of at most {_WIDEST_HEAD} and a width of at most {_WIDEST_ROW}, "
             f"got {K} and {x.shape[2]}"
         )
-    F = weights[0].mlp.down_proj.shape[1]
-    if x.shape[2] % _MULTIPLE or F % _MULTIPLE:
-        return f"it expected widths that are multiples of {_MULTIPLE}, got {x.shape[2]} and, in the MLP, {F}"
+    widths = [*(t.shape[1] for t in projections[:1]), x.shape[2], weights[0].mlp.down_proj.shape[1]]
+    if any(width % _MULTIPLE for width in widths):
+        return f"it expected widths that are multiples of {_MULTIPLE}, got {' and '.join(map(str, widths))}"
     if mask is not None or attention not in ("auto", "triton"):
         return "it expected causal and key_mask to say what is visible, and our own attention"
     if query_offset:

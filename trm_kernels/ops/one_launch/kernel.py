@@ -1,12 +1,16 @@
 """All phases of a recursion as one kernel, and the two ways to launch it.
 
 Phase 0 is the start, phases 1 to 5 E belong to the E evaluations of a layer, five each, and phase 5 E + 1 is
-the end. One cooperative launch runs all of them, with a grid barrier between one and the next. Or each has a
-launch of its own, of the same kernel: the end of a launch is a barrier, too.
+the end. Given a language model's hidden state, the start makes x of it, and the end gives it back with the
+recursion's answer blended in; else x is given, and the end gives back y and z.
+
+One cooperative launch runs all of them, with a grid barrier between one and the next. Or each has a launch of
+its own, of the same kernel: the end of a launch is a barrier, too.
 """
 
 from trm_kernels.ops.one_launch.addresses import of_list
 from trm_kernels.ops.one_launch.grid_barrier import grid_barrier
+from trm_kernels.ops.one_launch.injection_phases import angles_phase, blend_phase, in_phase
 from trm_kernels.ops.one_launch.phases import (
     STATE_PASSING,
     STATE_Y,
@@ -35,7 +39,14 @@ _CHANGING = ["S", "seen", "MASKED", "from_phase", "to_phase"]
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _one_launch_kernel(
-    x_ptr,  # [M, D]
+    hidden_ptr,  # [M, N], or None; and what belongs to it, as in injection_phases.py
+    w_in_ptr,  # [D, N]
+    w_out_ptr,  # [N, D]
+    gate_weight_ptr,  # [D], or None
+    gate_bias_ptr,  # [1], or None
+    positions_ptr,  # [P, T], or None: P is B or 1
+    frequencies_ptr,  # [K/2] float32
+    x_ptr,  # [M, D], out where there is a hidden state
     y_ptr,  # [M, D]
     z_ptr,  # [M, D]
     # of each list of tensors the first, see addresses.py: the layers' weights and their scales, or None
@@ -47,15 +58,16 @@ def _one_launch_kernel(
     o_scale_ptr,  # [D] float32
     gate_up_scale_ptr,  # [2F] float32
     down_scale_ptr,  # [D] float32
-    cos_ptr,  # [B or 1, T, K/2] float32, or None
+    cos_ptr,  # [B or 1, T, K/2] float32, or None; out where there are positions
     sin_ptr,
     key_mask_ptr,  # [B, MASKED] uint8, or None
     distances_ptr,  # int64: of the tensors of a list from its first
     k_ptr,  # [B, G, S, K], in and out: the evaluations' keys, and their values below
     v_ptr,
     length_ptr,  # [] int64, in and out, or None: the evaluations' tokens before this call
-    y_end_ptr,  # [M, D], out
-    z_end_ptr,  # [M, D], out
+    y_end_ptr,  # [M, D], out where there is no hidden state
+    z_end_ptr,  # [M, D], out likewise
+    blended_ptr,  # [M, N], out where there is one
     h_ptr,  # [4, M, D], and what follows: room to work in
     squares_ptr,  # [4, M, TILES] float32
     q_ptr,  # [M, H K]
@@ -71,6 +83,7 @@ def _one_launch_kernel(
     E,
     S,
     COUNTS,
+    TOKENS,  # P T
     seen,  # tokens before this call, where no length says so
     MASKED,
     keys_per_part,
@@ -85,8 +98,10 @@ def _one_launch_kernel(
     stride_ks,
     scale,
     eps,
+    strength,
     L: tl.constexpr,
     D: tl.constexpr,
+    N: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -99,8 +114,9 @@ def _one_launch_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # D, rounded up to a power of two; so are the next two, of TILES and K
+    BLOCK_D: tl.constexpr,  # D, rounded up to a power of two; so are the next three, of TILES, K/2 and K
     BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     for phase in range(from_phase, to_phase):
@@ -129,8 +145,34 @@ def _one_launch_kernel(
                 BLOCK_D,
                 BLOCK_T,
             )
+            if positions_ptr is not None:
+                angles_phase(positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, TOKENS, K // 2, BLOCK_J)
+            if hidden_ptr is not None:
+                in_phase(hidden_ptr, w_in_ptr, x_ptr, M, eps, D, N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         elif phase > 5 * E:
-            end_phase(h_ptr, squares_ptr, z_end_ptr, y_end_ptr, M, eps, D, TILES, BLOCK_D, BLOCK_T)
+            if hidden_ptr is None:
+                end_phase(h_ptr, squares_ptr, z_end_ptr, y_end_ptr, M, eps, D, TILES, BLOCK_D, BLOCK_T)
+            else:
+                blend_phase(
+                    h_ptr,
+                    squares_ptr,
+                    hidden_ptr,
+                    w_out_ptr,
+                    gate_weight_ptr,
+                    gate_bias_ptr,
+                    blended_ptr,
+                    M,
+                    eps,
+                    strength,
+                    D,
+                    N,
+                    TILES,
+                    BLOCK_T,
+                    PRECISION,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
             if length_ptr is not None:
                 for e in range(tl.program_id(0), E, tl.num_programs(0)):
                     of_evaluation = of_list(length_ptr, distances_ptr, 8 * L + 2 * E + e)

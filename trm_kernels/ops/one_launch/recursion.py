@@ -1,7 +1,7 @@
-"""trm_recursion without gradient in one launch: its launcher, as a custom op
+"""trm_recursion and trm_injection without gradient in one launch: their launchers, as custom ops
 
-What is computed, shapes and dtypes: ops/recursion.py. Weights may also be int8 or float8_e4m3fn with one
-float32 scale an output channel: w = scale[:, None] * values.
+What is computed, shapes and dtypes: ops/recursion.py and ops/injection.py. Weights of layers may also be int8
+or float8_e4m3fn with one float32 scale an output channel: w = scale[:, None] * values.
 
 Keys and values are written where they stay. With a cache that is the cache's own tensors, [B, G, capacity,
 K] for each evaluation of a layer; how full they are is a number, or a number on the device for each
@@ -20,6 +20,7 @@ Errors   RuntimeError where a cooperative launch is impossible, see cooperative.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ from trm_kernels.ops.one_launch.cooperative import Impossible, asked_for, cooper
 from trm_kernels.ops.one_launch.grid_barrier import counter_for
 from trm_kernels.ops.one_launch.kernel import _one_launch_kernel, count_phases
 from trm_kernels.ops.one_launch.phases import STATES
-from trm_kernels.ops.rope import Angles, tables
-from trm_kernels.ops.weights import LayerWeights
+from trm_kernels.ops.rope import Angles, rope_frequencies, tables
+from trm_kernels.ops.weights import InjectionWeights, LayerWeights
 from trm_kernels.optional_triton import triton
 from trm_kernels.products import input_precision, mask_bytes, rows_of
 
@@ -50,6 +51,16 @@ class CacheRoom(NamedTuple):
     values: list[Tensor]
     lengths: list[Tensor]
     seen: int
+
+
+class _Injected(NamedTuple):
+    """What a call from inside of a language model has besides: see ops/injection.py. h is [M, N]."""
+
+    h: Tensor
+    weights: InjectionWeights
+    strength: float
+    positions: Tensor | None  # [B or 1, T]
+    rope_theta: float
 
 
 @launcher(mutates_args=("keys", "values", "lengths"))
@@ -81,10 +92,122 @@ def _one_launch_recursion(
     may_fall_back   per_phase runs where a cooperative launch is impossible; else that is an error
     programs        of the grid; 0: one on each multiprocessor
     """
+    y_end, z_end = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    _start(
+        x,
+        y,
+        z,
+        weights,
+        scales,
+        cos,
+        sin,
+        key_mask,
+        CacheRoom(keys, values, lengths, seen),
+        H,
+        G,
+        causal,
+        eps,
+        num_recursion_steps,
+        num_cycles,
+        regime,
+        may_fall_back,
+        programs,
+        outputs=(y_end, z_end),
+    )
+    return y_end, z_end
+
+
+@launcher(mutates_args=("keys", "values", "lengths"))
+def _one_launch_injection(
+    h: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    strength: float,
+    y: Tensor,
+    z: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    positions: Tensor | None,
+    rope_theta: float,
+    key_mask: Tensor | None,
+    keys: list[Tensor],
+    values: list[Tensor],
+    lengths: list[Tensor],
+    seen: int,
+    H: int,
+    G: int,
+    causal: bool,
+    eps: float,
+    num_recursion_steps: int,
+    num_cycles: int,
+    regime: str,
+    may_fall_back: bool,
+    programs: int,
+) -> Tensor:
+    """h', of an injection point around the recursion; the rest as above."""
+    blended = torch.empty_like(h, memory_format=torch.contiguous_format)
+    cos, sin = None, None
+    if positions is not None:
+        size = (*positions.shape, y.shape[2] // H // 2)
+        cos, sin = (h.new_empty(size, dtype=torch.float32) for _ in range(2))
+    _start(
+        h.new_empty(y.shape),
+        y,
+        z,
+        weights,
+        scales,
+        cos,
+        sin,
+        key_mask,
+        CacheRoom(keys, values, lengths, seen),
+        H,
+        G,
+        causal,
+        eps,
+        num_recursion_steps,
+        num_cycles,
+        regime,
+        may_fall_back,
+        programs,
+        injected=_Injected(
+            h, InjectionWeights(in_proj, out_proj, gate_weight, gate_bias), strength, positions, rope_theta
+        ),
+        outputs=(blended,),
+    )
+    return blended
+
+
+def _start(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    room: CacheRoom,
+    H: int,
+    G: int,
+    causal: bool,
+    eps: float,
+    num_recursion_steps: int,
+    num_cycles: int,
+    regime: str,
+    may_fall_back: bool,
+    programs: int,
+    *,
+    injected: _Injected | None = None,
+    outputs: tuple[Tensor, ...],
+) -> None:
+    """The launch, or the launches. outputs: y and z, or h'."""
     (B, T), D = x.shape[:2], int(x.shape[2])
     M, L = B * T, len(weights) // 4
     K, F = D // H, int(weights[3 * L].shape[1])
     E = num_cycles * (num_recursion_steps + 1) * L
+    keys, values, lengths, seen = room
     if not keys:
         keys, values = ([t] * E for t in (x.new_empty(B, G, T, K), x.new_empty(B, G, T, K)))
     capacity = keys[0].shape[2]
@@ -97,7 +220,14 @@ def _one_launch_recursion(
     kinds = [weights[i * L : (i + 1) * L] for i in range(4)]
     scale_kinds = [scales[i * L : (i + 1) * L] for i in range(4)] if scales else [[x] * L] * 4
     scale_of = [kind[0] if scales else None for kind in scale_kinds]
-    y_end, z_end = torch.empty_like(x), torch.empty_like(x)
+
+    hidden, positions, frequencies, strength = None, None, None, 1.0
+    of_injection: InjectionWeights | tuple[None, ...] = (None,) * 4
+    if injected is not None:
+        hidden, of_injection, strength = rows_of(injected.h).contiguous(), injected.weights, injected.strength
+        if injected.positions is not None:
+            positions = injected.positions.contiguous()
+            frequencies = _frequencies(x.device, K, injected.rope_theta)
 
     resident = _programs_at_once(x)
     programs = programs or resident
@@ -108,6 +238,10 @@ def _one_launch_recursion(
         )
     counts_of_parts = x.new_empty(counts, dtype=torch.int32)
     args = (
+        hidden,
+        *of_injection,
+        positions,
+        frequencies,
         x,
         y,
         z,
@@ -120,8 +254,8 @@ def _one_launch_recursion(
         keys[0],
         values[0],
         lengths[0] if lengths else None,
-        y_end,
-        z_end,
+        *(outputs if injected is None else (None, None)),
+        None if injected is None else outputs[0],
         x.new_empty(STATES, M, D),
         x.new_empty(STATES, M, tiles, dtype=torch.float32),
         x.new_empty(M, D),
@@ -131,12 +265,15 @@ def _one_launch_recursion(
         x.new_empty(M, H, parts, dtype=torch.float32),
         counts_of_parts,
     )
-    sizes = (M, B, T, E, capacity, counts, seen, 0 if key_mask is None else key_mask.shape[1], keys_per_part)
+    tokens = 0 if positions is None else positions.numel()
+    masked = 0 if key_mask is None else key_mask.shape[1]
+    sizes = (M, B, T, E, capacity, counts, tokens, seen, masked, keys_per_part)
     of_angles = 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
     strides = (y.stride(0), z.stride(0), of_angles, *keys[0].stride()[:3])
     meta = {
         "L": L,
         "D": D,
+        "N": None if hidden is None else int(hidden.shape[1]),
         "H": H,
         "G": G,
         "K": K,
@@ -146,6 +283,7 @@ def _one_launch_recursion(
         "PRECISION": input_precision(),
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_T": triton.next_power_of_2(tiles),
+        "BLOCK_J": triton.next_power_of_2(max(1, K // 2)),
         "WIDTH": max(16, triton.next_power_of_2(K)),
         **row.meta,
     }
@@ -160,6 +298,7 @@ def _one_launch_recursion(
             *numbers,
             math.log2(math.e) * K**-0.5,
             eps,
+            strength,
             **meta,
             **how,
         )
@@ -187,8 +326,23 @@ def _one_launch_recursion(
     if regime == "per_phase":
         for phase in range(phases):
             start(counts_of_parts, phase, phase + 1)  # without a barrier, so any counter will do
-    shape = B, T, D
-    return y_end.view(shape), z_end.view(shape)
+
+
+def _frequencies(device: torch.device, head_width: int, theta: float) -> Tensor:
+    """rope_frequencies, made once: in a call that no CUDA graph captures."""
+    if is_recording():
+        return torch.empty(head_width // 2, dtype=torch.float32, device=device)
+    return _known_frequencies(device, head_width, theta)
+
+
+@cache
+def _known_frequencies(device: torch.device, head_width: int, theta: float) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "trm_injection: the regime 'one_launch' expected a call before a CUDA graph is captured, in "
+            "which RoPE's frequencies are made."
+        )
+    return rope_frequencies(head_width, theta, device)
 
 
 def _programs_at_once(t: Tensor) -> int:
@@ -238,6 +392,62 @@ def one_launch_recursion(
         cos,
         sin,
         key_mask,
+        keys,
+        values,
+        lengths,
+        seen,
+        num_heads,
+        num_key_value_heads,
+        causal,
+        eps,
+        num_recursion_steps,
+        num_cycles,
+        regime,
+        may_fall_back,
+        programs,
+    )
+
+
+def one_launch_injection(
+    h: Tensor,
+    injection: InjectionWeights,
+    strength: float,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    positions: Tensor | None,
+    rope_theta: float,
+    key_mask: Tensor | None,
+    room: CacheRoom | None,
+    *,
+    scales: Sequence[LayerWeights] | None = None,
+    num_heads: int,
+    num_key_value_heads: int,
+    causal: bool,
+    eps: float,
+    num_recursion_steps: int,
+    num_cycles: int,
+    regime: str,
+    may_fall_back: bool = False,
+    programs: int = 0,
+) -> Tensor:
+    """h' of trm_injection, which checked the arguments and asked choice.py. positions None: no RoPE."""
+    flat, flat_scales = ([t for kind in by_kind(some) for t in kind] for some in (weights, scales or []))
+    keys, values, lengths, seen = room or CacheRoom([], [], [], 0)
+    return _one_launch_injection(
+        h,
+        injection.in_proj.contiguous(),
+        injection.out_proj.contiguous(),
+        injection.gate_weight,
+        injection.gate_bias,
+        strength,
+        y,
+        z,
+        flat,
+        flat_scales,
+        positions,
+        rope_theta,
+        mask_bytes(key_mask),
         keys,
         values,
         lengths,
