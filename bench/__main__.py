@@ -16,12 +16,15 @@ def _static(chosen: argparse.Namespace) -> int:
             static.write(name, figures)
     if not chosen.check:
         tables.rewrite()
+        tables.rewrite_pages()
     print("\n".join(found) or ("nothing differs" if chosen.check else f"written to {static.FOLDER}"))
     return 1 if found else 0
 
 
 def _tables(chosen: argparse.Namespace) -> int:
     print("README.md is written" if tables.rewrite() else "README.md is as it was")
+    for page in tables.rewrite_pages():
+        print(f"{page.name} is written")
     return 0
 
 

@@ -1,17 +1,20 @@
-"""The README's tables, made from bench/results/**: no number there that is not in a file here.
+"""Tables of the README and of docs/level-*.md, from bench/results/** and the planner: no number by hand.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m bench tables` writes all anew.
 """
 
 import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 from bench import roofline, static
 from bench.report import RESULTS, Measured, ms, read, table
 from bench.workloads import WORKLOADS
 from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
+from hybrid.cli import main
 from hybrid.options import PRESETS
 from hybrid.plan.cards import CARDS
 from hybrid.plan.fit import fit
@@ -22,6 +25,14 @@ from hybrid.plan.table import text_tokens
 from hybrid.plan.work import speed, work
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = {level: README.parent / "docs" / f"level-{level}.md" for level in LEVELS}
+# the guide's cards and text
+PLANNED = {
+    1: "--cards 1xA100-80GB --gigabytes 1",
+    2: "--cards 1xA100-80GB --gigabytes 10",
+    3: "--cards 8xA100-80GB --gigabytes 100",
+    4: "--cards 16xH100-80GB --gigabytes 1000",
+}
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 
@@ -158,6 +169,17 @@ def plan_of_level(level: int) -> str:
     return table(columns, rows)
 
 
+def plan_output(level: int) -> str:
+    """What `trm-hybrid plan` prints for a level on its page's cards, in both phases."""
+    parts = []
+    for phase in (1, 2):
+        argv = ["plan", "--level", str(level), "--phase", str(phase), *PLANNED[level].split()]
+        with redirect_stdout(StringIO()) as out:
+            assert main(argv) == 0
+        parts.append(f"    trm-hybrid {' '.join(argv)}\n\n```text\n{out.getvalue().rstrip()}\n```")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "launches": launches,
     "decode": decode,
@@ -165,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "resources": resources,
     **{f"plan-level-{level}": partial(plan_of_level, level) for level in LEVELS},
+    **{f"plan-output-{level}": partial(plan_output, level) for level in LEVELS},
     "predicted": predicted,
     "measured": measured,
 }
@@ -193,3 +216,8 @@ def rewrite(path: Path = README) -> bool:
     if new != old:
         path.write_text(new, encoding="utf-8")
     return new != old
+
+
+def rewrite_pages() -> list[Path]:
+    """The levels' pages that changed."""
+    return [page for page in PAGES.values() if rewrite(page)]

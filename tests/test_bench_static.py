@@ -93,6 +93,13 @@ def test_the_readmes_tables_are_those_of_the_files():
     assert tables.rewritten(text) == text, "stale: `python -m bench tables` writes them anew"
 
 
+@pytest.mark.parametrize("level", tables.PAGES)
+def test_the_levels_pages_have_the_plan_as_it_is_printed(level):
+    text = tables.PAGES[level].read_text(encoding="utf-8")
+    assert f"trm-hybrid plan --level {level} --phase 2" in text
+    assert tables.rewritten(text) == text, "stale: `python -m bench tables` writes them anew"
+
+
 def test_a_table_is_rewritten_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- table: parameters -->\nold\n<!-- end -->\nafter\n")

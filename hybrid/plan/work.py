@@ -232,7 +232,7 @@ def from_scratch(
     dollars_per_card: float | None = None,
 ) -> Cost:
     """Of training as many parameters from nothing: 6 N D operations, D = 20 N, on these cards, as fast."""
-    parameters = count(run.but(lora=None).model())
+    parameters = count(run.but(lora=None, dtype="bfloat16").model())
     tokens = TOKENS_PER_PARAMETER * parameters
     rate = run.cards * run.card.flops_per_s * of_step.utilisation
     return _cost(run, tokens, 6 * parameters * tokens / rate, dollars_per_hour, dollars_per_card)
