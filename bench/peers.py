@@ -17,15 +17,17 @@ from torch import Tensor
 
 from bench import eager as plain
 from bench.eager import PAPER, PLAIN, Cache, Parts, Recursion
-from bench.workloads import Solver, Workload
+from bench.workloads import ROPE_THETA, Block, Solver, Workload
 from trm_kernels.backend import backend
 from trm_kernels.cases import CASES
 from trm_kernels.ops import library_attention
+from trm_kernels.ops.injection import trm_injection
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
+from trm_kernels.ops.one_launch.recursion import CacheRoom
 from trm_kernels.ops.recursion import trm_recursion
 from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import LayerWeights, map_weights
+from trm_kernels.ops.weights import InjectionWeights, LayerWeights, map_weights
 
 Op = Callable[..., Any]
 
@@ -160,7 +162,24 @@ def liger() -> Solver:
     return _in_pytorch(PLAIN._replace(rms=rms, rope=rope, swiglu=swiglu))
 
 
-def ours(candidate: str | None = None, save: str = "auto") -> Solver:
+class _Newest:
+    """A cache whose last place is for the newest token, which a recursion in one launch writes by itself."""
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        self.caches = caches
+
+    def __call__(self, evaluation: int, keys: Tensor, values: Tensor) -> Cache:
+        return plain.write(self.caches[evaluation], keys, values)
+
+    def room(self, *_: Any) -> CacheRoom:
+        keys, values = (list(some) for some in zip(*self.caches, strict=True))
+        return CacheRoom(keys, values, [], keys[0].shape[2] - 1)
+
+    def written(self, tokens: int) -> None:
+        """The place is the same in the next run."""
+
+
+def ours(candidate: str | None = None, save: str = "auto", regime: str = "per_op") -> Solver:
     """Triton kernels, never the reference in their place."""
 
     def recursion(
@@ -172,10 +191,6 @@ def ours(candidate: str | None = None, save: str = "auto") -> Solver:
         numbers: Recursion,
         caches: Sequence[Cache] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        def update(evaluation: int, k: Tensor, v: Tensor) -> Cache:
-            assert caches is not None
-            return plain.write(caches[evaluation], k, v)
-
         with backend("triton"):
             return trm_recursion(
                 x,
@@ -188,9 +203,10 @@ def ours(candidate: str | None = None, save: str = "auto") -> Solver:
                 angles=angles,
                 causal=numbers.causal,
                 eps=numbers.eps,
-                update_cache=None if caches is None else update,
+                update_cache=None if caches is None else _Newest(caches),
                 save=save,
                 candidate=candidate,
+                regime=regime,
             )
 
     def project_in(h: Tensor, w_in: Tensor, eps: float) -> Tensor:
@@ -201,11 +217,44 @@ def ours(candidate: str | None = None, save: str = "auto") -> Solver:
         with backend("triton"):
             return injection_blend(h, y, w_out.to(y.dtype), 1.0, candidate=candidate)
 
-    return Solver(recursion, project_in, blend)
+    def inject(
+        h: Tensor, block: Block, positions: Tensor, numbers: Recursion, caches: Sequence[Cache] | None
+    ) -> Tensor:
+        assert block.w_in is not None and block.w_out is not None
+        size = (*h.shape[:2], numbers.D)
+        with backend("triton"):
+            return trm_injection(
+                h,
+                InjectionWeights(block.w_in, block.w_out),
+                1.0,
+                block.y_init.expand(size),
+                block.z_init.expand(size),
+                block.weights,
+                num_heads=numbers.H,
+                num_recursion_steps=numbers.num_recursion_steps,
+                num_cycles=numbers.num_cycles,
+                positions=positions,
+                causal=numbers.causal,
+                rope_theta=ROPE_THETA,
+                eps=numbers.eps,
+                update_cache=None if caches is None else _Newest(caches),
+                regime=regime,
+            )
+
+    return Solver(recursion, project_in, blend, inject if regime != "per_op" else None)
 
 
 def ours_graph() -> Solver:
     return _graphed(ours())
+
+
+def ours_in_one_launch() -> Solver:
+    """A recursion, or the whole of an injection point, as one cooperative launch."""
+    return ours(regime="one_launch")
+
+
+def ours_in_one_launch_graph() -> Solver:
+    return _graphed(ours_in_one_launch())
 
 
 def _graphed(peer: Solver) -> Solver:
@@ -226,6 +275,8 @@ PEERS: dict[str, Callable[[], Solver]] = {
     "ours, CUDA graph": ours_graph,
     "torch.compile, CUDA graph": compiled_graph,
     "eager, CUDA graph": eager_graph,
+    "ours, one launch": ours_in_one_launch,
+    "ours, one launch, CUDA graph": ours_in_one_launch_graph,
     "ours, torch.mm + pointwise": partial(ours, candidate="mm"),
     "ours, save=step": partial(ours, save="step"),
     "torch.compile, SDPA cuDNN": partial(compiled_with_library_attention, "sdpa_cudnn"),
@@ -238,16 +289,18 @@ PEERS: dict[str, Callable[[], Solver]] = {
     "Liger-Kernel": liger,
 }
 MAIN = ("ours", "eager", "torch.compile", "ours, CUDA graph", "torch.compile, CUDA graph")
+_INFERENCE = ("ours, one launch", "ours, one launch, CUDA graph")
 _ATTEND = ("SDPA", "Flex", "flash", "save=", "Liger")  # differ from others in the recursion only
 
 
 def peers_of(workload: Workload, all_of_them: bool) -> tuple[str, ...]:
     """Who is timed at a workload: the main ones, or all that differ there."""
     if not all_of_them:
-        return MAIN
+        return MAIN if workload.has_backward else (*MAIN, *_INFERENCE)
+    names = tuple(name for name in PEERS if not (workload.has_backward and name in _INFERENCE))
     if workload.numbers is None:
-        return tuple(name for name in PEERS if not any(part in name for part in _ATTEND))
-    return tuple(name for name in PEERS if workload.has_backward or "save=" not in name)
+        return tuple(name for name in names if not any(part in name for part in _ATTEND))
+    return tuple(name for name in names if workload.has_backward or "save=" not in name)
 
 
 # Peers of the single ops: from a case's name to a callable, or None where there is none

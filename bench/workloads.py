@@ -26,6 +26,8 @@ CARDS = ("rtx4090", "a100", "h100", "h200")
 # as nvidia-smi names them, by a part of the name
 _NAMES = {"4090": "rtx4090", "A100": "a100", "H100": "h100", "H200": "h200"}
 
+ROPE_THETA = 10000.0
+
 # solves a problem once: what comes out, then the gradients
 Step = Callable[[], list[Tensor]]
 
@@ -37,6 +39,8 @@ class Solver:
     recursion: Callable[..., tuple[Tensor, Tensor]]  # (x, y, z, weights, angles, numbers, caches)
     project_in: Callable[[Tensor, Tensor, float], Tensor]  # (h, w_in, eps)
     blend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, y, w_out)
+    # all three at once, where a peer has that: (h, block, positions, numbers, caches)
+    inject: Callable[..., Tensor] | None = None
     is_graphed: bool = False  # its whole step is replayed as a CUDA graph
     marks_steps: bool = False  # tells torch.compile's own CUDA graphs where a step begins
 
@@ -74,6 +78,7 @@ class Problem:
 
     h        [B, T, D], what comes in: the recursion's x or, with injections, the hidden state
     blocks   one a recursion, one after the other
+    positions, angles   of the tokens [1, T], and RoPE's table of them
     caches   by block, where a token is decoded
     dout     the gradient of what comes out; None without backward
     """
@@ -81,6 +86,7 @@ class Problem:
     numbers: Recursion
     h: Tensor
     blocks: list[Block]
+    positions: Tensor
     angles: Angles
     caches: list[list[Cache]] | None = None
     dout: Tensor | None = None
@@ -108,6 +114,8 @@ class Problem:
     def _block(self, solver: Solver, h: Tensor, block: Block, caches: list[Cache] | None) -> Tensor:
         if self.only_blend:
             return solver.blend(h, block.y_init, block.w_out)  # type: ignore[arg-type]
+        if solver.inject is not None and block.w_in is not None:
+            return solver.inject(h, block, self.positions, self.numbers, caches)
         x = h if block.w_in is None else solver.project_in(h, block.w_in, self.numbers.eps)
         y, z = (t.to(x.dtype).expand_as(x).contiguous() for t in (block.y_init, block.z_init))
         y, _ = solver.recursion(x, y, z, block.weights, self.angles, self.numbers, caches)
@@ -178,8 +186,9 @@ def _puzzle(numbers: Recursion, tokens: int, trained: bool, batch: int, device: 
     random = _Random(device)
     block = Block(_weights(numbers, random, trained), random(numbers.D), random(numbers.D))
     h = random(batch, tokens, numbers.D).requires_grad_(trained)
-    angles = rope_angles(torch.arange(tokens, device=device)[None], numbers.D // numbers.H, 10000.0)
-    return Problem(numbers, h, [block], angles, dout=random(*h.shape) if trained else None)
+    positions = torch.arange(tokens, device=device)[None]
+    angles = rope_angles(positions, numbers.D // numbers.H, ROPE_THETA)
+    return Problem(numbers, h, [block], positions, angles, dout=random(*h.shape) if trained else None)
 
 
 def _injections(
@@ -198,12 +207,13 @@ def _injections(
         blocks.append(Block(_weights(numbers, random, trained), random(d), random(d), w_in, w_out))
     h = random(batch, tokens, width).requires_grad_(trained)
     first = max(context - 1, 0)
-    angles = rope_angles(first + torch.arange(tokens, device=device)[None], K, 10000.0)
+    positions = first + torch.arange(tokens, device=device)[None]
+    angles = rope_angles(positions, K, ROPE_THETA)
     if trained:
-        return Problem(numbers, h, blocks, angles, dout=random(*h.shape))
+        return Problem(numbers, h, blocks, positions, angles, dout=random(*h.shape))
     slab = batch, numbers.H, context, K
     caches = [[(random(*slab), random(*slab)) for _ in range(numbers.evaluations)] for _ in range(points)]
-    return Problem(numbers, h, blocks, angles, caches)
+    return Problem(numbers, h, blocks, positions, angles, caches)
 
 
 def _blend(tokens: int, width: int, d: int, batch: int, device: str) -> Problem:
@@ -213,9 +223,8 @@ def _blend(tokens: int, width: int, d: int, batch: int, device: str) -> Problem:
     w_out = random(width, d, size=d**-0.5).requires_grad_()
     nothing = random(1)
     block = Block([], y, nothing, w_out=w_out)
-    return Problem(
-        Recursion(d, 1, d, 0, 0), h, [block], Angles(nothing, nothing), dout=random(*h.shape), only_blend=True
-    )
+    numbers, angles = Recursion(d, 1, d, 0, 0), Angles(nothing, nothing)
+    return Problem(numbers, h, [block], nothing, angles, dout=random(*h.shape), only_blend=True)
 
 
 @dataclass(frozen=True)

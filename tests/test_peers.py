@@ -1,0 +1,33 @@
+"""Our own peers give right answers at the workloads, wherever kernels can run."""
+
+import pytest
+import torch
+
+from bench.measure import Judge
+from bench.peers import PEERS, peers_of
+from bench.workloads import WORKLOADS
+from trm_kernels.backend import interpreting
+
+CAN_RUN = interpreting() or torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+ONE_EACH = [w for w in WORKLOADS if w.name not in ("W2", "W4-16", "W6-8")]  # the others differ in numbers
+
+
+def ours(workload) -> list[str]:
+    return [name for name in peers_of(workload, True) if name.startswith("ours") and "graph" not in name]
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("workload", "name"),
+    [(w, name) for w in ONE_EACH for name in ours(w)],
+    ids=lambda it: getattr(it, "name", it),
+)
+def test_ours_is_right_at_every_workload(workload, name):
+    problem = workload.make_tiny(2, DEVICE)
+    assert Judge(problem).complaints(problem.step(PEERS[name]())())[1] == []
+
+
+def test_one_launch_is_timed_where_nothing_is_learned():
+    named = {w.name: [n for n in peers_of(w, False) if "one launch" in n] for w in WORKLOADS}
+    assert all(bool(names) != w.has_backward for w, names in zip(WORKLOADS, named.values(), strict=True))
