@@ -47,9 +47,13 @@ TESTS = (
     "tests/test_rope_attention.py",
     "tests/test_decode_attention.py",
     "tests/test_one_launch.py",
+    "tests/test_one_launch_injection.py",
     "tests/test_products.py",
     "tests/test_masks.py",
     "tests/test_one_launch_generate.py",
+    "tests/test_cooperative.py",
+    "tests/test_adaptive_recursion.py",
+    "tests/test_peers.py",
     "tests/test_backend.py",
     "tests/test_warmup.py",
 )
