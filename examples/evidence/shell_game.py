@@ -75,8 +75,8 @@ class Settings:
     curriculum: bool = False
     prose_rows: int = 0
     other_n: bool = False
-    steps: int = 1900
-    batch_size: int = 16
+    steps: int = 1450
+    batch_size: int = 32
     learning_rate: float = 2e-3
     base_steps: int = 400
     games: int = 512
@@ -84,7 +84,7 @@ class Settings:
 
 
 _RANDOM = Settings(sampling="uniform")
-_LAST = replace(_RANDOM, answers="last", swaps=8, steps=1300, batch_size=32)
+_LAST = replace(_RANDOM, answers="last", swaps=8, steps=1300)
 _ARMS: dict[str, Settings] = {
     "frozen base": Settings("nothing", steps=0),
     **{f"n = {n}": Settings(n=n, other_n=n == 8) for n in (1, 2, 4, 8)},

@@ -1,19 +1,18 @@
 """The control without recursion: as many layers as the recursion evaluates, each with weights of its own."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from trm_kernels import add_rms_norm, rope_attention, swiglu_mlp
+from trm_kernels import add_rms_norm, injection_blend, injection_in, rope_attention, swiglu_mlp
 from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.weights import InjectionWeights
 from trm_kernels.trm import TRMLayer
 
 
 class UntiedStack(nn.Module):
     """The recursion's schedule with its own layer in each place: z = f_i(z + y + x), n times; y = f(y + z).
 
-    It stands where an injection has its TRM of one layer, and is called as it is; without caches or halting.
+    It stands where an injection has its TRM of one layer, and is called as it is; without caches.
 
     width, heads, intermediate_size   of each layer
     n                                 updates of z: n + 1 layers
@@ -31,29 +30,38 @@ class UntiedStack(nn.Module):
         self.y_init = nn.Parameter(torch.randn(width))
         self.z_init = nn.Parameter(torch.randn(width))
 
-    def forward(
+    def inject(
         self,
-        x: Tensor,
+        h: Tensor,
+        injection: InjectionWeights,
+        strength: float,
         *,
+        positions: Tensor,
         angles: Angles,
         mask: Tensor | None,
         key_mask: Tensor | None,
         update_cache: None,
         num_recursion_steps: int,
-        halting: None = None,
-        **of_halting: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """(y, z), each [B, T, D] as x. The arguments are TRM's; `of_halting` is what halting would need."""
-        if (update_cache, halting, num_recursion_steps) != (None, None, len(self.layers) - 1):
+    ) -> Tensor:
+        """h' [B, T, D] of an injection point; the arguments are those of TRM.inject."""
+        if (update_cache, num_recursion_steps) != (None, len(self.layers) - 1):
             raise ValueError(
-                f"UntiedStack: expected no cache, no halting and n = {len(self.layers) - 1}, got "
-                f"{update_cache}, {halting} and n = {num_recursion_steps}."
+                f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got {update_cache} and "
+                f"n = {num_recursion_steps}."
             )
+        w_in, w_out, *gate = injection
+        y = self(injection_in(h, w_in, self.eps), angles, mask, key_mask)
+        return injection_blend(h, y, w_out, strength, *gate)
+
+    def forward(
+        self, x: Tensor, angles: Angles, mask: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Tensor:
+        """y [B, T, D] of x."""
         y, z = self.y_init.expand_as(x), self.z_init.expand_as(x)
         *steps, last = self.layers
         for layer in steps:
             z = self._layer(layer, z + (y + x), angles, mask, key_mask)
-        return self._layer(last, y + z, angles, mask, key_mask), z
+        return self._layer(last, y + z, angles, mask, key_mask)
 
     def _layer(
         self, layer: nn.Module, v: Tensor, angles: Angles, mask: Tensor | None, key_mask: Tensor | None
