@@ -170,7 +170,7 @@ def test_recursion_pays_on_the_shell_game():
     runs = [Run("shell_game", arm, seed) for arm in arms for seed in command.SEEDS]
     accuracy = {run: result["accuracy"] for run, result in command.make_all(runs, quick=False, processes=2)}
     by_arm = {arm: [accuracy[run] for run in runs if run.arm == arm] for arm in arms}
-    assert statistics.mean(by_arm["n random in 1..8"]) > 0.95
+    assert min(by_arm["n random in 1..8"]) > 0.95
     assert max(by_arm["n = 1"]) < 0.70 and max(by_arm["LoRA"]) < 0.62
     one, two, four, eight = (statistics.mean(by_arm[f"n = {n}"]) for n in (1, 2, 4, 8))
     assert one < four < eight and two < four
