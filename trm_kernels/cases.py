@@ -753,7 +753,7 @@ CASES: tuple[Case, ...] = (
         heads=_Heads(width=128, share=4),
         quantized="int8",
         dtypes=(torch.bfloat16,),
-        shapes=((1, 3, 32, 16, 48),),
+        shapes=((1, 3, 32, 16, 48), (2, 5, 64, 48, 32)),
         bench=((1, 2048, 2048, 5632, 4096),),
         launches=1,
         launches_with_gradient=1,
