@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.timing import captured
 from tests.tiny import FAMILIES, tiny_hybrid, tokens
 from trm_kernels import TRM
 from trm_kernels.backend import backend, interpreting
@@ -66,19 +67,10 @@ def test_a_forward_compiles_in_one_graph_and_can_be_captured():
         want = hybrid(ids, use_cache=False).logits
         compiled = torch.compile(hybrid, fullgraph=True)
         assert (compiled(ids, use_cache=False).logits - want).norm() <= 1e-5 * want.norm()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                hybrid(ids, use_cache=False)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = hybrid(ids, use_cache=False).logits
+        replay = captured(lambda: hybrid(ids, use_cache=False).logits)
         other = tokens(seed=5).cuda()
         ids.copy_(other)
-        graph.replay()
-        assert torch.equal(logits, hybrid(other, use_cache=False).logits)
+        assert torch.equal(replay(), hybrid(other, use_cache=False).logits)
 
 
 @needs_cuda
@@ -97,18 +89,15 @@ def test_ten_thousand_backwards_are_equal_bit_for_bit(save):
             return list(torch.autograd.grad(y.float().square().sum(), trained, allow_unused=True))
 
     first = [g for g in step() if g is not None]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph, wrong = torch.cuda.CUDAGraph(), torch.zeros((), dtype=torch.int64, device="cuda")
-    with torch.cuda.graph(graph):
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def compare() -> None:
         for got, want in zip((g for g in step() if g is not None), first, strict=True):
-            wrong += (got != want).sum()
+            wrong.add_((got != want).sum())
+
+    replay = captured(compare)
     for _ in range(10_000):
-        graph.replay()
+        replay()
     assert wrong == 0 and all(g.isfinite().all() for g in first)
 
 
