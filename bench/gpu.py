@@ -22,7 +22,9 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -321,20 +323,25 @@ def _small_cases(device: str) -> int:
 
 def _first_calls(store: Store, chosen: argparse.Namespace) -> int:
     """The seconds of each compiling peer's first call, all at once: what is timed later finds a cache."""
-    began = {}
-    for workload in WORKLOADS:
-        for peer in _DRY_PEERS[1:2] if chosen.dry_run else FIRST:
-            name = f"{workload.name}: {peer}"
-            if not store.is_done(name) and not (chosen.quick and workload.name not in QUICK):
-                store.start(name)
-                command = _command(_FIRST_CALL + name, chosen)
-                began[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for name, process in began.items():
-        said, _ = process.communicate()
-        if process.returncode == 0:
-            store.finish(name, state="ok", summary=f"{float(said.split()[-1]):.1f} s beside the others")
-        else:
-            store.finish(name, state="failed", why=f"exit code {process.returncode}; the log says more")
+    names = [
+        f"{workload.name}: {peer}"
+        for workload in WORKLOADS
+        for peer in (_DRY_PEERS[1:2] if chosen.dry_run else FIRST)
+        if not (chosen.quick and workload.name not in QUICK)
+    ]
+    missing = [name for name in names if not store.is_done(name)]
+    for name in missing:
+        store.start(name)
+    run = partial(subprocess.run, stdout=subprocess.PIPE, text=True)
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        running = {pool.submit(run, _command(_FIRST_CALL + name, chosen)): name for name in missing}
+        for done in as_completed(running):
+            name, process = running[done], done.result()
+            if process.returncode == 0:
+                seconds = float(process.stdout.split()[-1])
+                store.finish(name, state="ok", summary=f"{seconds:.1f} s beside the others")
+            else:
+                store.finish(name, state="failed", why=f"exit code {process.returncode}; the log says more")
     return 0
 
 
