@@ -148,8 +148,8 @@ class Injection(GradientCheckpointingLayer):
             given: dict[str, Any] = {"positions": positions, "angles": angles}
             given |= {"mask": mask, "key_mask": key_mask, "num_recursion_steps": num_recursion_steps}
             if halting is None and not each_cycle:
-                weights = InjectionWeights(w_in, w_out, *gate)
-                return self.recursion.inject(h, weights, self.strength, update_cache=update_cache, **given)
+                given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": self.strength}
+                return self.recursion(h, update_cache=update_cache, **given)
             x = injection_in(h, w_in, self.eps)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]

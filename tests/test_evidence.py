@@ -94,12 +94,13 @@ def test_an_untied_stack_of_equal_layers_is_the_recursion():
         layer.load_state_dict(recursion.layers[0].state_dict())
     h, positions = torch.randn(2, 5, 6), torch.arange(5)[None]
     weights = InjectionWeights(torch.randn(8, 6), torch.randn(6, 8))
-    said = {"positions": positions, "angles": rope_angles(positions, 4, 10000.0), "mask": None}
+    said = {"injection": weights, "strength": 1.0, "positions": positions}
+    said |= {"angles": rope_angles(positions, 4, 10000.0), "mask": None}
     said |= {"key_mask": None, "update_cache": None, "num_recursion_steps": 3}
-    one, other = (module.inject(h, weights, 1.0, **said) for module in (stack, recursion))
+    one, other = (module(h, **said) for module in (stack, recursion))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # products in another order
     with pytest.raises(ValueError, match="n = 3, got None and n = 2"):
-        stack.inject(h, weights, 1.0, **said | {"num_recursion_steps": 2})
+        stack(h, **said | {"num_recursion_steps": 2})
 
 
 def test_arms_have_the_sizes_that_they_are_named_for(two_steps):

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers import masking_utils as theirs
 
+import trm_kernels.ops.injection
 import trm_kernels.trm
 from hybrid import masks
 from hybrid.cache import make_room
@@ -52,7 +53,8 @@ def told(monkeypatch):
         seen.append(tuple(options[name] for name in ("mask", "key_mask", "query_offset")))
         return recursion(x, *others, **options)
 
-    monkeypatch.setattr(trm_kernels.trm, "trm_recursion", spy)
+    for module in (trm_kernels.trm, trm_kernels.ops.injection):
+        monkeypatch.setattr(module, "trm_recursion", spy)
     return seen
 
 

@@ -60,6 +60,12 @@ class Given:
         )
         return self.filled
 
+    def called(self, strength: float, **arguments) -> Tensor:
+        """h' of the module, by its own regime."""
+        return self.trm(
+            self.h, injection=self.injection, strength=strength, positions=self.positions, **arguments
+        )
+
     @property
     def weights(self):
         return [layer(self.h.dtype) for layer in self.trm.layers]
@@ -185,9 +191,7 @@ def test_layers_in_8_bits_between_projections_that_are_not(kind):
     for regime in ("one_launch", "per_op"):
         given.trm.regime = regime
         with backend("triton"):
-            told[regime] = given.trm.inject(
-                given.h, given.injection, given.strength, positions=given.positions, key_mask=given.key_mask
-            )
+            told[regime] = given.called(given.strength, key_mask=given.key_mask)
     assert error(told["one_launch"], told["per_op"].double()) <= 1e-5
 
 
@@ -206,7 +210,7 @@ def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
     with backend("triton"):
         for _ in range(2):  # the frequencies, and where the weights lie, are found out in the first
             with Counting(inside_ours=True) as counted:
-                given.trm.inject(given.h, given.injection, 1.0, positions=given.positions)
+                given.called(1.0)
     assert ran == [True, True] and not counted.computing()
 
 
@@ -215,12 +219,11 @@ def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
 def test_what_cannot_run_is_an_error_of_the_regime_that_was_asked_for():
     given = Given("no cache", False, width=40)
     given.trm.regime = "one_launch"
-    how = {"positions": given.positions}
     with backend("triton"), pytest.raises(RuntimeError, match="multiples of 16, got 40 and 64 and 48"):
-        given.trm.inject(given.h, given.injection, 1.0, **how)
+        given.called(1.0)
     given.trm.regime = "auto"
     with backend("triton"):
-        given.trm.inject(given.h, given.injection, 1.0, **how)
+        given.called(1.0)
 
 
 @kernels_run

@@ -227,8 +227,13 @@ class TRM(nn.Module):
         is_token: Tensor | None = None,
         steps_before: Tensor | None = None,
         report_steps: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        injection: InjectionWeights | None = None,
+        strength: float = 1.0,
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
+
+        With `injection` the call is a whole injection point, see ops/injection.py: x is the language model's
+        hidden state, and comes back as h'. It starts from y_init and z_init, and halts nowhere.
 
         x                     [B, T, D]
         y, z                  the state to go on from; None starts from y_init and z_init
@@ -240,10 +245,16 @@ class TRM(nn.Module):
         halting               when a token stops before n, see ops/adaptive_recursion.py, which also has
                               is_token and steps_before; None: never
         report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
+        injection, strength   the projections and the gate, in x's dtype, and the factor of what is added
 
         Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
         under torch.compile.
         """
+        if injection is not None:
+            assert y is z is halting is query_offset is None and positions is not None
+            given: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "angles": angles}
+            given |= {"positions": positions, "update_cache": update_cache}
+            return self._inject(x, injection, strength, num_recursion_steps, **given)
         if halting is None:
             return self._cycles(
                 self.num_cycles,
@@ -359,25 +370,15 @@ class TRM(nn.Module):
             **arguments,
         )
 
-    def inject(
+    def _inject(
         self,
         h: Tensor,
         injection: InjectionWeights,
         strength: float,
-        *,
-        positions: Tensor,
-        mask: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        update_cache: EvaluationCache | None = None,
-        num_recursion_steps: int | None = None,
-        angles: Angles | None = None,
+        num_recursion_steps: int | None,
+        **arguments: Any,
     ) -> Tensor:
-        """h' [B, T, D] of an injection point, see ops/injection.py; from y_init and z_init.
-
-        h           [B, T, D], D the language model's width
-        injection   the projections and the gate, in h's dtype
-        positions   [B, T] or [1, T] for RoPE, in tokens; what else is named is as in a call
-        """
+        """h' of an injection point with the module's weights; `arguments` as trm_injection takes them."""
         has_gradient = wants_gradient(h, *self.parameters(), *injection)
         layers, scales = self._weights(h.dtype, has_gradient)
         size = (*h.shape[:2], self.hidden_size)
@@ -388,15 +389,11 @@ class TRM(nn.Module):
             self.y_init.to(h.dtype).expand(size),
             self.z_init.to(h.dtype).expand(size),
             layers,
-            positions=positions,
-            mask=mask,
-            update_cache=update_cache,
-            key_mask=key_mask,
-            angles=angles,
             num_cycles=self.num_cycles,
             grad_cycles=self.grad_cycles,
             scales=scales,
             **self._settings(num_recursion_steps, has_gradient),
+            **arguments,
         )
 
     def _settings(self, num_recursion_steps: int | None, has_gradient: bool) -> dict[str, Any]:

@@ -30,12 +30,12 @@ class UntiedStack(nn.Module):
         self.y_init = nn.Parameter(torch.randn(width))
         self.z_init = nn.Parameter(torch.randn(width))
 
-    def inject(
+    def forward(
         self,
         h: Tensor,
+        *,
         injection: InjectionWeights,
         strength: float,
-        *,
         positions: Tensor,
         angles: Angles,
         mask: Tensor | None,
@@ -43,19 +43,17 @@ class UntiedStack(nn.Module):
         update_cache: None,
         num_recursion_steps: int,
     ) -> Tensor:
-        """h' [B, T, D] of an injection point; the arguments are those of TRM.inject."""
+        """h' [B, T, D] of an injection point; the arguments are those of TRM's call."""
         if (update_cache, num_recursion_steps) != (None, len(self.layers) - 1):
             raise ValueError(
                 f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got {update_cache} and "
                 f"n = {num_recursion_steps}."
             )
         w_in, w_out, *gate = injection
-        y = self(injection_in(h, w_in, self.eps), angles, mask, key_mask)
+        y = self._answer(injection_in(h, w_in, self.eps), angles, mask, key_mask)
         return injection_blend(h, y, w_out, strength, *gate)
 
-    def forward(
-        self, x: Tensor, angles: Angles, mask: Tensor | None = None, key_mask: Tensor | None = None
-    ) -> Tensor:
+    def _answer(self, x: Tensor, angles: Angles, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
         """y [B, T, D] of x."""
         y, z = self.y_init.expand_as(x), self.z_init.expand_as(x)
         *steps, last = self.layers
