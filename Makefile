@@ -15,7 +15,8 @@ INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests
 	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py \
 	tests/test_recursion.py tests/test_injection.py tests/test_launch_plan.py tests/test_one_launch.py \
 	tests/test_one_launch_injection.py tests/test_one_launch_generate.py tests/test_cooperative.py \
-	tests/test_adaptive_recursion.py tests/test_deep_supervision.py tests/test_peers.py
+	tests/test_adaptive_recursion.py tests/test_deep_supervision.py tests/test_peers.py \
+	tests/test_autocast.py
 
 .PHONY: demo evidence test test-oldest slow deep check format lint types floors gpu bench static cubins resources native clean
 

@@ -23,6 +23,7 @@ from hybrid.cache import InjectionCache, keeps_steps
 from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
+from trm_kernels.autocast import compute_dtype
 from trm_kernels.backend import backend
 from trm_kernels.ops.adaptive_recursion import Halting
 from trm_kernels.ops.rope import Angles
@@ -143,8 +144,9 @@ class Injection(GradientCheckpointingLayer):
 
         # a traced graph keeps the backend in force while it is traced
         with nullcontext() if torch.compiler.is_compiling() else backend(backend_name):
-            w_in, w_out = self.in_proj().to(h.dtype), self.out_proj().to(h.dtype)
-            gate = (self.gate_weight.to(h.dtype), self.gate_bias.to(h.dtype)) if self.is_gated else ()
+            dtype = compute_dtype(h)
+            w_in, w_out = self.in_proj().to(dtype), self.out_proj().to(dtype)
+            gate = (self.gate_weight.to(dtype), self.gate_bias.to(dtype)) if self.is_gated else ()
             given: dict[str, Any] = {"positions": positions, "angles": angles}
             given |= {"mask": mask, "key_mask": key_mask, "num_recursion_steps": num_recursion_steps}
             if halting is None and not each_cycle:

@@ -97,6 +97,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
 
         self.llm_model = llm_model
+        self.loss_type = llm_model.loss_type  # else of the class's name: by it Trainer counts labels
         self.generation_config = copy.deepcopy(llm_model.generation_config)
         self.injection_enabled = True
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved

@@ -98,15 +98,6 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that torch.autocast, where it is on, would have F.linear compute in."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-
 def check_dtypes(op: str, **tensors: Tensor) -> None:
     """Errors: ValueError unless the tensors share a dtype that the op takes."""
     dtypes = [t.dtype for t in tensors.values()]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trm_kernels.autocast import compute_dtype
 from trm_kernels.ops.adaptive_recursion import Halting, adaptive_evaluations, adaptive_recursion
 from trm_kernels.ops.injection import trm_injection
 from trm_kernels.ops.recursion import (
@@ -276,13 +277,13 @@ class TRM(nn.Module):
                 "ask after every step who goes on."
             )
         y, z = self._start(x, y, z)
-        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
+        layers, scales = self._weights(compute_dtype(x), wants_gradient(x, *self.parameters()))
         n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
         adapted = adaptive_recursion(
             x,
             y,
             z,
-            layers if scales is None else dequantize_layers(layers, scales, x.dtype),
+            layers if scales is None else dequantize_layers(layers, scales, compute_dtype(x)),
             halting=halting,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
@@ -357,7 +358,7 @@ class TRM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """So many cycles with the module's weights; `arguments` as trm_recursion takes them."""
         y, z = self._start(x, y, z)
-        layers, scales = self._weights(x.dtype, wants_gradient(x, *self.parameters()))
+        layers, scales = self._weights(compute_dtype(x), wants_gradient(x, *self.parameters()))
         return trm_recursion(
             x,
             y,
@@ -380,14 +381,15 @@ class TRM(nn.Module):
     ) -> Tensor:
         """h' of an injection point with the module's weights; `arguments` as trm_injection takes them."""
         has_gradient = wants_gradient(h, *self.parameters(), *injection)
-        layers, scales = self._weights(h.dtype, has_gradient)
+        dtype = compute_dtype(h)
+        layers, scales = self._weights(dtype, has_gradient)
         size = (*h.shape[:2], self.hidden_size)
         return trm_injection(
             h,
             injection,
             strength,
-            self.y_init.to(h.dtype).expand(size),
-            self.z_init.to(h.dtype).expand(size),
+            self.y_init.to(dtype).expand(size),
+            self.z_init.to(dtype).expand(size),
             layers,
             num_cycles=self.num_cycles,
             grad_cycles=self.grad_cycles,
@@ -418,8 +420,8 @@ class TRM(nn.Module):
         if self.seq_len is not None and x.shape[1] != self.seq_len:
             raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
         return (
-            self.y_init.to(x.dtype).expand_as(x) if y is None else y,
-            self.z_init.to(x.dtype).expand_as(x) if z is None else z,
+            self.y_init.to(compute_dtype(x)).expand_as(x) if y is None else y,
+            self.z_init.to(compute_dtype(x)).expand_as(x) if z is None else z,
         )
 
     def _weights(

@@ -37,12 +37,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trm_kernels.autocast import as_autocast
 from trm_kernels.ops.recursion import EvaluationCache, _angles, _layer, evaluations
 from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.rope_attention import UpdateCache, rope_attention
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, map_weights
+from trm_kernels.ops.weights import AttentionWeights, LayerWeights, in_dtype
 from trm_kernels.precision import wide
-from trm_kernels.products import as_autocast, wants_gradient
+from trm_kernels.products import wants_gradient
 
 WATCHED = ("answer", "latent")
 
@@ -170,7 +171,7 @@ def adaptive_recursion(
     angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
     attends = _Attention(H, G, mask, causal, key_mask, query_offset, angles, attention)
     x, y, z = as_autocast(x, y, z)
-    weights = [map_weights(lambda t: t.to(x.dtype), w) for w in weights]
+    weights = in_dtype(weights, x.dtype)
     block = _Block(weights, eps, attends, update_cache, x)
     x, y, z = (t.reshape(B * T, D) for t in (x, y, z))
     is_token = x.new_ones(B * T, dtype=torch.bool) if is_token is None else is_token.reshape(-1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_widest
 from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.optional_triton import tl, triton
@@ -180,8 +181,10 @@ def add_rms_norm(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None = Non
     if any(t.shape != x.shape for t in tensors.values()) or x.ndim == 0 or x.shape[-1] == 0:
         names, shapes = listed(tensors), listed(tuple(t.shape) for t in tensors.values())
         raise ValueError(f"add_rms_norm: expected {names} of one shape [..., D] with D > 0, got {shapes}.")
+    tensors = dict(zip(tensors, as_widest(*tensors.values()), strict=True))
     check_dtypes("add_rms_norm", **tensors)
     check_devices("add_rms_norm", **tensors)
+    x, r, s = tensors["x"], tensors["r"], tensors.get("s")
     if not runs_triton("add_rms_norm", x, r, has_kernel=x.dtype != torch.float64):
         return add_rms_norm_ref(x, r, eps, s)
     return _AddRMSNorm.apply(rows_of(x), rows_of(r), None if s is None else rows_of(s), eps).view(x.shape)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast
 from trm_kernels.backend import current_backend, runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.rope import rows
@@ -255,6 +256,7 @@ def decode_attention(
     key_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence. See the top of this file for shapes and dtypes."""
+    q, k, v = as_autocast(q, k, v)
     _check(q, k, v, starts, ends, key_mask)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if wants_gradient and current_backend() == "triton":

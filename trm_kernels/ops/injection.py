@@ -8,7 +8,8 @@ Three ops: ops/injection_in.py, ops/recursion.py, ops/injection_blend.py. Or, wi
 one launch, RoPE's table included: ops/one_launch/recursion.py.
 
 Shapes   h, h' [B, T, D]; y, z [B, T, d]; the injection's weights: see ops/weights.py.
-Dtypes   one floating dtype for all; norms, gate and softmax in float32. The layers' weights may be in 8 bits.
+Dtypes   one floating dtype for all; under autocast h and h' keep theirs, see autocast.py. Norms, gate and
+         softmax in float32. The layers' weights may be in 8 bits.
 Errors   those of the three ops; RuntimeError for a regime that was asked for and cannot run.
 Source   the mathematics in README.md, "What is computed".
 """
@@ -18,6 +19,7 @@ from functools import partial
 
 from torch import Tensor
 
+from trm_kernels.autocast import as_autocast, is_on
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.ops.one_launch.choice import choose_regime
@@ -31,7 +33,7 @@ from trm_kernels.ops.recursion import (
     trm_recursion,
 )
 from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import InjectionWeights, LayerWeights
+from trm_kernels.ops.weights import InjectionWeights, LayerWeights, in_dtype
 
 
 def trm_injection(
@@ -66,6 +68,10 @@ def trm_injection(
     positions   [B, T] or [1, T] whole numbers, for RoPE
     angles      RoPE's table of these positions, for the three ops; in one launch it is not read
     """
+    if is_on(h):
+        y, z = as_autocast(y, z)
+        injection = InjectionWeights._make(None if t is None else t.to(y.dtype) for t in injection)
+        weights = weights if scales is not None else in_dtype(weights, y.dtype)
     check_call(y, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
     G, count = num_key_value_heads or num_heads, evaluations(len(weights), num_recursion_steps, num_cycles)
     find_room = partial(room_in, update_cache, y, G, y.shape[2] // num_heads, count)

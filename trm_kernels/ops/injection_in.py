@@ -5,7 +5,8 @@ multiplied, and the product is scaled at its end.
 
 Shapes   h [..., D]; w_in [d, D]; x [..., d]; D the language model's width, d the TRM's.
 Dtypes   h and w_in of one dtype, float32, float16 or bfloat16, x has it too; the norm in float32, products
-         summed in float32. float64 stays float64 throughout, in the reference only.
+         summed in float32. float64 stays float64 throughout, in the reference only. Under autocast w_in and
+         x have the dtype that it says, and h keeps its own (autocast.py).
 Errors   ValueError when shapes, dtypes or devices disagree, when D is above the widest tuned row;
          RuntimeError for a candidate that cannot run.
 Source   the first line of the mathematics in README.md, "What is computed".
@@ -18,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.add_rms_norm import rms_norm_ref
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.products import (
     are_aligned,
-    as_autocast,
     check_devices,
     check_dtypes,
     grid,
@@ -66,7 +67,7 @@ def rows_by_weight_and_squares(
         in_k = offs_k < K - k
         h = tl.load(h_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-        product = tl.dot(h, w, product, input_precision=PRECISION)
+        product = tl.dot(h.to(w.dtype), w, product, input_precision=PRECISION)
         h = h.to(tl.float32)
         squares += h * h
         h_ptrs += BLOCK_K
@@ -187,10 +188,12 @@ def _injection_in_fwd(h: Tensor, w_in: Tensor, eps: float, candidate: str | None
     arch = arch_of(h)
     rstd = h.new_empty(M, dtype=torch.float32)
     is_aligned = are_aligned(h, w_in)
-    if tuning.choose("injection_in", arch, h.element_size(), N, is_aligned, candidate) == "mm":
+    if h.dtype != w_in.dtype and candidate is None:  # autocast: a large h is narrowed after it is normed
+        candidate = "mm"
+    if tuning.choose("injection_in", arch, w_in.element_size(), N, is_aligned, candidate) == "mm":
         BLOCK_D = triton.next_power_of_2(K)
         row = tuning.lookup("injection_in", arch, BLOCK_D)
-        y = h.new_empty(M, K)
+        y = w_in.new_empty(M, K)
         launch(
             _injection_in_norm_kernel,
             (triton.cdiv(M, row.BLOCK_M),),
@@ -208,8 +211,8 @@ def _injection_in_fwd(h: Tensor, w_in: Tensor, eps: float, candidate: str | None
             num_stages=row.num_stages,
         )
         return torch.mm(y, w_in.t()), rstd
-    gemm = tuning.gemm("injection_in", arch, h.element_size(), is_aligned)
-    x = h.new_empty(M, N)
+    gemm = tuning.gemm("injection_in", arch, w_in.element_size(), is_aligned)
+    x = w_in.new_empty(M, N)
     launch(
         _injection_in_fwd_kernel,
         grid(M, N, gemm),
@@ -231,9 +234,11 @@ def _injection_in_fwd(h: Tensor, w_in: Tensor, eps: float, candidate: str | None
 
 
 @launcher
-def _injection_in_bwd(h: Tensor, rstd: Tensor, dy: Tensor | None, wants_y: bool) -> tuple[Tensor, Tensor]:
+def _injection_in_bwd(
+    h: Tensor, rstd: Tensor, dy: Tensor | None, wants_y: bool, y_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     M, D = h.shape[0], int(h.shape[1])
-    y = h.new_empty(M if wants_y else 0, D)
+    y = h.new_empty(M if wants_y else 0, D, dtype=y_dtype)
     dh = h.new_empty(0 if dy is None else M, D)
     BLOCK_D = triton.next_power_of_2(D)
     row = tuning.lookup("injection_in", arch_of(h), BLOCK_D)
@@ -272,7 +277,7 @@ class _InjectionIn(torch.autograd.Function):
         needs_h, needs_w_in, *_ = ctx.needs_input_grad
         dx = rows_of(dx)
         dy = torch.mm(dx, w_in) if needs_h else None
-        y, dh = _injection_in_bwd(h, rstd, dy, needs_w_in)
+        y, dh = _injection_in_bwd(h, rstd, dy, needs_w_in, w_in.dtype)
         dw_in = weight_gradient(dx, y) if needs_w_in else None
         return dh if needs_h else None, dw_in, None, None
 
@@ -287,10 +292,10 @@ def injection_in(h: Tensor, w_in: Tensor, eps: float = 1e-5, *, candidate: str |
             "injection_in: expected h [..., D] and w_in [d, D] with D > 0, "
             f"got {tuple(h.shape)} and {tuple(w_in.shape)}."
         )
-    narrow_h, narrow_w_in = as_autocast(h, w_in)
-    check_dtypes("injection_in", h=narrow_h, w_in=narrow_w_in)
-    check_devices("injection_in", h=narrow_h, w_in=narrow_w_in)
-    if not runs_candidate("injection_in", candidate, narrow_h, narrow_w_in):
+    narrow_h, w_in = as_autocast(h, w_in)  # only to be checked: what is normed is h
+    check_dtypes("injection_in", h=narrow_h, w_in=w_in)
+    check_devices("injection_in", h=h, w_in=w_in)
+    if not runs_candidate("injection_in", candidate, h, w_in):
         return injection_in_ref(h, w_in, eps)
-    x = _InjectionIn.apply(rows_of(narrow_h), rows_of(narrow_w_in), eps, candidate)
+    x = _InjectionIn.apply(rows_of(h), rows_of(w_in), eps, candidate)
     return x.view(*h.shape[:-1], w_in.shape[0])

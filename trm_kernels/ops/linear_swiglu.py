@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.precision import wide
 from trm_kernels.products import (
     are_aligned,
-    as_autocast,
     as_wide_as,
     check_devices,
     check_dtypes,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_widest
 from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.add_rms_norm import rms_norm_ref
@@ -203,6 +204,8 @@ def norm_add(h: Tensor, r: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     if h.ndim == 0 or h.shape[-1] == 0 or (r is not None and r.shape != h.shape):
         got = tuple(h.shape) if r is None else f"{tuple(h.shape)} and {tuple(r.shape)}"
         raise ValueError(f"norm_add: expected h and r of one shape [..., D] with D > 0, got {got}.")
+    if r is not None:
+        h, r = as_widest(h, r)
     tensors = {"h": h} if r is None else {"h": h, "r": r}
     check_dtypes("norm_add", **tensors)
     check_devices("norm_add", **tensors)

@@ -15,7 +15,8 @@ our kernels or not by them alone (a general mask, a library, a cache under torch
 Without gradient it may be one launch, ops/one_launch/recursion.py.
 
 Shapes   x, y, z [B, T, D]; weights of a layer: see ops/weights.py; y and z are returned.
-Dtypes   one floating dtype for all; norms and softmax in float32 (float64 for float64).
+Dtypes   one floating dtype for all (autocast: see autocast.py); norms and softmax in float32 (float64 for
+         float64).
 Gradient flows through the last `grad_cycles` cycles; None means all of them.
 Errors   ValueError for counts below one, no layers, or shapes that disagree.
 Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871, figure 3.
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast, is_on
 from trm_kernels.backend import runs_triton
 from trm_kernels.launch import arch_of
 from trm_kernels.ops.add_rms_norm import add_rms_norm
@@ -41,8 +43,8 @@ from trm_kernels.ops.recursion_op import Call, fused_recursion, fused_recursion_
 from trm_kernels.ops.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.rope_attention import rope_attention
 from trm_kernels.ops.saved_bytes import SAVES, choose_save
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights, map_weights
-from trm_kernels.products import as_autocast, rows_of, wants_gradient
+from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights, in_dtype, map_weights
+from trm_kernels.products import rows_of, wants_gradient
 from trm_kernels.quantize import dequantize_layers
 
 
@@ -165,6 +167,9 @@ def trm_recursion(
     scales                of weights in 8 bits, see quantize.py
     """
     check_call(x, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
+    if is_on(x):
+        x, y, z = as_autocast(x, y, z)
+        weights = weights if scales is not None else in_dtype(weights, x.dtype)
     H, G = num_heads, num_key_value_heads or num_heads
     with_gradient = num_cycles if grad_cycles is None else grad_cycles
     angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
@@ -233,7 +238,6 @@ def trm_recursion(
         return trm_recursion_ref(
             x, y, z, weights, attend, num_recursion_steps, num_cycles, with_gradient, eps, policy
         )
-    x, y, z = as_autocast(x, y, z)
     weights = [map_weights(lambda t: rows_of(t.to(x.dtype)), w) for w in weights]
     call = Call(
         [isinstance(w.mixer, SwiGLUWeights) for w in weights],

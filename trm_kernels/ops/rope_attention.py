@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast
 from trm_kernels.backend import current_backend, runs_triton
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops import library_attention
@@ -894,6 +895,7 @@ def rope_attention(
     """
     H, G = num_heads, num_key_value_heads or num_heads
     _check(qkv, H, G, positions, mask, key_mask, angles, rope_theta)
+    (qkv,) = as_autocast(qkv)
     B, T = qkv.shape[:2]
     K = int(qkv.shape[2]) // (H + 2 * G)
     name = _choose(implementation, qkv, K, mask)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels import tuning
+from trm_kernels.autocast import as_autocast
 from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.linear_swiglu import (
     _linear_swiglu_bwd,
@@ -27,7 +28,6 @@ from trm_kernels.ops.linear_swiglu import (
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.products import (
     are_aligned,
-    as_autocast,
     check_devices,
     check_dtypes,
     check_row_scale,

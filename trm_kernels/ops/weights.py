@@ -1,8 +1,9 @@
 """The matrices of the recursive block, each [out, in] as nn.Linear keeps it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,11 @@ class LayerWeights(NamedTuple):
 def map_weights(function: Callable[[Tensor], Tensor], w: LayerWeights) -> LayerWeights:
     """A layer with the function's value of each matrix in its place."""
     return LayerWeights(type(w.mixer)(*map(function, w.mixer)), SwiGLUWeights(*map(function, w.mlp)))
+
+
+def in_dtype(weights: Sequence[LayerWeights], dtype: torch.dtype) -> list[LayerWeights]:
+    """The layers' matrices in `dtype`; those that are in it already, as they are."""
+    return [map_weights(lambda t: t.to(dtype), w) for w in weights]
 
 
 def map_two_weights(

@@ -14,7 +14,7 @@ from trm_kernels.launch import arch_of
 from trm_kernels.ops.one_launch.addresses import are_in_step
 from trm_kernels.ops.one_launch.recursion import CacheRoom, by_kind
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights
-from trm_kernels.products import are_aligned, as_autocast, rows_of, wants_gradient
+from trm_kernels.products import are_aligned, rows_of, wants_gradient
 
 _WIDEST_HEAD, _WIDEST_ROW = 128, 8192
 _MULTIPLE = 16  # elements of a row: what Triton asks for to load 16 bytes at a time; others spill
@@ -55,7 +55,17 @@ def choose_regime(
         return "per_op", None
     has_gradient = wants_gradient(*inputs, *flat)
     why = _why_not(
-        x, weights, scales, projections, num_heads, mask, query_offset, attention, candidate, has_gradient
+        x,
+        inputs,
+        weights,
+        scales,
+        projections,
+        num_heads,
+        mask,
+        query_offset,
+        attention,
+        candidate,
+        has_gradient,
     )
     room = None
     if why is None and find_room is not None:
@@ -70,6 +80,7 @@ def choose_regime(
 
 def _why_not(
     x: Tensor,
+    inputs: Sequence[Tensor],
     weights: Sequence[LayerWeights],
     scales: Sequence[LayerWeights] | None,
     projections: Sequence[Tensor],
@@ -93,8 +104,8 @@ def _why_not(
         for w in weights
     ):
         return "it expected layers of one shape"
-    if as_autocast(x)[0].dtype != x.dtype:
-        return "torch.autocast is on, which would cast the weights in every call"
+    if mixed := [t.dtype for t in inputs if t.dtype != x.dtype]:
+        return f"it expected all of its input in one dtype, got {x.dtype} and {mixed[0]}"
     in_its_dtype = [*projections, *(t for w in weights for part in w for t in part if scales is None)]
     if any(t.dtype != x.dtype for t in in_its_dtype):
         return f"it expected weights of {x.dtype}, as x"
