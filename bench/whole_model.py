@@ -54,20 +54,17 @@ def build(device: str, is_tiny: bool) -> HybridModel:
 @contextmanager
 def as_peer(model: HybridModel, peer: str) -> Iterator[None]:
     """The model computes as `peer` does, in the block."""
-    injections = [m for m in model.modules() if isinstance(m, Injection)]
-    before = [injection.recursion.attention for injection in injections]
+    before = model.config.trm_attention
     if peer == "base alone":
         with model.disable_injection():
             yield
         return
     try:
-        for injection in injections:
-            injection.recursion.attention = "sdpa" if peer == "eager" else "auto"
+        model.config.trm_attention = "sdpa" if peer == "eager" else "auto"
         with backend("reference" if peer == "eager" else "triton"):
             yield
     finally:
-        for injection, attention in zip(injections, before, strict=True):
-            injection.recursion.attention = attention
+        model.config.trm_attention = before
 
 
 def _ids(model: HybridModel, batch: int, tokens: int) -> Tensor:

@@ -215,6 +215,7 @@ def make_room(
     """
     have, want, filled_under = len(cache.layers), num_base_layers + num_trm_layers, _halting_of(cache)
     if have == want and filled_under == halting:
+        _refuse_gaps(cache, num_base_layers)
         return
     if have >= num_base_layers and _is_filled(cache):
         if filled_under != halting:
@@ -232,6 +233,27 @@ def make_room(
     for _ in range(num_trm_layers):
         cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else GrowingLayer())
     cache.trm_halting = halting  # type: ignore[attr-defined]  # our mark
+
+
+def leave_to_base(cache: Cache, num_base_layers: int) -> None:
+    """Go on with `cache` without the TRMs: theirs are taken out, for they would have a gap from here on.
+
+    So a forward with the TRMs finds a cache that the base alone has filled, and refuses it.
+    """
+    if hasattr(cache, "trm_halting"):
+        del cache.layers[num_base_layers:]
+
+
+def _refuse_gaps(cache: Cache, num_base_layers: int) -> None:
+    """Errors: ValueError where the base has seen tokens, by itself, that the TRMs have not."""
+    of_trm: Any = cache.layers[num_base_layers]
+    seen = [cache.get_seq_length(), of_trm.get_seq_length()]
+    # a static layer's is on its device, which a decoding step does not wait for
+    if all(isinstance(count, int) for count in seen) and seen[0] != seen[1]:
+        raise ValueError(
+            f"HybridModel: expected a cache that base and TRM have filled together, got one with {seen[0]} "
+            f"tokens of the base and {seen[1]} of the TRM."
+        )
 
 
 def _halting_of(cache: Cache) -> Halting | None:

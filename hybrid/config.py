@@ -1,20 +1,81 @@
 """HybridConfig: what may be chosen about the recursive block, and what may not be combined."""
 
+import dataclasses
 import difflib
+import inspect
+import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from hybrid.config_values import (
+    check_base_config,
+    check_layers,
+    check_number,
+    check_size,
+    check_steps,
+    count_parameters,
+    is_int,
+    read_json_object,
+    short,
+)
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.quantize import QUANTIZE
-from trm_kernels.trm import check_sizes
+from trm_kernels.trm import TRMSettings, check_sizes
 from trm_kernels.tuning import REGIMES
 
 BLENDING_STRATEGIES = ("linear", "gated")
 RECURSION_SAMPLINGS = ("fixed", "uniform")
 TRM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# the weights' shapes and places: fixed once a model is made
+_BUILT_IN = (
+    "injection_layers",
+    "trm_hidden_size",
+    "trm_num_heads",
+    "trm_num_layers",
+    "trm_num_key_value_heads",
+    "trm_intermediate_size",
+    "blending_strategy",
+    "trm_dtype",
+    "base_config",
+)
+# what transformers keeps in every config and means the whole model by; all else is the language model's
+_OF_THE_WHOLE = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "is_encoder_decoder",
+        "name_or_path",
+        "quantization_config",
+        "transformers_version",
+        "transformers_weights",
+    }
+)
+# every config of transformers has these itself, so that looking for them would end before the language model
+_ALWAYS_THE_BASES = frozenset(
+    {
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "use_return_dict",
+        "rope_scaling",
+        "chunk_size_feed_forward",
+        "_output_attentions",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)
 
 
 class HybridConfig(PreTrainedConfig):
@@ -50,12 +111,19 @@ class HybridConfig(PreTrainedConfig):
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
 
+    On the config of a HybridModel (`model.config.num_cycles = 3`) a field takes effect with the next
+    forward. Those that are built into the weights (injection_layers, blending_strategy, the TRM's sizes and
+    dtype) and base_config are fixed there: another value is refused. So is whatever the constructor refuses;
+    `update` sets several at once. What else is set or read (`use_cache`, `pad_token_id`, `hidden_size`, ...)
+    is the language model's, and does what it does on that model's config.
+
     Errors: ValueError, with what was expected and what came.
     """
 
     model_type = "trm_hybrid"
     sub_configs = {"base_config": AutoConfig}  # noqa: RUF012  transformers reads it as a class attribute
     has_no_defaults_at_init = True
+    __slots__ = ("_is_in_model",)  # beside __dict__, which is what is saved, compared and copied
 
     def __init__(
         self,
@@ -84,7 +152,7 @@ class HybridConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.injection_layers = [] if injection_layers is None else list(injection_layers)
+        self.injection_layers = check_layers(injection_layers)
         self.trm_hidden_size = trm_hidden_size
         self.trm_num_heads = trm_num_heads
         self.trm_num_layers = trm_num_layers
@@ -108,17 +176,33 @@ class HybridConfig(PreTrainedConfig):
         self.trm_regime = trm_regime
         self.trm_quantize = trm_quantize
         self._check()
-        _refuse_misspelt(kwargs)
 
-        if isinstance(base_config, dict):
-            base_config = AutoConfig.for_model(**base_config)
-        self.base_config = base_config
-        self.base_model_name_or_path = base_model_name_or_path
-        if base_config is not None:
-            self.check_base(base_config)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-                kwargs.setdefault(name, getattr(base_config, name, None))
+        base_config = check_base_config(base_config, HybridConfig.model_type)
+        if not isinstance(base_model_name_or_path, str | os.PathLike | None):
+            raise ValueError(
+                "HybridConfig: expected base_model_name_or_path to be a name, a path or None, "
+                f"got {short(base_model_name_or_path)}."
+            )
+        self.base_model_name_or_path = (
+            None if base_model_name_or_path is None else str(base_model_name_or_path)
+        )
+        for name in kwargs:
+            self._refuse_misspelt(name, base_config)
+        of_base = {name: kwargs.pop(name) for name in list(kwargs) if self._is_bases_when_given(name)}
         super().__init__(**kwargs)
+        for name in _ALWAYS_THE_BASES:  # set by nobody; what reads them has defaults
+            if not name.startswith("_"):
+                self.__dict__.pop(name, None)
+        self.base_config = base_config
+        for name, value in of_base.items():
+            if base_config is None or getattr(base_config, name, self) != value:
+                setattr(self, name, value)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass that only declares fields (`extra: int = 3`) is given a constructor that takes them."""
+        if "__init__" not in cls.__dict__:
+            _give_constructor(cls)
+        super().__init_subclass__(**kwargs)
 
     @property
     def supervised_answers(self) -> int:
@@ -126,17 +210,167 @@ class HybridConfig(PreTrainedConfig):
         passing = self.num_cycles if self.grad_cycles is None else self.grad_cycles
         return passing if self.deep_supervision else 1
 
+    @property
+    def trm_settings(self) -> TRMSettings:
+        """What every TRM of the model is run with."""
+        return TRMSettings(
+            num_recursion_steps=self.num_recursion_steps,
+            num_cycles=self.num_cycles,
+            grad_cycles=self.grad_cycles,
+            rope_theta=self.trm_rope_theta,
+            eps=self.trm_rms_norm_eps,
+            attention=self.trm_attention,
+            save=self.trm_save,
+            regime=self.trm_regime,
+            quantize=self.trm_quantize,
+        )
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's: caches, masks and generation are built from it."""
-        return self if self.base_config is None else self.base_config.get_text_config(decoder=decoder)
+        base = self.__dict__.get("base_config")  # asked for before the constructor has come to it
+        return self if base is None else base.get_text_config(decoder=decoder)
+
+    # What is read and set here, and what on the language model's config
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _ALWAYS_THE_BASES:
+            base = super().__getattribute__("__dict__").get("base_config")
+            if base is not None:
+                return getattr(base, name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         """What this config does not have (`vocab_size`, `hidden_size`, ...) is the language model's."""
         base = self.__dict__.get("base_config")
         # the base may be quantized; the hybrid is not, whatever reads this config
-        if base is None or name.startswith("_") or name == "quantization_config":
+        if base is None or name.startswith("__") or name in ("quantization_config", *HybridConfig.__slots__):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(base, name)
+        if name.startswith("_") and name not in _ALWAYS_THE_BASES:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(_holder(base, name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("base_config")
+        if name in _field_names(type(self)) and "base_config" in self.__dict__:
+            self.update({name: value})
+        elif base is None or self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            self._refuse_misspelt(name, base)
+            setattr(_holder(base, name), name, value)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """Set several fields; those of HybridConfig all at once, or none where they are refused.
+
+        Errors: ValueError
+        """
+        names = set(_field_names(type(self)))
+        own = {name: value for name, value in config_dict.items() if name in names}
+        before = dict(self.__dict__)
+        try:
+            for name, value in own.items():
+                self._set_own(name, value)
+            self._check()
+            if own.keys() & {"base_config", "injection_layers"} and self.base_config is not None:
+                self.check_base(self.base_config)
+        except Exception:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        for name, value in config_dict.items():
+            if name not in own:
+                setattr(self, name, value)
+
+    def _set_own(self, name: str, value: Any) -> None:
+        if name == "injection_layers":
+            value = check_layers(value)
+        elif name == "trm_dtype":
+            value = str(value).removeprefix("torch.")
+        elif name == "base_config":
+            value = check_base_config(value, HybridConfig.model_type)
+        if name in _BUILT_IN and getattr(self, "_is_in_model", False):
+            now = getattr(self, name)
+            if now is not value and (name == "base_config" or now != value):
+                got = type(value).__name__ if name == "base_config" else short(value)
+                raise ValueError(
+                    f"HybridConfig: expected {name} as the model was built with it, got {got}: "
+                    "make a new HybridModel with a config of these values."
+                )
+        super().__setattr__(name, value)
+        if name == "base_config" and value is not None:
+            self._hand_over(value)
+
+    def _hand_over(self, base: PreTrainedConfig) -> None:
+        """What was set before there was a language model is set on its config now."""
+        for name in [name for name in self.__dict__ if not self._is_own(name)]:
+            value = self.__dict__.pop(name)
+            if not name.startswith("_"):
+                setattr(_holder(base, name), name, value)
+
+    def _is_own(self, name: str) -> bool:
+        if name in _ALWAYS_THE_BASES:
+            return False
+        is_ours = name.startswith("_") or name in _OF_THE_WHOLE or name in _field_names(type(self))
+        return is_ours or isinstance(getattr(type(self), name, None), property)
+
+    def _is_bases_when_given(self, name: str) -> bool:
+        """Whether the constructor sets it on the language model's config, or transformers sees to it."""
+        if name in ("attn_implementation", "experts_implementation", "per_layer_config"):
+            return False
+        of_generation = GenerationConfig._get_default_generation_params().keys() - {"use_cache"}
+        return not self._is_own(name) and name not in of_generation
+
+    def _refuse_misspelt(self, name: str, base: PreTrainedConfig | None) -> None:
+        """transformers keeps any name in a config; one that is nearly ours was meant to be ours."""
+        ours = _field_names(type(self))
+        if name in ours or (
+            base is not None and (hasattr(_holder(base, name), name) or f"trm_{name}" in ours)
+        ):
+            return
+        if near := difflib.get_close_matches(name, trm_fields(type(self)), n=1, cutoff=0.8):
+            raise ValueError(f"HybridConfig: there is no field {name!r}; did you mean {near[0]!r}?")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to no model: what is built into one may be changed in it."""
+        return self.__dict__
+
+    def belongs_to_model(self) -> None:
+        """From here on what is built into the weights cannot be changed. HybridModel calls it."""
+        self._is_in_model = True
+
+    def set_trm_dtype(self, dtype: torch.dtype) -> None:
+        """Say that the TRMs' parameters were brought to another dtype."""
+        self.__dict__["trm_dtype"] = str(dtype).removeprefix("torch.")
+        self._check()
+
+    # As dictionaries and files
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and beside them the language model's (`hidden_size`, ...), which tools look up there.
+
+        `from_dict` takes the dictionary back.
+        """
+        own = super().to_dict()
+        base = own.get("base_config")
+        return own if not isinstance(base, dict) else base | own
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a file has to say: the fields, and the language model's within base_config alone."""
+        always = ("model_type", "transformers_version")
+        return {k: v for k, v in super().to_diff_dict().items() if k in always or k in self.__dict__}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As PreTrainedConfig's; the keywords' fields replace the dictionary's before they are checked."""
+        own = {name: kwargs.pop(name) for name in trm_fields(cls) if name in kwargs}
+        return super().from_dict(config_dict | own, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        decoded: dict[str, Any] = cls._decode_special_floats(
+            read_json_object(os.fspath(json_file), "fields of HybridConfig")
+        )
+        return decoded
 
     def check_base(self, base_config: PreTrainedConfig) -> None:
         """Refuse a base that has no place for the injection points."""
@@ -150,18 +384,19 @@ class HybridConfig(PreTrainedConfig):
             )
 
     def _check(self) -> None:
-        layers = self.injection_layers
-        if not all(_is_int(k) and k >= 0 for k in layers):
-            raise ValueError(f"HybridConfig: expected injection_layers to be counts from 0, got {layers}.")
-        if sorted(set(layers)) != layers:
-            raise ValueError(f"HybridConfig: expected injection_layers sorted, each once, got {layers}.")
-        for name in ("num_recursion_steps", "num_cycles", "trm_intermediate_size", "grad_cycles"):
-            count, may_be_none = getattr(self, name), name in ("trm_intermediate_size", "grad_cycles")
-            if not (count is None and may_be_none) and not (_is_int(count) and count >= 1):
-                raise ValueError(f"HybridConfig: expected {name} to be a count of at least 1, got {count!r}.")
+        for name in ("num_recursion_steps", "num_cycles"):
+            check_steps("HybridConfig", name, getattr(self, name))
+        for name in ("trm_intermediate_size", "grad_cycles"):
+            count = getattr(self, name)
+            if count is not None and not (is_int(count) and count >= 1):
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be a count of at least 1, got {short(count)}."
+                )
         for name in ("trm_hidden_size", "trm_num_heads", "trm_num_key_value_heads", "trm_num_layers"):
-            if not _is_int(getattr(self, name)):
-                raise ValueError(f"HybridConfig: expected {name} to be a count, got {getattr(self, name)!r}.")
+            if not is_int(getattr(self, name)):
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be a count, got {short(getattr(self, name))}."
+                )
         check_sizes(
             "HybridConfig",
             self.trm_hidden_size,
@@ -170,6 +405,15 @@ class HybridConfig(PreTrainedConfig):
             self.trm_num_layers,
             uses_rope=True,
             prefix="trm_",
+        )
+        check_size(
+            count_parameters(
+                self.trm_hidden_size,
+                self.trm_num_heads,
+                self.trm_num_key_value_heads,
+                self.trm_num_layers,
+                self.trm_intermediate_size,
+            )
         )
         if self.grad_cycles is not None and self.grad_cycles > self.num_cycles:
             raise ValueError(
@@ -185,14 +429,12 @@ class HybridConfig(PreTrainedConfig):
                 f"HybridConfig: deep_supervision expected grad_cycles in 2..{self.num_cycles} (num_cycles) "
                 "or None, as only cycles that pass gradients learn from a loss, got 1."
             )
-        if not _is_int(self.recursion_seed):
+        if not is_int(self.recursion_seed):
             raise ValueError(
                 f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."
             )
         for name in ("injection_strength", "trm_rope_theta", "trm_rms_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"HybridConfig: expected {name} to be a number, got {value!r}.")
+            check_number(name, getattr(self, name), is_positive=name != "injection_strength")
         for name, allowed in (
             ("blending_strategy", BLENDING_STRATEGIES),
             ("recursion_sampling", RECURSION_SAMPLINGS),
@@ -205,24 +447,47 @@ class HybridConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"HybridConfig: expected {name} to be one of {', '.join(map(str, allowed))}, "
-                    f"got {getattr(self, name)!r}."
+                    f"got {short(getattr(self, name))}."
                 )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def trm_fields(config_class: type[HybridConfig] = HybridConfig) -> list[str]:
+    """The names a user may set: all of the class's own but for those that describe the base."""
+    return [name for name in _field_names(config_class) if not name.startswith("base_")]
 
 
-def trm_fields() -> list[str]:
-    """The names a user may set: all of HybridConfig's own but for the two that describe the base."""
-    names = HybridConfig.__init__.__code__.co_varnames[1 : HybridConfig.__init__.__code__.co_argcount]
-    return [name for name in names if not name.startswith("base_")]
+def _field_names(config_class: type[HybridConfig]) -> tuple[str, ...]:
+    """HybridConfig's own fields, and those that a subclass has added."""
+    if config_class not in _FIELD_NAMES:
+        names: list[str] = []
+        for cls in reversed(config_class.__mro__):
+            if issubclass(cls, HybridConfig):
+                parameters = inspect.signature(cls.__init__).parameters.values()
+                names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+                names += inspect.get_annotations(cls)
+        _FIELD_NAMES[config_class] = tuple(name for name in dict.fromkeys(names) if name != "self")
+    return _FIELD_NAMES[config_class]
 
 
-def _refuse_misspelt(others: dict[str, Any]) -> None:
-    """transformers keeps any keyword in a config; one that is nearly ours was meant to be ours."""
-    for name in others:
-        if name in trm_fields():
-            continue
-        if near := difflib.get_close_matches(name, trm_fields(), n=1, cutoff=0.8):
-            raise ValueError(f"HybridConfig: there is no field {name!r}; did you mean {near[0]!r}?")
+_FIELD_NAMES: dict[type, tuple[str, ...]] = {}
+
+
+def _give_constructor(cls: type[HybridConfig]) -> None:
+    def __init__(self: HybridConfig, *args: Any, **kwargs: Any) -> None:
+        own = [f for f in dataclasses.fields(cls) if f.name in inspect.get_annotations(cls)]
+        for field in own:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name not in kwargs and default is dataclasses.MISSING:
+                raise TypeError(f"{cls.__name__}: expected the field {field.name!r}, got none.")
+            setattr(self, field.name, kwargs.pop(field.name, default))
+        super(cls, self).__init__(*args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _holder(base: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """The part of the language model's config that has the field; the whole where none has."""
+    text = base.get_text_config(decoder=True)
+    return text if not hasattr(base, name) and hasattr(text, name) else base

@@ -6,6 +6,7 @@ keeps its class, its parameter names and its checkpoints. The hooks are function
 closure would point at the original after a deepcopy.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,14 +22,15 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 from hybrid.cache import InjectionCache, keeps_steps
 from hybrid.config import TRM_DTYPES, HybridConfig
+from hybrid.config_values import count_parameters
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.autocast import compute_dtype
 from trm_kernels.backend import backend
-from trm_kernels.ops.adaptive_recursion import Halting
+from trm_kernels.ops.adaptive_recursion import Halting, adaptive_evaluations
 from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.weights import InjectionWeights
-from trm_kernels.trm import Matrix
+from trm_kernels.trm import Matrix, TRMSettings
 
 
 @dataclass
@@ -39,10 +41,10 @@ class InjectionCall:
     angles: Angles | None  # RoPE's table of them; None where each injection makes it in its own launch
     visible: Visible
     cache: Cache | None
-    num_recursion_steps: int
-    backend: (
-        str  # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
-    )
+    settings: TRMSettings  # of this forward, whatever the config is set to before its backward
+    strength: float
+    # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
+    backend: str
     halting: Halting | None = None
     is_token: Tensor | None = None  # [B, T] bool, with halting; None: all are
     answers: int = 1  # of the last injection point, stacked along the batch; more than one: deep supervision
@@ -54,6 +56,50 @@ class InjectionCall:
 current_call = CompileableContextVar("trm_hybrid_call")
 
 
+def _set_on_the_config(field: str) -> Any:
+    """An attribute that shows a field of the hybrid's config, and is not set but there."""
+
+    def read(module: Any) -> Any:
+        return getattr(module.config, field)
+
+    def refuse(module: Any, value: Any) -> None:
+        if value != read(module):
+            raise ValueError(
+                f"HybridModel: expected {field} to be set on model.config, which is saved, for all injection "
+                f"points; got {value!r} on one {type(module).__name__}."
+            )
+
+    return property(read, refuse)
+
+
+class InjectedTRM(TRM):
+    """A TRM whose settings are the hybrid's config's."""
+
+    num_recursion_steps = _set_on_the_config("num_recursion_steps")
+    num_cycles = _set_on_the_config("num_cycles")
+    grad_cycles = _set_on_the_config("grad_cycles")
+    rope_theta = _set_on_the_config("trm_rope_theta")
+    eps = _set_on_the_config("trm_rms_norm_eps")
+    attention = _set_on_the_config("trm_attention")
+    save = _set_on_the_config("trm_save")
+    regime = _set_on_the_config("trm_regime")
+    quantize = _set_on_the_config("trm_quantize")
+
+    def __init__(self, config: HybridConfig, **factory: Any) -> None:
+        self.config = config
+        settings = config.trm_settings._asdict()
+        super().__init__(
+            config.trm_hidden_size,
+            config.trm_num_heads,
+            config.trm_num_layers,
+            num_key_value_heads=config.trm_num_key_value_heads,
+            intermediate_size=config.trm_intermediate_size,
+            causal=True,
+            **settings,
+            **factory,
+        )
+
+
 class Injection(GradientCheckpointingLayer):
     """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T.
 
@@ -61,6 +107,9 @@ class Injection(GradientCheckpointingLayer):
     first_cache_layer    the cache's layer of evaluation 0 is first_cache_layer + index * evaluations
     index                which injection point this is, from 0
     """
+
+    strength = _set_on_the_config("injection_strength")
+    eps = _set_on_the_config("trm_rms_norm_eps")
 
     def __init__(
         self, config: HybridConfig, hidden_size: int, first_cache_layer: int, index: int, device: torch.device
@@ -70,27 +119,9 @@ class Injection(GradientCheckpointingLayer):
         d = config.trm_hidden_size
         self.first_cache_layer = first_cache_layer
         self.index = index
-        self.strength = config.injection_strength
-        self.eps = config.trm_rms_norm_eps
+        self.config = config
         self.in_proj = Matrix(d, hidden_size, **factory)
-        self.recursion = TRM(
-            d,
-            config.trm_num_heads,
-            config.trm_num_layers,
-            num_key_value_heads=config.trm_num_key_value_heads,
-            intermediate_size=config.trm_intermediate_size,
-            num_recursion_steps=config.num_recursion_steps,
-            num_cycles=config.num_cycles,
-            grad_cycles=config.grad_cycles,
-            causal=True,
-            rope_theta=config.trm_rope_theta,
-            eps=config.trm_rms_norm_eps,
-            attention=config.trm_attention,
-            save=config.trm_save,
-            regime=config.trm_regime,
-            quantize=config.trm_quantize,
-            **factory,
-        )
+        self.recursion = InjectedTRM(config, **factory)
         self.out_proj = Matrix(hidden_size, d, **factory)
         if config.blending_strategy == "gated":
             self.gate_weight = nn.Parameter(torch.empty(1, d, **factory))
@@ -112,7 +143,8 @@ class Injection(GradientCheckpointingLayer):
         positions: Tensor,
         angles: Angles | None,
         visible: Visible,
-        num_recursion_steps: int,
+        settings: TRMSettings,
+        strength: float,
         backend_name: str,
         halting: Halting | None = None,
         is_token: Tensor | None = None,
@@ -122,6 +154,7 @@ class Injection(GradientCheckpointingLayer):
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
+        settings, strength  how the TRM runs, and the factor of what is added
         halting, is_token   see trm_kernels/ops/adaptive_recursion.py
         steps               with halting, is added to: the call's (steps, evaluations)
         each_cycle   h' [C B, T, D] with the answers of the C cycles that pass gradients, the last at the end
@@ -131,7 +164,7 @@ class Injection(GradientCheckpointingLayer):
         mask, key_mask, num_keys = visible
         update_cache = None
         if past_key_values is not None:
-            evaluations = self.recursion.evaluations(num_recursion_steps, halting)
+            evaluations = trm_evaluations(self.config, settings, halting)
             first = self.first_cache_layer + self.index * (evaluations + keeps_steps(halting))
             steps_layer = first + evaluations if keeps_steps(halting) else None
             update_cache = InjectionCache(past_key_values, first, num_keys, steps_layer)
@@ -148,11 +181,11 @@ class Injection(GradientCheckpointingLayer):
             w_in, w_out = self.in_proj().to(dtype), self.out_proj().to(dtype)
             gate = (self.gate_weight.to(dtype), self.gate_bias.to(dtype)) if self.is_gated else ()
             given: dict[str, Any] = {"positions": positions, "angles": angles}
-            given |= {"mask": mask, "key_mask": key_mask, "num_recursion_steps": num_recursion_steps}
+            given |= {"mask": mask, "key_mask": key_mask, "settings": settings}
             if halting is None and not each_cycle:
-                given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": self.strength}
+                given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": strength}
                 return self.recursion(h, update_cache=update_cache, **given)
-            x = injection_in(h, w_in, self.eps)
+            x = injection_in(h, w_in, settings.eps)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:
@@ -166,8 +199,14 @@ class Injection(GradientCheckpointingLayer):
                     **given,
                 )
                 ys = [y]
-            blended = [injection_blend(h, y, w_out, self.strength, *gate) for y in ys]
+            blended = [injection_blend(h, y, w_out, strength, *gate) for y in ys]
             return torch.cat(blended) if each_cycle else blended[0]
+
+
+def trm_evaluations(config: HybridConfig, settings: TRMSettings, halting: Halting | None) -> int:
+    """Evaluations of a layer in one call of one TRM, the most: the layers of a cache that it fills."""
+    n, num_cycles = settings.num_recursion_steps, settings.num_cycles
+    return adaptive_evaluations(config.trm_num_layers, n, num_cycles, halting)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -197,6 +236,7 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
     """Make one Injection per point a child of its decoder layer, and hook it in."""
     text_config = model.config.get_text_config(decoder=True)
     layers = decoder_layers(model)
+    _check_memory(model, config, text_config.hidden_size)
     for index, point in enumerate(config.injection_layers):
         layer = layers[max(point - 1, 0)]
         injection = Injection(
@@ -209,8 +249,37 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         else:
             layer.trm = injection
             layer.register_forward_hook(_after_layer)
-    if config.deep_supervision:
-        for layer in layers[config.injection_layers[-1] :]:
+
+
+def _check_memory(model: PreTrainedModel, config: HybridConfig, hidden_size: int) -> None:
+    """Refuse TRMs that no memory of this machine holds, before any is asked for. Errors: ValueError."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    one = count_parameters(
+        config.trm_hidden_size,
+        config.trm_num_heads,
+        config.trm_num_key_value_heads,
+        config.trm_num_layers,
+        config.trm_intermediate_size,
+    )
+    count = (one + 2 * hidden_size * config.trm_hidden_size) * len(config.injection_layers)
+    needs = count * TRM_DTYPES[config.trm_dtype].itemsize
+    if needs > has:
+        raise ValueError(
+            f"HybridModel: expected TRMs that fit into the {has / 2**30:.1f} GiB of {device.type}, got "
+            f"{count:,} parameters, {needs / 2**30:.1f} GiB."
+        )
+
+
+def repeat_for_answers(model: PreTrainedModel, last_point: int) -> None:
+    """See that the layers above the last injection point take a row for each answer of deep supervision."""
+    for layer in decoder_layers(model)[last_point:]:
+        if _for_each_answer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_for_each_answer, with_kwargs=True)
 
 
@@ -293,7 +362,8 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.positions.to(h.device),
         None if call.angles is None else Angles(*(t.to(h.device) for t in call.angles)),
         call.visible.to(h.device),
-        call.num_recursion_steps,
+        call.settings,
+        call.strength,
         call.backend,
         call.halting,
         None if call.is_token is None else call.is_token.to(h.device),

@@ -9,6 +9,7 @@ import copy
 import inspect
 import os
 import random
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +28,12 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils.generic import can_return_tuple
 
 from hybrid import checkpoint
-from hybrid.cache import keeps_steps, make_room
-from hybrid.config import HybridConfig
+from hybrid.cache import keeps_steps, leave_to_base, make_room
+from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_values import check_steps
 from hybrid.halting import (
     ForwardSteps,
     Halting,
@@ -46,15 +49,19 @@ from hybrid.injection import (
     attach,
     current_call,
     keep_call_in_checkpoints,
+    repeat_for_answers,
+    trm_evaluations,
 )
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.quantized_base import keep_gradients
 from trm_kernels import TRM, tuning
 from trm_kernels.backend import current_backend
 from trm_kernels.launch import arch_of
-from trm_kernels.ops.adaptive_recursion import adaptive_evaluations
 from trm_kernels.ops.rope import Angles, rope_angles
-from trm_kernels.trm import Matrix
+from trm_kernels.trm import Matrix, TRMSettings
+
+_CONFIGS = frozenset(trm_fields())
+_BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model
 
 
 class HybridModel(PreTrainedModel, GenerationMixin):
@@ -91,15 +98,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         config.base_model_name_or_path = _reference(llm_model) or config.base_model_name_or_path
         config.base_config = llm_model.config
         config.check_base(llm_model.config)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
-            setattr(config, name, getattr(llm_model.config, name, None))
-        config._attn_implementation = llm_model.config._attn_implementation
         super().__init__(config)
 
         self.llm_model = llm_model
         self.loss_type = llm_model.loss_type  # else of the class's name: by it Trainer counts labels
         self.generation_config = copy.deepcopy(llm_model.generation_config)
-        self.injection_enabled = True
+        self.injection_enabled = True  # for good; disable_injection() is for a moment
+        self._blocks = 0  # of disable_injection() that are open
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
         self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
@@ -111,6 +116,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
         self.train(llm_model.training)
+        config.belongs_to_model()
         self._base_sample = checkpoint.sample(self.base_named_parameters())
 
     # The two kinds of parameters
@@ -133,15 +139,54 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def disable_injection(self) -> Iterator[Self]:
-        """Within the block the model is its base. Holds for the model, in every thread."""
-        before, self.injection_enabled = self.injection_enabled, False
+        """Within the block the model is its base: in every thread and task, until the last open block ends.
+
+        Blocks may overlap in any order. A cache that was used in one is refused after it, as the TRM has not
+        seen those tokens. `injection_enabled = False` is the same for good.
+        """
+        with _BLOCKS:
+            self._blocks += 1
         try:
             yield self
         finally:
-            self.injection_enabled = before
+            with _BLOCKS:
+                self._blocks -= 1
+
+    @property
+    def is_injecting(self) -> bool:
+        """Whether a forward made now has the TRMs in it."""
+        return self.injection_enabled and self._blocks == 0
+
+    # Settings
+
+    @property  # type: ignore[misc]  # __setattr__ sets it
+    def loss_function(self) -> Any:
+        """The language model's, with which it makes the loss of `labels`; one that is set is set there."""
+        return self.llm_model.loss_function
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does; what is the language model's, or the config's, is set there or refused."""
+        if name in ("loss_function", "loss_type") and "llm_model" in self.__dict__.get("_modules", {}):
+            # a module would be kept as a child, where nothing looks for it
+            setattr(self.llm_model, name, value.__call__ if isinstance(value, nn.Module) else value)
+        elif name in _CONFIGS:
+            raise ValueError(f"HybridModel: expected model.config.{name} to be set, got model.{name}.")
+        elif name == "gradient_checkpointing":
+            raise ValueError(
+                "HybridModel: expected gradient_checkpointing_enable() or _disable(), got an attribute set."
+            )
+        else:
+            super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is in no block of the original, and its config is its own."""
+        super().__setstate__(state)
+        self._blocks = 0
+        self.config.belongs_to_model()
 
     # One forward
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -195,20 +240,34 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
         call, base_mask, answers = None, attention_mask, self._answers(labels)
         if answers > 1 and labels is not None:
+            repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
             if past_key_values is not None:
                 raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
             labels = torch.cat([labels] * answers)
             if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
                 kwargs["num_items_in_batch"] = of_batch * answers
-        if self.injection_enabled:
-            n = self._recursion_steps(num_recursion_steps, past_key_values)
+        if not self.is_injecting:
             if past_key_values is not None:
-                num_layers = self._num_trm_cache_layers(n, rule)
+                leave_to_base(past_key_values, self._num_base_layers)
+        else:
+            n = self._recursion_steps(num_recursion_steps, past_key_values)
+            settings = self.config.trm_settings._replace(num_recursion_steps=n)
+            if past_key_values is not None:
+                num_layers = self._num_trm_cache_layers(settings, rule)
                 make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
             positions = self._positions(inputs, position_ids, past_key_values)
             angles = self._angles(inputs, positions)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
-            call = InjectionCall(positions, angles, what, past_key_values, n, current_backend(), rule)
+            call = InjectionCall(
+                positions,
+                angles,
+                what,
+                past_key_values,
+                settings,
+                self.config.injection_strength,
+                current_backend(),
+                rule,
+            )
             call.answers = answers
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
 
@@ -238,13 +297,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def _answers(self, labels: Tensor | None) -> int:
         """How many answers of the last injection point the loss of this forward is over."""
-        is_supervised = self.injection_enabled and self.training and labels is not None
+        is_supervised = self.is_injecting and self.training and labels is not None
         return self.config.supervised_answers if is_supervised else 1
 
     def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
         """The rule of this forward."""
         rule = self.halting if halting is None else halting
-        if rule is None or rule is False or not self.injection_enabled:
+        if rule is None or rule is False or not self.is_injecting:
             return None
         if not isinstance(rule, Halting | TokenHalting):
             raise ValueError(f"HybridModel: expected halting to be Halting or TokenHalting, got {rule!r}.")
@@ -257,7 +316,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
         B, T = inputs.shape[:2]
-        n, num_cycles = call.num_recursion_steps, self.config.num_cycles
+        n, num_cycles = call.settings.num_recursion_steps, call.settings.num_cycles
         if call.halting is None:
             steps, evaluations = torch.full((B, T), float(n)), torch.full((B, T), float(num_cycles * (n + 1)))
         else:
@@ -325,8 +384,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         Nothing is drawn where a cache is in use: it holds the keys of one n.
         """
         if requested is not None:
-            if requested < 1:
-                raise ValueError(f"HybridModel: expected num_recursion_steps of at least 1, got {requested}.")
+            check_steps("HybridModel", "num_recursion_steps", requested)
             return requested
         most = self.config.num_recursion_steps
         if self.config.recursion_sampling == "fixed" or not self.training or cache is not None:
@@ -348,10 +406,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         generator = random.Random(f"{self.config.recursion_seed}:{draw}")
         return generator.randint(1, self.config.num_recursion_steps)
 
-    def _num_trm_cache_layers(self, num_recursion_steps: int, halting: Halting | None = None) -> int:
-        config = self.config
-        each = adaptive_evaluations(config.trm_num_layers, num_recursion_steps, config.num_cycles, halting)
-        return (each + keeps_steps(halting)) * len(config.injection_layers)
+    def _num_trm_cache_layers(self, settings: TRMSettings, halting: Halting | None = None) -> int:
+        each = trm_evaluations(self.config, settings, halting)
+        return (each + keeps_steps(halting)) * len(self.config.injection_layers)
 
     def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
         """[B, T] or [1, T]: the caller's, as generate() gives them, or one after the other."""
@@ -414,7 +471,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
         cache = model_kwargs.get("past_key_values")
-        if cache is None or not self.injection_enabled:
+        if cache is None:
+            return
+        if not self.is_injecting:
+            leave_to_base(cache, self._num_base_layers)
             return
         rule = self._rule(model_kwargs.get("halting"))
         if isinstance(rule, TokenHalting):
@@ -422,7 +482,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         n = self._recursion_steps(model_kwargs.get("num_recursion_steps"), cache)
         # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
         length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
-        num_layers = self._num_trm_cache_layers(n, rule)
+        num_layers = self._num_trm_cache_layers(
+            self.config.trm_settings._replace(num_recursion_steps=n), rule
+        )
         make_room(cache, self._num_base_layers, num_layers, max_cache_len=length, halting=rule)
 
     def create_masks_for_generate(
@@ -444,7 +506,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             **kwargs,
         )
-        if not self.injection_enabled:
+        if not self.is_injecting:
             return base
         what = visible(inputs_embeds, attention_mask, past_key_values, self._num_base_layers, position_ids)
         trm = as_entries(what, inputs_embeds)
@@ -544,7 +606,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Of the language model; the TRM's attention is its own."""
         self.llm_model.set_attn_implementation(*args, **kwargs)
-        self.config._attn_implementation = self.llm_model.config._attn_implementation
 
 
 CombinedTRMLLM = HybridModel

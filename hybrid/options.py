@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import re
 import types
 import typing
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_values import read_json_object
 from hybrid.presets import PresetConfigs
 
 PRESETS = dict(inspect.getmembers(PresetConfigs, inspect.isfunction))
@@ -55,16 +55,7 @@ def config_of(arguments: argparse.Namespace) -> HybridConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     """The fields in a JSON file; of a saved hybrid's config.json, those that are about the block."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: expected a JSON object with fields of HybridConfig, got none ({error})."
-        ) from None
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object with fields of HybridConfig, got {type(fields).__name__}."
-        )
+    fields = read_json_object(path, "fields of HybridConfig")
     if fields.get("model_type") == HybridConfig.model_type:
         return {name: fields[name] for name in trm_fields() if name in fields}
     if others := [name for name in fields if name not in trm_fields()]:

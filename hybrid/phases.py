@@ -70,4 +70,4 @@ def _bring_to_float32(model: HybridModel, phase: Phase) -> None:
     else:
         for parameter in model.trm_parameters():
             parameter.data = parameter.data.float()
-    model.config.trm_dtype = "float32"
+    model.config.set_trm_dtype(torch.float32)

@@ -1,11 +1,15 @@
 """HybridConfig and its presets: what is refused, what is kept, what the levels count."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from hybrid import HybridConfig, PresetConfigs
+from hybrid import HybridConfig, HybridModel, PresetConfigs
+from hybrid.cli import main
 from hybrid.config import trm_fields
+from hybrid.config_values import count_parameters
 from hybrid.injection import Injection
 from tests.tiny import tiny_base, tiny_config
 
@@ -39,6 +43,48 @@ from tests.tiny import tiny_base, tiny_config
         ({"trm_save": "steps"}, "trm_save to be one of auto, all, layer, step, got 'steps'"),
         ({"trm_attention": "sdpaa"}, "trm_attention to be one of auto, triton, sdpa, .*, got 'sdpaa'"),
         ({"injection_strength": "1"}, "injection_strength to be a number, got '1'"),
+        ({"injection_layers": 5}, "injection_layers to be a list, got 5"),
+        ({"injection_layers": "12"}, "injection_layers to be a list, got '12'"),
+        ({"injection_layers": [[1], [2]]}, r"injection_layers to be counts from 0, got \[\[1\], \[2\]\]"),
+        ({"injection_layers": [True]}, r"injection_layers to be counts from 0, got \[True\]"),
+        ({"injection_strength": float("nan")}, "injection_strength to be a finite number, got nan"),
+        ({"injection_strength": float("inf")}, "injection_strength to be a finite number, got inf"),
+        (
+            {"injection_strength": 10**400},
+            r"injection_strength to be a finite number, got a number of about 2\^",
+        ),
+        ({"injection_strength": [1.0]}, r"injection_strength to be a number, got \[1.0\]"),
+        ({"trm_rms_norm_eps": 0}, "trm_rms_norm_eps to be a finite number above 0, got 0"),
+        ({"trm_rms_norm_eps": float("nan")}, "trm_rms_norm_eps to be a finite number above 0, got nan"),
+        ({"trm_rope_theta": -1.0}, "trm_rope_theta to be a finite number above 0, got -1.0"),
+        ({"trm_rope_theta": float("inf")}, "trm_rope_theta to be a finite number above 0, got inf"),
+        ({"num_recursion_steps": 10**6}, "num_recursion_steps of at most 4096, got 1000000"),
+        (
+            {"num_recursion_steps": 10**30},
+            r"num_recursion_steps of at most 4096, got a number of about 2\^100",
+        ),
+        ({"num_recursion_steps": 2.0}, "num_recursion_steps to be a count of at least 1, got 2.0"),
+        ({"num_cycles": 4097}, "num_cycles of at most 4096, got 4097"),
+        ({"trm_hidden_size": 3 * 10**9}, r"a TRM of at most 1e\+12 parameters, got sizes that make"),
+        ({"trm_num_layers": 10**12}, r"a TRM of at most 1e\+12 parameters, got sizes that make"),
+        ({"trm_intermediate_size": 10**15}, r"a TRM of at most 1e\+12 parameters, got sizes that make"),
+        ({"trm_save": ["all"]}, r"trm_save to be one of auto, all, layer, step, got \['all'\]"),
+        ({"base_config": []}, r"base_config to be a config of transformers or its dictionary, got \[\]"),
+        ({"base_config": {}}, "base_config to name its model_type, got None"),
+        (
+            {"base_config": {"model_type": "no-such"}},
+            "base_config to be a no-such config, got one that it refuses",
+        ),
+        (
+            {"base_config": {"model_type": "llama", "hidden_size": "wide"}},
+            "base_config to be a llama config, got one that it refuses: .*hidden_size",
+        ),
+        (
+            {"base_config": {"model_type": "trm_hybrid"}},
+            "base_config to be a language model's, got a hybrid's",
+        ),
+        ({"base_config": HybridConfig()}, "base_config to be a language model's, got a hybrid's"),
+        ({"base_model_name_or_path": ["a"]}, r"to be a name, a path or None, got \['a'\]"),
         ({"num_recursions_steps": 3}, "no field 'num_recursions_steps'; did you mean 'num_recursion_steps'"),
     ],
 )
@@ -71,6 +117,45 @@ def test_a_config_survives_its_file(tmp_path):
     assert again.vocab_size == config.base_config.vocab_size, "what it lacks is the base's"
     with pytest.raises(AttributeError):
         _ = again.no_such_field
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "got list"),
+        ('"x"', "got str"),
+        ("3", "got int"),
+        ('{"num_cycles": ', "got none"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"injection_layers": 5}', "injection_layers to be a list, got 5"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_error(text, reason, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=reason) as error:
+        HybridConfig.from_pretrained(tmp_path)
+    assert "list, got 5" in reason or str(file) in str(error.value)
+    assert main(["info", "--base", "llama-2-7b", "--config", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(reason, line)
+
+
+def test_trms_that_no_memory_holds_are_refused_before_any_is_asked_for():
+    base, config = tiny_base(), tiny_config(trm_intermediate_size=10**9)
+    with pytest.raises(
+        ValueError, match=r"expected TRMs that fit into the .* GiB of cpu, got [\d,]+ parameters"
+    ):
+        HybridModel(llm_model=base, config=config)
+    assert not hasattr(base.model.layers[0], "trm")
+
+
+def test_counted_parameters_are_the_ones_that_are_made():
+    config = tiny_config()
+    one = Injection(config, 32, 3, 0, torch.device("meta")).recursion
+    sizes = [getattr(config, f"trm_{name}") for name in ("num_heads", "num_key_value_heads", "num_layers")]
+    count = count_parameters(config.trm_hidden_size, *sizes, config.trm_intermediate_size)
+    assert count == sum(p.numel() for p in one.parameters())
 
 
 LEVELS = [

@@ -10,6 +10,7 @@ from tests import tiny, tiny_text
 from tests.test_train import Stopped, assert_equal, enter, lines_of, settings_for, stop_after
 from trm_kernels import TRM
 from trm_kernels.backend import backend, interpreting
+from trm_kernels.trm import TRMSettings
 
 CYCLES = 3
 
@@ -39,15 +40,21 @@ def in_float64(logits, labels, *_, **__):
 def one_at_a_time(hybrid, given):
     """(the mean loss, the last logits) by forwards without deep supervision, each with fewer cycles."""
     config = hybrid.config
-    last = next(m for m in hybrid.modules() if isinstance(m, Injection) and m.is_last).recursion
+    last = next(m for m in hybrid.modules() if isinstance(m, Injection) and m.is_last)
     passing = config.num_cycles if config.grad_cycles is None else config.grad_cycles
     config.deep_supervision, losses = False, []
-    for cycle in range(1, passing + 1):
-        last.num_cycles, last.grad_cycles = config.num_cycles - passing + cycle, cycle
+
+    def with_fewer_cycles(injection, given):
+        cycle = len(losses) + 1
+        fewer = {"num_cycles": config.num_cycles - passing + cycle, "grad_cycles": cycle}
+        return tuple(x._replace(**fewer) if isinstance(x, TRMSettings) else x for x in given)
+
+    handle = last.register_forward_pre_hook(with_fewer_cycles)
+    for _ in range(passing):
         logits = hybrid(**given).logits
         losses.append(in_float64(logits, given["labels"]))
+    handle.remove()
     config.deep_supervision = True
-    last.num_cycles, last.grad_cycles = config.num_cycles, config.grad_cycles
     return torch.stack(losses).mean(), logits
 
 

@@ -29,7 +29,7 @@ def test_an_injection_is_three_ops_and_nothing_between(blending_strategy):
     where = torch.empty(1, 9, dtype=torch.long, device=meta)
     angles = Angles(*(torch.empty(1, 9, 4, device=meta) for _ in range(2)))
     with record("sm90"), Counting() as forward:
-        out = injection(h, where, angles, Visible(), 2, "auto")
+        out = injection(h, where, angles, Visible(), config.trm_settings, 1.0, "auto")
     ours = {"injection_in_fwd": 1, "trm_recursion_fwd": 1, "injection_blend_fwd": 1}
     assert forward.computing() == ours
     with record("sm90"), Counting() as back:
@@ -72,7 +72,7 @@ def test_a_phase_1_step_keeps_what_the_base_and_the_trm_were_said_to_keep(grad_c
     base = base_part(hybrid, ids)
     table = 2 * 4 * ids.shape[1] * (24 // 3 // 2)  # RoPE's, float32
     for save in ("all", "layer", "step"):
-        injection.recursion.save = save
+        hybrid.config.trm_save = save
         with backend("triton"):
             kept = kept_by_step(hybrid, ids)
         trm = saved_by_injection(injection, h, save, num_recursion_steps=1)

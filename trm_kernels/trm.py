@@ -6,7 +6,7 @@ language model: causal, with positions, a mask and a cache. The loop itself is `
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,20 @@ class TRMLayer(nn.Module):
         return LayerWeights(mixer(dtype), self.mlp(dtype))
 
 
+class TRMSettings(NamedTuple):
+    """How a TRM runs its weights: what may differ from call to call. The fields are TRM's, see there."""
+
+    num_recursion_steps: int
+    num_cycles: int
+    grad_cycles: int | None
+    rope_theta: float | None
+    eps: float
+    attention: str
+    save: str
+    regime: str
+    quantize: str | None
+
+
 class TRM(nn.Module):
     """A Tiny Recursive Model: `num_layers` post-norm layers, applied to their own state again and again.
 
@@ -189,7 +203,7 @@ class TRM(nn.Module):
         self.save = save
         self.regime = regime
         self.quantize = quantize
-        self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None
+        self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None  # (of what, ...)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = intermediate_size or default_intermediate_size(hidden_size)
@@ -205,6 +219,11 @@ class TRM(nn.Module):
         """Initial state of unit size, like everything a norm gives out. The matrices reset themselves."""
         nn.init.normal_(self.y_init)
         nn.init.normal_(self.z_init)
+
+    @property
+    def settings(self) -> TRMSettings:
+        """What the attributes say now: those of a call that is given no others."""
+        return TRMSettings(*(getattr(self, name) for name in TRMSettings._fields))
 
     def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
         """Evaluations of a layer in one call, the most: the key/value slabs that a cache has to keep."""
@@ -230,6 +249,7 @@ class TRM(nn.Module):
         report_steps: Callable[[Tensor, Tensor], None] | None = None,
         injection: InjectionWeights | None = None,
         strength: float = 1.0,
+        settings: TRMSettings | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
 
@@ -247,23 +267,25 @@ class TRM(nn.Module):
                               is_token and steps_before; None: never
         report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
         injection, strength   the projections and the gate, in x's dtype, and the factor of what is added
+        settings              of this call; None takes the module's attributes
 
         Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
         under torch.compile.
         """
+        settings = self.settings if settings is None else settings
+        if num_recursion_steps is not None:
+            settings = settings._replace(num_recursion_steps=num_recursion_steps)
         if injection is not None:
             assert y is z is halting is query_offset is None and positions is not None
             given: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "angles": angles}
             given |= {"positions": positions, "update_cache": update_cache}
-            return self._inject(x, injection, strength, num_recursion_steps, **given)
+            return self._inject(x, injection, strength, settings, **given)
         if halting is None:
             return self._cycles(
-                self.num_cycles,
-                self.grad_cycles,
+                settings,
                 x,
                 y,
                 z,
-                num_recursion_steps,
                 positions=positions,
                 mask=mask,
                 key_mask=key_mask,
@@ -271,14 +293,15 @@ class TRM(nn.Module):
                 update_cache=update_cache,
                 angles=angles,
             )
-        if self.regime not in ("auto", "per_op"):
+        if settings.regime not in ("auto", "per_op"):
             raise ValueError(
-                f"TRM: halting expected regime auto or per_op, got {self.regime!r}: one launch cannot "
+                f"TRM: halting expected regime auto or per_op, got {settings.regime!r}: one launch cannot "
                 "ask after every step who goes on."
             )
         y, z = self._start(x, y, z)
-        layers, scales = self._weights(compute_dtype(x), wants_gradient(x, *self.parameters()))
-        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        layers, scales = self._weights(
+            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
+        )
         adapted = adaptive_recursion(
             x,
             y,
@@ -287,17 +310,17 @@ class TRM(nn.Module):
             halting=halting,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
-            num_recursion_steps=n,
-            num_cycles=self.num_cycles,
+            num_recursion_steps=settings.num_recursion_steps,
+            num_cycles=settings.num_cycles,
             positions=positions,
             mask=mask,
             causal=self.causal,
-            rope_theta=self.rope_theta,
-            eps=self.eps,
+            rope_theta=settings.rope_theta,
+            eps=settings.eps,
             update_cache=update_cache,
             key_mask=key_mask,
             query_offset=query_offset,
-            attention=self.attention,
+            attention=settings.attention,
             angles=angles,
             is_token=is_token,
             steps_before=steps_before,
@@ -307,7 +330,14 @@ class TRM(nn.Module):
         return adapted.y, adapted.z
 
     def each_cycle(
-        self, x: Tensor, y: Tensor | None = None, z: Tensor | None = None, **arguments: Any
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        *,
+        num_recursion_steps: int | None = None,
+        settings: TRMSettings | None = None,
+        **arguments: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(y, z) after each of the cycles that pass gradients, which flow on from one to the next.
 
@@ -315,11 +345,16 @@ class TRM(nn.Module):
 
         arguments   of a call, but for update_cache
         """
-        passing = self.num_cycles if self.grad_cycles is None else self.grad_cycles
-        y, z = self._cycles(self.num_cycles - passing + 1, 1, x, y, z, **arguments)
+        settings = self.settings if settings is None else settings
+        if num_recursion_steps is not None:
+            settings = settings._replace(num_recursion_steps=num_recursion_steps)
+        num_cycles, passing = settings.num_cycles, settings.grad_cycles
+        passing = num_cycles if passing is None else passing
+        until_first = settings._replace(num_cycles=num_cycles - passing + 1, grad_cycles=1)
+        y, z = self._cycles(until_first, x, y, z, **arguments)
         yield y, z
         for _ in range(passing - 1):
-            y, z = self._cycles(1, 1, x, y, z, **arguments)
+            y, z = self._cycles(settings._replace(num_cycles=1, grad_cycles=1), x, y, z, **arguments)
             yield y, z
 
     def supervision_steps(
@@ -347,42 +382,30 @@ class TRM(nn.Module):
             y, z = y.detach(), z.detach()
 
     def _cycles(
-        self,
-        num_cycles: int,
-        grad_cycles: int | None,
-        x: Tensor,
-        y: Tensor | None,
-        z: Tensor | None,
-        num_recursion_steps: int | None = None,
-        **arguments: Any,
+        self, settings: TRMSettings, x: Tensor, y: Tensor | None, z: Tensor | None, **arguments: Any
     ) -> tuple[Tensor, Tensor]:
-        """So many cycles with the module's weights; `arguments` as trm_recursion takes them."""
+        """The cycles of `settings` with the module's weights; `arguments` as trm_recursion takes them."""
         y, z = self._start(x, y, z)
-        layers, scales = self._weights(compute_dtype(x), wants_gradient(x, *self.parameters()))
+        layers, scales = self._weights(
+            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
+        )
         return trm_recursion(
             x,
             y,
             z,
             layers,
-            num_cycles=num_cycles,
-            grad_cycles=grad_cycles,
             scales=scales,
-            **self._settings(num_recursion_steps, wants_gradient(x, y, z, *self.parameters())),
+            **self._of_call(settings, wants_gradient(x, y, z, *self.parameters())),
             **arguments,
         )
 
     def _inject(
-        self,
-        h: Tensor,
-        injection: InjectionWeights,
-        strength: float,
-        num_recursion_steps: int | None,
-        **arguments: Any,
+        self, h: Tensor, injection: InjectionWeights, strength: float, settings: TRMSettings, **arguments: Any
     ) -> Tensor:
         """h' of an injection point with the module's weights; `arguments` as trm_injection takes them."""
         has_gradient = wants_gradient(h, *self.parameters(), *injection)
         dtype = compute_dtype(h)
-        layers, scales = self._weights(dtype, has_gradient)
+        layers, scales = self._weights(dtype, has_gradient, settings.quantize)
         size = (*h.shape[:2], self.hidden_size)
         return trm_injection(
             h,
@@ -391,27 +414,17 @@ class TRM(nn.Module):
             self.y_init.to(dtype).expand(size),
             self.z_init.to(dtype).expand(size),
             layers,
-            num_cycles=self.num_cycles,
-            grad_cycles=self.grad_cycles,
             scales=scales,
-            **self._settings(num_recursion_steps, has_gradient),
+            **self._of_call(settings, has_gradient),
             **arguments,
         )
 
-    def _settings(self, num_recursion_steps: int | None, has_gradient: bool) -> dict[str, Any]:
-        """What the module says of every call."""
-        n = self.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
-        return {
-            "num_heads": self.num_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "num_recursion_steps": n,
-            "causal": self.causal,
-            "rope_theta": self.rope_theta,
-            "eps": self.eps,
-            "attention": self.attention,
-            "save": self.save,
-            "regime": "per_op" if has_gradient else self.regime,
-        }
+    def _of_call(self, settings: TRMSettings, has_gradient: bool) -> dict[str, Any]:
+        """Arguments of trm_recursion and trm_injection: those of the weights, and the settings."""
+        of_call = settings._asdict()
+        del of_call["quantize"]  # seen in the weights
+        of_weights = {name: getattr(self, name) for name in ("num_heads", "num_key_value_heads", "causal")}
+        return of_weights | of_call | ({"regime": "per_op"} if has_gradient else {})
 
     def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """The state to go on from. Errors: ValueError for an x of other sizes."""
@@ -425,28 +438,29 @@ class TRM(nn.Module):
         )
 
     def _weights(
-        self, dtype: torch.dtype, has_gradient: bool
+        self, dtype: torch.dtype, has_gradient: bool, quantize: str | None
     ) -> tuple[list[LayerWeights], list[LayerWeights] | None]:
         """The matrices in `dtype`; or in 8 bits, and their scales."""
-        if self.quantize is None:
+        if quantize is None:
             return [layer(dtype) for layer in self.layers], None
         if has_gradient:
             raise RuntimeError(
-                f"TRM: quantize={self.quantize!r} expected a call without gradient (torch.no_grad()), got "
+                f"TRM: quantize={quantize!r} expected a call without gradient (torch.no_grad()), got "
                 "one with: rounded weights cannot be trained."
             )
         known = self._in_8_bits
         if torch.compiler.is_compiling():
-            if known is None:
+            if known is None or known[0][0] != quantize:
                 raise RuntimeError(
-                    f"TRM: quantize={self.quantize!r} expected one call before torch.compile, in which the "
+                    f"TRM: quantize={quantize!r} expected one call before torch.compile, in which the "
                     "copies in 8 bits are made."
                 )
             return known[1], known[2]
-        state = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.layers.parameters()]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.layers.parameters()]
+        state = (quantize, versions)
         if known is None or known[0] != state:
             layers = [layer(next(layer.parameters()).dtype) for layer in self.layers]
-            self._in_8_bits = known = (state, *quantize_layers(layers, self.quantize))
+            self._in_8_bits = known = (state, *quantize_layers(layers, quantize))
         return known[1], known[2]
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:

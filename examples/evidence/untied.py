@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from trm_kernels import add_rms_norm, injection_blend, injection_in, rope_attention, swiglu_mlp
 from trm_kernels.ops.rope import Angles
 from trm_kernels.ops.weights import InjectionWeights
-from trm_kernels.trm import TRMLayer
+from trm_kernels.trm import TRMLayer, TRMSettings
 
 
 class UntiedStack(nn.Module):
@@ -41,13 +41,14 @@ class UntiedStack(nn.Module):
         mask: Tensor | None,
         key_mask: Tensor | None,
         update_cache: None,
-        num_recursion_steps: int,
+        settings: TRMSettings,
     ) -> Tensor:
         """h' [B, T, D] of an injection point; the arguments are those of TRM's call."""
-        if (update_cache, num_recursion_steps) != (None, len(self.layers) - 1):
+        n = settings.num_recursion_steps
+        if (update_cache, n) != (None, len(self.layers) - 1):
             raise ValueError(
                 f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got {update_cache} and "
-                f"n = {num_recursion_steps}."
+                f"n = {n}."
             )
         w_in, w_out, *gate = injection
         y = self._answer(injection_in(h, w_in, self.eps), angles, mask, key_mask)

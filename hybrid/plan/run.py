@@ -193,9 +193,7 @@ class Run:
         model = self.computing_model()
         key = ("kept", id(model), batch_size, self.sequence_length, self.is_fused)
         if key not in self._counted:
-            for module in model.modules():
-                if isinstance(module, Injection):
-                    module.recursion.save = "step" if self.is_fused else "all"
+            model.config.trm_save = "step" if self.is_fused else "all"
             self._counted[key] = kept_by_step(model, batch_size, self.sequence_length, self.is_fused)
         return self._counted[key]
 

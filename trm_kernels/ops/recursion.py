@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trm_kernels import tuning
 from trm_kernels.autocast import as_autocast, is_on
-from trm_kernels.backend import runs_triton
+from trm_kernels.backend import backend, current_backend, runs_triton
 from trm_kernels.launch import arch_of
 from trm_kernels.ops.add_rms_norm import add_rms_norm
 from trm_kernels.ops.linear_swiglu import linear_swiglu
@@ -88,6 +88,8 @@ def trm_recursion_ref(
 
     def keep(policy: str, function: Callable[..., Tensor], *args: object) -> Tensor:
         if save == policy and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():  # a traced graph has the backend's code in it
+                function = partial(_on_backend, current_backend(), function)
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
@@ -108,6 +110,12 @@ def trm_recursion_ref(
                 z = next_f(z + y_and_x)
             y = next_f(y + z)
     return y, z
+
+
+def _on_backend(name: str, function: Callable[..., Tensor], *args: object) -> Tensor:
+    """What is computed again runs on its forward's backend: backward may have a thread that chose none."""
+    with backend(name):
+        return function(*args)
 
 
 def _layer(v: Tensor, layer: LayerWeights, attend: Attention, evaluation: int, eps: float) -> Tensor:
