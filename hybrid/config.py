@@ -132,6 +132,8 @@ class HybridConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         """What this config does not have (`vocab_size`, `hidden_size`, ...) is the language model's."""
+        if name == "auto_map":  # asked for by TRL; code of the base's own is no code of the hybrid
+            return {}
         base = self.__dict__.get("base_config")
         # the base may be quantized; the hybrid is not, whatever reads this config
         if base is None or name.startswith("_") or name == "quantization_config":

@@ -26,9 +26,13 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from hybrid import checkpoint
+from hybrid.backbone import Backbone
 from hybrid.cache import keeps_steps, make_room
 from hybrid.config import HybridConfig
 from hybrid.halting import (
@@ -83,6 +87,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
+
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is None:
             llm_model = _unloaded_base(config)
@@ -97,7 +106,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
 
         self.llm_model = llm_model
-        self.loss_type = llm_model.loss_type  # else of the class's name: by it Trainer counts labels
+        # by these trainers decide how to count labels, whom to take for a reference, what a forward takes
+        self.loss_type = llm_model.loss_type
+        self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
+        if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
+            config.name_or_path = llm_model.config.name_or_path or ""
         self.generation_config = copy.deepcopy(llm_model.generation_config)
         self.injection_enabled = True
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
@@ -170,10 +183,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
         when an injection did not happen, or for halting with gradient or under torch.compile.
         """
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
-        self._warn_of_float16_training()
+        inputs = _inputs_of(input_ids, inputs_embeds)
         rule = self._rule(halting)
         if isinstance(rule, TokenHalting):
             if use_cache or past_key_values is not None:
@@ -188,18 +198,75 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 num_recursion_steps,
                 kwargs,
             )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        answers = self._answers(labels)
+        if answers > 1 and call is not None:
+            if given["past_key_values"] is not None:
+                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
+            call.answers = answers
+            labels = None if labels is None else torch.cat([labels] * answers)
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                kwargs["shift_labels"] = torch.cat([shifted] * answers)
+            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
+                kwargs["num_items_in_batch"] = of_batch * answers
+
+        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
+        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        output = self._run(self.llm_model, call, inputs, **given, **arguments, **kwargs)
+        return output if answers == 1 else _of_last_rows(output, len(inputs))
+
+    def run_decoder(
+        self,
+        decoder: nn.Module,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        halting: Halting | TokenHalting | Literal[False] | None,
+        **kwargs: Any,
+    ) -> Any:
+        """What Backbone.forward is: `decoder`, a part of the language model, with the injections in it."""
+        inputs, rule = _inputs_of(input_ids, inputs_embeds), self._rule(halting)
+        if isinstance(rule, TokenHalting):
+            raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
+        is_supervised = self.injection_enabled and self.training and self.config.supervised_answers > 1
+        if is_supervised and torch.is_grad_enabled():
+            raise ValueError(
+                "HybridModel: deep_supervision expected a trainer that takes the loss from the model, which "
+                "is over several answers, got one that takes the last hidden state. "
+                "deep_supervision=False trains on the last answer."
+            )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if position_ids is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
+            given["position_ids"] = position_ids
+        return self._run(decoder, call, inputs, **given, **kwargs)
+
+    def _settle(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        rule: Halting | None,
+    ) -> tuple[InjectionCall | None, dict[str, Any]]:
+        """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
+        self._warn_of_float16_training()
         if use_cache is None:
             use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.llm_model.config)
-
-        call, base_mask, answers = None, attention_mask, self._answers(labels)
-        if answers > 1 and labels is not None:
-            if past_key_values is not None:
-                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
-            labels = torch.cat([labels] * answers)
-            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
-                kwargs["num_items_in_batch"] = of_batch * answers
+        call, base_mask = None, attention_mask
         if self.injection_enabled:
             n = self._recursion_steps(num_recursion_steps, past_key_values)
             if past_key_values is not None:
@@ -209,22 +276,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             angles = self._angles(inputs, positions)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
             call = InjectionCall(positions, angles, what, past_key_values, n, current_backend(), rule)
-            call.answers = answers
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
+        return call, {
+            "attention_mask": base_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
 
-        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
-        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+    def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
+        """`module`, which holds all of the layers, under this call."""
         before = current_call.set(call)
         try:
-            output = self.llm_model(
-                input_ids=input_ids,
-                attention_mask=base_mask,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **arguments,
-                **kwargs,
-            )
+            output = module(**given)
         finally:
             current_call.reset(before)
         if call is not None and call.done != len(self.config.injection_layers):
@@ -234,7 +297,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             )
         if call is not None and (record := recording()) is not None:
             record.forwards.append(self._steps_of(call, inputs))
-        return output if answers == 1 else _of_last_rows(output, len(inputs))
+        return output
 
     def _answers(self, labels: Tensor | None) -> int:
         """How many answers of the last injection point the loss of this forward is over."""
@@ -526,8 +589,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if isinstance(module, Matrix | TRM | Injection):
             module.reset_parameters()
 
-    def get_decoder(self) -> nn.Module:
-        return self.llm_model.get_decoder()
+    @property
+    def base_model(self) -> Backbone:
+        """All but the head, TRMs included: what trainers call that make the logits themselves."""
+        whole = self.llm_model.base_model
+        return Backbone(self, self.llm_model.get_decoder() if whole is self.llm_model else whole)
+
+    def get_decoder(self) -> Backbone:
+        return Backbone(self, self.llm_model.get_decoder())
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        encoder = self.llm_model.get_encoder(modality=modality)
+        return self if encoder is self.llm_model else encoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm_model.get_input_embeddings()
@@ -548,6 +621,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
+
+
+def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
+    return inputs
 
 
 def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
@@ -588,6 +668,13 @@ def _check_base(model: PreTrainedModel) -> None:
         )
 
 
+def _accepts_loss_kwargs(model: PreTrainedModel) -> bool:
+    """Whether `num_items_in_batch` reaches the model's loss: Trainer's own rule, asked of the base."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return bool(getattr(model, "accepts_loss_kwargs", takes_any))
+
+
 def _reference(model: PreTrainedModel) -> str | None:
     """Where the base came from: a hub name, a folder's full path, or None if it was never loaded."""
     name = model.config.name_or_path
@@ -596,5 +683,7 @@ def _reference(model: PreTrainedModel) -> str | None:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+# Trainer and `transformers serve` know a causal language model by the name of its class
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)
