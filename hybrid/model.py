@@ -10,7 +10,7 @@ import inspect
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -86,6 +86,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [rf"^{checkpoint.DRAWS}$"]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
@@ -532,6 +533,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         Errors: ValueError when the base carries adapters of its own (LoRA), which a file could not load.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
+        if self._draws:  # a resumed run goes on from here
+            state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
         if save_base is None:
             save_base = self.config.base_model_name_or_path is None or checkpoint.has_changed(
                 self._base_sample, self.base_named_parameters(), state_dict
@@ -566,6 +569,21 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             llm_model=llm_model,
             **kwargs,
         )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing.
+
+        The number of draws (recursion_sampling="uniform") that save_pretrained put among the tensors goes on.
+        """
+        if (draws := state_dict.get(checkpoint.DRAWS)) is not None:
+            self._draws = int(draws)
+            state_dict = {name: t for name, t in state_dict.items() if name != checkpoint.DRAWS}
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if all(checkpoint.is_trm_key(name) for name in state_dict):
+            keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]
+        return keys
 
     # What transformers asks of a model
 
