@@ -77,7 +77,8 @@ def save(
                 "config.base_model_name_or_path says, for a quantized one is not written, got "
                 f"{model.config.base_model_name_or_path!r}; save_base=False writes the TRM alone."
             )
-        _refuse_adapters(name for name, _ in model.base_named_parameters())
+        if model.config.lora_rank is None:
+            _refuse_adapters(name for name, _ in model.base_named_parameters())
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
     if kwargs.get("push_to_hub"):

@@ -47,6 +47,8 @@ class HybridConfig(PreTrainedConfig):
                              "per_phase"; see trm_kernels/ops/one_launch/recursion.py
     trm_quantize             the TRMs' matrices in 8 bits for inference: "int8" or "fp8"; default none; see
                              trm_kernels/quantize.py
+    lora_rank                rank of LoRA on the language model's linear layers, learning and saved with the
+                             TRMs; in phase 2 it learns in place of the base; default none
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
 
@@ -80,6 +82,7 @@ class HybridConfig(PreTrainedConfig):
         trm_attention: str = "auto",
         trm_regime: str = "auto",
         trm_quantize: str | None = None,
+        lora_rank: int | None = None,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         **kwargs: Any,
@@ -107,6 +110,7 @@ class HybridConfig(PreTrainedConfig):
         self.trm_attention = trm_attention
         self.trm_regime = trm_regime
         self.trm_quantize = trm_quantize
+        self.lora_rank = lora_rank
         self._check()
         _refuse_misspelt(kwargs)
 
@@ -157,8 +161,9 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(f"HybridConfig: expected injection_layers to be counts from 0, got {layers}.")
         if sorted(set(layers)) != layers:
             raise ValueError(f"HybridConfig: expected injection_layers sorted, each once, got {layers}.")
-        for name in ("num_recursion_steps", "num_cycles", "trm_intermediate_size", "grad_cycles"):
-            count, may_be_none = getattr(self, name), name in ("trm_intermediate_size", "grad_cycles")
+        optional = ("trm_intermediate_size", "grad_cycles", "lora_rank")
+        for name in ("num_recursion_steps", "num_cycles", *optional):
+            count, may_be_none = getattr(self, name), name in optional
             if not (count is None and may_be_none) and not (_is_int(count) and count >= 1):
                 raise ValueError(f"HybridConfig: expected {name} to be a count of at least 1, got {count!r}.")
         for name in ("trm_hidden_size", "trm_num_heads", "trm_num_key_value_heads", "trm_num_layers"):

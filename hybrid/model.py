@@ -51,6 +51,7 @@ from hybrid.injection import (
     current_call,
     keep_call_in_checkpoints,
 )
+from hybrid.lora import add_lora, disabled
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.quantized_base import keep_gradients
 from trm_kernels import TRM, tuning
@@ -124,13 +125,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
+        if config.lora_rank is not None:  # after post_init, which would draw its second product anew
+            add_lora(llm_model, config.lora_rank)
         self.train(llm_model.training)
         self._base_sample = checkpoint.sample(self.base_named_parameters())
 
     # The two kinds of parameters
 
     def trm_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of every TRM, projections and gates included."""
+        """The parameters of every TRM, projections and gates included; with lora_rank, the LoRA's too."""
         return (p for name, p in self.named_parameters() if checkpoint.is_trm_key(name))
 
     def base_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -150,7 +153,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         """Within the block the model is its base. Holds for the model, in every thread."""
         before, self.injection_enabled = self.injection_enabled, False
         try:
-            yield self
+            with disabled(self.llm_model):
+                yield self
         finally:
             self.injection_enabled = before
 

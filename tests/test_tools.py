@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.utils import register_peft_method
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hybrid import HybridModel
@@ -189,3 +190,38 @@ def test_device_map_with_cpu_and_disk(tmp_path):
         )
         assert any(p.is_meta for p in placed.parameters())
         assert torch.equal(placed(tokens()).logits, logits)
+
+
+def test_peft_keeps_a_trm_for_each_adapter(tmp_path):
+    """What stands in for a PEFT method of our own: TRMs as modules that are saved with an adapter."""
+    lora = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=["trm", "trm_before"])
+    model = get_peft_model(tiny_hybrid(awake=False), lora, adapter_name="one")
+    model.add_adapter("two", lora)
+    ids, base = tokens(), tiny_base()(tokens()).logits
+
+    def logits(of, adapter):
+        of.set_adapter(adapter)
+        return of.eval()(input_ids=ids).logits
+
+    with torch.no_grad():
+        for size, adapter in enumerate(("one", "two"), 1):
+            for name, parameter in model.named_parameters():
+                if f"modules_to_save.{adapter}.out_proj" in name:
+                    parameter.fill_(size / 100)
+        want = {adapter: logits(model, adapter) for adapter in ("one", "two")}
+        assert not torch.allclose(want["one"], want["two"])
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, base), (
+                "its own TRM is fresh: the base, bit for bit"
+            )
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(tiny_hybrid(awake=False), tmp_path / "one", adapter_name="one")
+        again.load_adapter(tmp_path / "two", adapter_name="two")
+        for adapter, then in want.items():
+            assert torch.equal(logits(again, adapter), then)
+
+
+def test_why_the_trm_is_no_peft_method():
+    """When this fails PEFT has opened its list of methods: docs/training-tools.md says that it has not."""
+    with pytest.raises(ValueError, match="Unknown PEFT type TRM, please add an entry"):
+        register_peft_method(name="trm", config_cls=LoraConfig, model_cls=LoraModel)
