@@ -79,6 +79,7 @@ setup(
             "ruff",
             "mypy",
             "peft",
+            "trl",
             "datasets",
             "cmake",
             "torchao",

@@ -25,6 +25,7 @@ from hybrid.quantized_base import as_it_was, integers, is_quantized, is_quantize
 # what says where the TRM's files are, and not how the base is to be loaded
 _PLACE_OF_TRM = ("revision", "subfolder")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+DRAWS = "trm_draws"  # among the tensors, [1] int64: how often training drew a number of recursion steps
 _SAMPLES = 16  # values of each tensor of the base that are remembered
 
 
@@ -76,7 +77,8 @@ def save(
                 "config.base_model_name_or_path says, for a quantized one is not written, got "
                 f"{model.config.base_model_name_or_path!r}; save_base=False writes the TRM alone."
             )
-        _refuse_adapters(name for name, _ in model.base_named_parameters())
+        if model.config.lora_rank is None:
+            _refuse_adapters(name for name, _ in model.base_named_parameters())
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
     if kwargs.get("push_to_hub"):
@@ -122,6 +124,7 @@ def load(
                 f"{_first_line(error)}. Pass llm_model= if it has moved."
             ) from error
     tensors = _read(path, hub)
+    tensors.pop(DRAWS, None)  # a run that resumes reads it; this is a model for a new one
     model = cls(config=config, llm_model=llm_model)
     _fill(model, tensors, path)
     return model.eval()

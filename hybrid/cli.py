@@ -99,6 +99,7 @@ def _train(arguments: argparse.Namespace) -> int:
         stochastic_rounding=arguments.stochastic_rounding,
         keep_ratio=arguments.keep_ratio,
         cache_hidden_states=arguments.cache_hidden_states,
+        report_to=tuple(arguments.report_to),
     )
     if (arguments.keep is None) != (arguments.keep_ratio is None):
         raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
@@ -277,7 +278,8 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
     number, card = parse_cards(arguments.cards)
     start = KNOWN_BASES.get(name.lower()) or load_config(name, arguments.trust_remote_code)
     config, base = _block(start, arguments)
-    learns = arguments.phase == 2 and arguments.lora is None
+    lora, config.lora_rank = config.lora_rank, None  # counted as adapters of a plan's own
+    learns = arguments.phase == 2 and lora is None
     run = Run(
         base_name=name,
         base=base,
@@ -290,7 +292,7 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
         accumulation=arguments.accumulation,
         shards=arguments.shards,
         dtype=arguments.dtype or ("float32" if learns else "bfloat16"),
-        lora=arguments.lora,
+        lora=lora,
         checkpointing=arguments.gradient_checkpointing,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -497,6 +499,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     train.add_argument(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="tensorboard (files in --output), wandb, ...: accelerate's trackers get the metrics as well",
+    )
+    train.add_argument(
         "--cache-hidden-states",
         metavar="FOLDER",
         help="phase 1: keep what comes out of the layers below the first injection point there, and read it "
@@ -561,7 +570,6 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*_DTYPES, "int8"),
         help="of the base; default: bfloat16, or float32 where it learns",
     )
-    plan.add_argument("--lora", type=int, metavar="RANK", help="phase 2: adapters learn in place of the base")
     plan.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     plan.add_argument("--tokens", type=float, help="to train on, such as 5e9")
     plan.add_argument("--gigabytes", type=float, help="of text, in place of --tokens")

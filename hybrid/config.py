@@ -39,6 +39,7 @@ _BUILT_IN = (
     "trm_intermediate_size",
     "blending_strategy",
     "trm_dtype",
+    "lora_rank",
     "base_config",
 )
 # what transformers keeps in every config and means the whole model by; all else is the language model's
@@ -108,6 +109,8 @@ class HybridConfig(PreTrainedConfig):
                              "per_phase"; see trm_kernels/ops/one_launch/recursion.py
     trm_quantize             the TRMs' matrices in 8 bits for inference: "int8" or "fp8"; default none; see
                              trm_kernels/quantize.py
+    lora_rank                rank of LoRA on the language model's linear layers, learning and saved with the
+                             TRMs; in phase 2 it learns in place of the base; default none
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
 
@@ -148,6 +151,7 @@ class HybridConfig(PreTrainedConfig):
         trm_attention: str = "auto",
         trm_regime: str = "auto",
         trm_quantize: str | None = None,
+        lora_rank: int | None = None,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         **kwargs: Any,
@@ -175,6 +179,7 @@ class HybridConfig(PreTrainedConfig):
         self.trm_attention = trm_attention
         self.trm_regime = trm_regime
         self.trm_quantize = trm_quantize
+        self.lora_rank = lora_rank
         self._check()
 
         base_config = check_base_config(base_config, HybridConfig.model_type)
@@ -241,6 +246,8 @@ class HybridConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         """What this config does not have (`vocab_size`, `hidden_size`, ...) is the language model's."""
+        if name == "auto_map":  # asked for by TRL; code of the base's own is no code of the hybrid
+            return {}
         base = self.__dict__.get("base_config")
         # the base may be quantized; the hybrid is not, whatever reads this config
         if base is None or name.startswith("__") or name in ("quantization_config", *HybridConfig.__slots__):
@@ -386,7 +393,7 @@ class HybridConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("num_recursion_steps", "num_cycles"):
             check_steps("HybridConfig", name, getattr(self, name))
-        for name in ("trm_intermediate_size", "grad_cycles"):
+        for name in ("trm_intermediate_size", "grad_cycles", "lora_rank"):
             count = getattr(self, name)
             if count is not None and not (is_int(count) and count >= 1):
                 raise ValueError(

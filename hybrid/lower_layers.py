@@ -30,6 +30,11 @@ class LowerLayers:
             raise ValueError(
                 "LowerLayers: expected a first injection point of at least 1, got 0: no layer is below it."
             )
+        if model.config.lora_rank is not None:
+            raise ValueError(
+                "LowerLayers: expected no LoRA, which learns below the first injection point as well, got "
+                f"lora_rank={model.config.lora_rank}."
+            )
         if learning := [name for name, p in model.base_named_parameters() if p.requires_grad]:
             raise ValueError(
                 "LowerLayers: expected a language model of which nothing learns (phase 1), got "

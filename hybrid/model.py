@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -27,10 +27,14 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.utils.generic import can_return_tuple
 
 from hybrid import checkpoint
+from hybrid.backbone import Backbone
 from hybrid.cache import keeps_steps, leave_to_base, make_room
 from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import check_steps
@@ -52,6 +56,7 @@ from hybrid.injection import (
     repeat_for_answers,
     trm_evaluations,
 )
+from hybrid.lora import add_lora, disabled
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.quantized_base import keep_gradients
 from trm_kernels import TRM, tuning
@@ -89,6 +94,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [rf"^{checkpoint.DRAWS}$"]  # noqa: RUF012
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
 
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is None:
@@ -101,7 +112,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
 
         self.llm_model = llm_model
-        self.loss_type = llm_model.loss_type  # else of the class's name: by it Trainer counts labels
+        # by these trainers decide how to count labels, whom to take for a reference, what a forward takes
+        self.loss_type = llm_model.loss_type
+        self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
+        if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
+            config.name_or_path = llm_model.config.name_or_path or ""
         self.generation_config = copy.deepcopy(llm_model.generation_config)
         self.injection_enabled = True  # for good; disable_injection() is for a moment
         self._blocks = 0  # of disable_injection() that are open
@@ -115,6 +130,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
+        if config.lora_rank is not None:  # after post_init, which would draw its second product anew
+            add_lora(llm_model, config.lora_rank)
         self.train(llm_model.training)
         config.belongs_to_model()
         self._base_sample = checkpoint.sample(self.base_named_parameters())
@@ -122,7 +139,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     # The two kinds of parameters
 
     def trm_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of every TRM, projections and gates included."""
+        """The parameters of every TRM, projections and gates included; with lora_rank, the LoRA's too."""
         return (p for name, p in self.named_parameters() if checkpoint.is_trm_key(name))
 
     def base_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -147,7 +164,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         with _BLOCKS:
             self._blocks += 1
         try:
-            yield self
+            with disabled(self.llm_model):
+                yield self
         finally:
             with _BLOCKS:
                 self._blocks -= 1
@@ -215,10 +233,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
         when an injection did not happen, or for halting with gradient or under torch.compile.
         """
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
-        self._warn_of_float16_training()
+        inputs = _inputs_of(input_ids, inputs_embeds)
         rule = self._rule(halting)
         if isinstance(rule, TokenHalting):
             if use_cache or past_key_values is not None:
@@ -233,19 +248,76 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 num_recursion_steps,
                 kwargs,
             )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        answers = self._answers(labels)
+        if answers > 1 and call is not None:
+            if given["past_key_values"] is not None:
+                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
+            repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
+            call.answers = answers
+            labels = None if labels is None else torch.cat([labels] * answers)
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                kwargs["shift_labels"] = torch.cat([shifted] * answers)
+            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
+                kwargs["num_items_in_batch"] = of_batch * answers
+
+        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
+        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        output = self._run(self.llm_model, call, inputs, **given, **arguments, **kwargs)
+        return output if answers == 1 else _of_last_rows(output, len(inputs))
+
+    def run_decoder(
+        self,
+        decoder: nn.Module,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        halting: Halting | TokenHalting | Literal[False] | None,
+        **kwargs: Any,
+    ) -> Any:
+        """What Backbone.forward is: `decoder`, a part of the language model, with the injections in it."""
+        inputs, rule = _inputs_of(input_ids, inputs_embeds), self._rule(halting)
+        if isinstance(rule, TokenHalting):
+            raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
+        is_supervised = self.is_injecting and self.training and self.config.supervised_answers > 1
+        if is_supervised and torch.is_grad_enabled():
+            raise ValueError(
+                "HybridModel: deep_supervision expected a trainer that takes the loss from the model, which "
+                "is over several answers, got one that takes the last hidden state. "
+                "deep_supervision=False trains on the last answer."
+            )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if position_ids is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
+            given["position_ids"] = position_ids
+        return self._run(decoder, call, inputs, **given, **kwargs)
+
+    def _settle(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        rule: Halting | None,
+    ) -> tuple[InjectionCall | None, dict[str, Any]]:
+        """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
+        self._warn_of_float16_training()
         if use_cache is None:
             use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.llm_model.config)
-
-        call, base_mask, answers = None, attention_mask, self._answers(labels)
-        if answers > 1 and labels is not None:
-            repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
-            if past_key_values is not None:
-                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
-            labels = torch.cat([labels] * answers)
-            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
-                kwargs["num_items_in_batch"] = of_batch * answers
+        call, base_mask = None, attention_mask
         if not self.is_injecting:
             if past_key_values is not None:
                 leave_to_base(past_key_values, self._num_base_layers)
@@ -268,22 +340,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 current_backend(),
                 rule,
             )
-            call.answers = answers
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
+        return call, {
+            "attention_mask": base_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
 
-        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
-        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+    def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
+        """`module`, which holds all of the layers, under this call."""
         before = current_call.set(call)
         try:
-            output = self.llm_model(
-                input_ids=input_ids,
-                attention_mask=base_mask,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **arguments,
-                **kwargs,
-            )
+            output = module(**given)
         finally:
             current_call.reset(before)
         if call is not None and call.done != len(self.config.injection_layers):
@@ -293,7 +361,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             )
         if call is not None and (record := recording()) is not None:
             record.forwards.append(self._steps_of(call, inputs))
-        return output if answers == 1 else _of_last_rows(output, len(inputs))
+        return output
 
     def _answers(self, labels: Tensor | None) -> int:
         """How many answers of the last injection point the loss of this forward is over."""
@@ -531,6 +599,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         Errors: ValueError when the base carries adapters of its own (LoRA), which a file could not load.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
+        if self._draws:  # a resumed run goes on from here
+            state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
         if save_base is None:
             save_base = self.config.base_model_name_or_path is None or checkpoint.has_changed(
                 self._base_sample, self.base_named_parameters(), state_dict
@@ -566,6 +636,21 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing.
+
+        The number of draws (recursion_sampling="uniform") that save_pretrained put among the tensors goes on.
+        """
+        if (draws := state_dict.get(checkpoint.DRAWS)) is not None:
+            self._draws = int(draws)
+            state_dict = {name: t for name, t in state_dict.items() if name != checkpoint.DRAWS}
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if all(checkpoint.is_trm_key(name) for name in state_dict):
+            keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]
+        return keys
+
     # What transformers asks of a model
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
@@ -588,8 +673,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if isinstance(module, Matrix | TRM | Injection):
             module.reset_parameters()
 
-    def get_decoder(self) -> nn.Module:
-        return self.llm_model.get_decoder()
+    @property
+    def base_model(self) -> Backbone:
+        """All but the head, TRMs included: what trainers call that make the logits themselves."""
+        whole = self.llm_model.base_model
+        return Backbone(self, self.llm_model.get_decoder() if whole is self.llm_model else whole)
+
+    def get_decoder(self) -> Backbone:
+        return Backbone(self, self.llm_model.get_decoder())
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        encoder = self.llm_model.get_encoder(modality=modality)
+        return self if encoder is self.llm_model else encoder
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm_model.get_input_embeddings()
@@ -609,6 +704,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
+
+
+def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
+    return inputs
 
 
 def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
@@ -649,6 +751,13 @@ def _check_base(model: PreTrainedModel) -> None:
         )
 
 
+def _accepts_loss_kwargs(model: PreTrainedModel) -> bool:
+    """Whether `num_items_in_batch` reaches the model's loss: Trainer's own rule, asked of the base."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return bool(getattr(model, "accepts_loss_kwargs", takes_any))
+
+
 def _reference(model: PreTrainedModel) -> str | None:
     """Where the base came from: a hub name, a folder's full path, or None if it was never loaded."""
     name = model.config.name_or_path
@@ -657,5 +766,7 @@ def _reference(model: PreTrainedModel) -> str | None:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+# Trainer and `transformers serve` know a causal language model by the name of its class
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)

@@ -5,7 +5,7 @@ once, before the loop begins; the loop trains whatever requires gradients.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,8 @@ def enter(model: HybridModel, number: int) -> Phase:
     if number not in PHASES:
         raise ValueError(f"enter: expected a phase of {', '.join(map(str, PHASES))}, got {number!r}.")
     phase = PHASES[number]
+    if model.config.lora_rank is not None:  # learns in the base's place
+        phase = replace(phase, trains_base=False)
     if phase.trains_base and is_quantized(model.llm_model):
         raise ValueError(
             f"enter: expected a base in float32 or bfloat16 for phase {number}, which trains it, "

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid import curve, run_state, shard
+from hybrid import curve, run_state, shard, trackers
 from hybrid.batches import Batch, LengthCurriculum, Share, batches, count, describe_items
 from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
@@ -51,6 +51,7 @@ _MAY_CHANGE = (
     "keep_checkpoints",
     "max_skipped_steps",
     "cache_hidden_states",
+    "report_to",
     "batch_size",
     "accumulate",
     "shard",
@@ -85,6 +86,7 @@ class TrainSettings:
     keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
     cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
                           and read from the second pass on (hidden_states.py); None: computed in every step
+    report_to             "tensorboard" (into output_dir), "wandb", ...: accelerate's trackers get the metrics
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -111,6 +113,7 @@ class TrainSettings:
     stochastic_rounding: bool = False
     keep_ratio: float | None = None
     cache_hidden_states: Path | str | None = None
+    report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -129,6 +132,7 @@ class TrainSettings:
                 raise ValueError(
                     f"TrainSettings: expected {name} to be a count of at least 1, got {count!r}."
                 )
+        trackers.check(self.report_to)
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"TrainSettings: expected warmup_steps in 0..{self.steps} (steps), got {self.warmup_steps!r}."
@@ -210,8 +214,13 @@ def train(
     """
     run = _Run(model, data, settings, held_out or {}, tokenizer, keep)
     checkpoint = run.open(resume)
+    if settings.report_to:
+        trackers.start(run.accelerator, asdict(settings))
     with run.display:
-        return run.go(checkpoint, on_step)
+        result = run.go(checkpoint, on_step)
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
+    return result
 
 
 class _Run:
@@ -505,6 +514,8 @@ class _Run:
     def _write(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             run_state.append_metrics(self.folder, line)
+        if self.settings.report_to:
+            trackers.report(self.accelerator, line)
 
 
 class _Part(Dataset):
@@ -614,6 +625,8 @@ def _accelerator(model: PreTrainedModel, settings: TrainSettings) -> Accelerator
     )
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
+        log_with=list(settings.report_to) or None,
+        project_dir=settings.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=is_partial)],
     )
     if accelerator.distributed_type not in _DISTRIBUTED:

@@ -214,6 +214,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_attention": "sdpa",
         "trm_regime": "per_op",
         "trm_quantize": "int8",
+        "lora_rank": 4,
     }
     assert fields.keys() == set(trm_fields())
     config = config_of(_parser().parse_args(["info", *options(fields)]))

@@ -189,7 +189,7 @@ def test_cost_is_hours_times_price():
         (level_1(phase=2, dtype="float32"), ("bfloat16 weights with stochastic rounding",)),
         (
             level_1("A100-40GB", phase=2, dtype="float32"),
-            ("gradient checkpointing", "LoRA of rank 16 in place of the base"),
+            ("gradient checkpointing", "lora_rank 16 in place of the base"),
         ),
         (level_1(cards=8, phase=2, dtype="float32"), ("shards: 2",)),
     ],
@@ -281,7 +281,7 @@ def test_a_base_may_be_a_folder_and_a_block_a_file(tmp_path, capsys):
         (["--level", "1", "--cards", "A100", "--batch-size", "0"], "batch_size of at least 1, got 0"),
         (["--level", "1", "--cards", "A100", "--sequence-length", "9999"], "at most 4096 tokens"),
         (["--level", "1", "--cards", "4xA100", "--shards", "3"], "that divides 4 cards, got 3"),
-        (["--level", "1", "--cards", "A100", "--lora", "8"], "expected phase 2 with LoRA"),
+        (["--level", "1", "--cards", "A100", "--lora-rank", "0"], "lora_rank to be a count of at least 1"),
         (["--level", "1", "--cards", "A100", "--phase", "2", "--dtype", "int8"], "got int8"),
         (["--base", "qwen3-0.6b", "--cards", "A100"], "expected at least one injection layer"),
     ],
@@ -295,3 +295,16 @@ def test_the_guide_that_is_kept_is_the_guide_as_computed(capsys):
     with open(f"{ROOT}/docs/guide-checked.md", encoding="utf-8") as file:
         kept = file.read()
     assert capsys.readouterr().out == kept, "stale: `trm-hybrid plan --guide > docs/guide-checked.md`"
+
+
+def test_lora_is_asked_for_as_in_training(capsys):
+    """What a plan advises, `lora_rank 16`, is `--lora-rank 16` of `plan` and of `train`."""
+    words = ["plan", "--level", "1", "--cards", "A100-80GB", "--json"]
+    sizes = {}
+    for phase in ("1", "2"):
+        for rank in ((), ("--lora-rank", "16")):
+            assert main([*words, "--phase", phase, *rank]) == 0
+            sizes[phase, rank] = json.loads(capsys.readouterr().out)
+    for phase in ("1", "2"):
+        assert sizes[phase, ()] != sizes[phase, ("--lora-rank", "16")]
+    assert "LoRA" in json.dumps(sizes["1", ("--lora-rank", "16")])

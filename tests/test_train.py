@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -515,3 +517,51 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         ValueError, match=r"an output folder that can be written to, got .*file/run \(Not a dir"
     ):
         train(phase_1(), Counting(), settings_for(tmp_path / "file" / "run"))
+
+
+class Tracked(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory = "tracked", False
+    config: dict = {}  # noqa: RUF012
+    lines: list = []  # noqa: RUF012
+    is_finished = False
+
+    def __init__(self, run_name, **kwargs):
+        super().__init__()
+        type(self).lines = []
+
+    @property
+    def tracker(self):
+        return None
+
+    def store_init_configuration(self, values):
+        type(self).config = values
+
+    def log(self, values, step=None, **kwargs):
+        type(self).lines.append((step, values))
+
+    def finish(self):
+        type(self).is_finished = True
+
+
+def test_metrics_go_to_accelerates_trackers_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tracked", Tracked)
+    settings = settings_for(tmp_path / "run", report_to=("tracked",), log_every=2)
+    result = train(phase_1(), Counting(), settings, {"new": Counting(4, 5)})
+    written = run_state.read_metrics(tmp_path / "run")
+    assert [step for step, _ in Tracked.lines] == [line["step"] for line in written]
+    for (_, told), line in zip(Tracked.lines, written, strict=True):
+        want = {k: v for k, v in line.items() if k not in ("step", "held_out")}
+        want |= {f"held_out/{k}": v for k, v in line.get("held_out", {}).items()}
+        assert told == {k: v for k, v in want.items() if isinstance(v, int | float)}
+    assert Tracked.config["learning_rate"] == settings.learning_rate and Tracked.is_finished
+    assert result.steps == settings.steps
+    with pytest.raises(ValueError, match="report_to: expected trackers whose packages are installed"):
+        settings_for(tmp_path / "other", report_to=("nowhere",))
+
+
+def test_metrics_to_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is no dependency; pip install tensorboard")
+    train(phase_1(), Counting(), settings_for(tmp_path / "run", report_to=("tensorboard",)))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

@@ -78,7 +78,7 @@ def _ladder(run: Run) -> Iterator[Change]:
         )
     if run.trains_base:
         yield Change(
-            f"LoRA of rank {LORA_RANK} in place of the base",
+            f"lora_rank {LORA_RANK} in place of the base",
             lambda r: r.but(lora=LORA_RANK, dtype="bfloat16"),
         )
     if run.dtype != "int8":

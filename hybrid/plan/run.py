@@ -34,7 +34,7 @@ class Run:
     accumulation        forwards before an optimizer step
     shards              cards that divide weights, gradients and moments (FSDP2); other cards repeat them
     dtype               of the base's parameters; "int8": of its linear layers, frozen, with a float32 a row
-    lora                rank of adapters on the base's linear layers, which learn in phase 2 in its place
+    lora                rank of adapters on the base's linear layers; in phase 2 they learn in its place
     checkpointing       layers and TRMs are computed again in backward
     is_fused            the TRMs run as Triton kernels; False: as the reference, on a CPU, keeping all
 
@@ -74,10 +74,6 @@ class Run:
         if not self.is_fused and self.config.trm_save not in ("auto", "all"):
             raise ValueError(
                 f"plan: expected trm_save all where TRMs run as the reference, got {self.config.trm_save}."
-            )
-        if self.lora is not None and self.phase == 1:
-            raise ValueError(
-                "plan: expected phase 2 with LoRA, for in phase 1 the base does not learn; got 1."
             )
         if self.trains_base and self.dtype in ("int8", "float16"):
             raise ValueError(

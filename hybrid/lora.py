@@ -1,0 +1,44 @@
+"""LoRA on the language model's linear layers, beside the TRMs, by peft.
+
+The adapter is called `trm`, so its tensors' names say what they are: trained and saved with the TRMs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+ADAPTER = "trm"
+
+
+def add_lora(model: PreTrainedModel, rank: int) -> None:
+    """Adapters of `rank`, alpha 2 * rank, on every linear layer but the head; they start as zero.
+
+    Errors: ValueError without peft, and for a model without linear layers that peft knows.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("HybridModel: lora_rank expected peft (pip install peft), got none.") from error
+    lora = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the layers answer without their adapters, where they have any."""
+    layers: list[Any] = [m for m in model.modules() if ADAPTER in getattr(m, "lora_A", {})]
+    learning = {p: p.requires_grad for layer in layers for p in layer.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, learns in learning.items():  # enabling makes all of them learn
+            parameter.requires_grad_(learns)
