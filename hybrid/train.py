@@ -34,6 +34,7 @@ from hybrid.data import TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
 from hybrid.extras import installed
 from hybrid.hidden_states import HiddenStates
+from hybrid.labelled_places import LabelledPlaces
 from hybrid.model import HybridModel
 from hybrid.optimizer import adamw, set_rate
 from hybrid.processes import seed_everything, this_process
@@ -284,6 +285,7 @@ class _Run:
             )
         for cache in self.hidden_states:
             cache.open(this_process(), self.display.say)
+        self.labelled_places = LabelledPlaces(self.model, self.is_sharded)
         return checkpoint
 
     def go(self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None) -> TrainResult:
@@ -349,8 +351,12 @@ class _Run:
         lower_layers += [self._lower_layers(batch, is_kept=True) for batch in kept]
         loss = torch.zeros((), device=accelerator.device)
         for number, inputs in enumerate(given):
-            with self._gradients_meet(number == len(given) - 1), lower_layers[number]:
-                part = self.parallel_model(**inputs, use_cache=False, **steps).loss
+            with (
+                self._gradients_meet(number == len(given) - 1),
+                self.labelled_places.only(inputs) as asked,
+                lower_layers[number],
+            ):
+                part = self.parallel_model(**asked, use_cache=False, **steps).loss
                 part = part * weights[number]
                 accelerator.backward(part)
             loss += part.detach()
