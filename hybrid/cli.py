@@ -99,6 +99,7 @@ def _train(arguments: argparse.Namespace) -> int:
         stochastic_rounding=arguments.stochastic_rounding,
         keep_ratio=arguments.keep_ratio,
         cache_hidden_states=arguments.cache_hidden_states,
+        cache_dtype=arguments.cache_dtype,
     )
     if (arguments.keep is None) != (arguments.keep_ratio is None):
         raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
@@ -501,6 +502,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="phase 1: keep what comes out of the layers below the first injection point there, and read it "
         "from the second pass over the data on",
+    )
+    train.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16"),
+        help="what --cache-hidden-states keeps; default: the base's",
     )
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)

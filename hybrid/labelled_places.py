@@ -12,7 +12,6 @@ makes some at a time. That takes a model that leaves the head's logits as they a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,21 +23,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hybrid.collate import IGNORED
 from hybrid.linear_cross_entropy import linear_cross_entropy
 
+_LARGE = 2**14  # tokens in a vocabulary; the loss of a smaller one is always made at once
 _MOST_LOGITS = 2**26  # of a forward: 256 MiB in float32, and as much for their gradient
 
 
 class LabelledPlaces:
     """The head of `model`, or of the base inside a hybrid. A model without one stays as it is.
 
-    is_split   among processes, each of which has to make this: see `_is_plain`
+    Every process of a split model has to make it: with a large vocabulary it takes a forward of two tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, is_split: bool = False) -> None:
-        self._model: Any = model
+    def __init__(self, model: PreTrainedModel) -> None:
         self._base: Any = getattr(model, "llm_model", model)
         self._head = self._base.get_output_embeddings()
-        if is_split:
-            _ = self._is_plain  # later the processes might ask at different times, and wait for each other
+        self._vocabulary = self._base.config.get_text_config(decoder=True).vocab_size
+        self._goes_in_parts = self._vocabulary >= _LARGE and self._answers_with_its_heads_logits(model)
 
     @contextmanager
     def only(self, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -55,8 +54,7 @@ class LabelledPlaces:
         asked = F.pad(asked[places], (1, 0), value=IGNORED)
         given = inputs | {"labels": asked[None]}
         rows = _Rows(labels.numel(), F.pad(places, (0, 1)))
-        is_large = len(places) * self._base.config.get_text_config().vocab_size > _MOST_LOGITS
-        if is_large and self._is_plain:
+        if self._goes_in_parts and len(places) * self._vocabulary > _MOST_LOGITS:
             with self._loss_in_parts(rows):
                 yield given
             return
@@ -89,23 +87,22 @@ class LabelledPlaces:
             handle.remove()
             del self._base._loss_function
 
-    @cached_property
-    def _is_plain(self) -> bool:
-        """Whether the model's logits are what its head answers, and its loss the usual one; by two tokens."""
+    @torch.no_grad()
+    def _answers_with_its_heads_logits(self, model: PreTrainedModel) -> bool:
+        """Whether the model's logits are what its head answers, and its loss is the usual one."""
         is_offloaded = hasattr(self._head, "_hf_hook")  # its weight is there during its forward only
         has_usual_loss = self._base.loss_function is ForCausalLMLoss
         if not isinstance(self._head, nn.Linear) or is_offloaded or not has_usual_loss:
             return False
         found: list[Tensor] = []
-        was_training = self._model.training
+        was_training = model.training
         handle = self._head.register_forward_hook(lambda head, args, logits: found.append(logits))
         try:
-            tokens = torch.arange(2, device=self._model.device)[None]
-            with torch.no_grad():
-                logits = self._model.eval()(input_ids=tokens, use_cache=False).logits
+            tokens = torch.arange(2, device=model.device)[None]
+            logits = model.eval()(input_ids=tokens, use_cache=False).logits
         finally:
             handle.remove()
-            self._model.train(was_training)
+            model.train(was_training)
         return len(found) == 1 and torch.equal(found[0].float(), logits.float())
 
 

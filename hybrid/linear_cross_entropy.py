@@ -28,7 +28,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor | None, target:
     if h.is_cuda and find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        return LigerFusedLinearCrossEntropyLoss()(weight, h, target, bias)
+        return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(weight, h, target, bias)
     loss: Tensor = _LinearCrossEntropy.apply(h, weight, bias, target)
     return loss
 

@@ -56,6 +56,7 @@ _MAY_CHANGE = (
     "accumulate",
     "shard",
 )
+CACHE_DTYPES = ("float32", "bfloat16")
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -86,6 +87,7 @@ class TrainSettings:
     keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
     cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
                           and read from the second pass on (hidden_states.py); None: computed in every step
+    cache_dtype           "bfloat16" or "float32": what they are kept in; None: what they are computed in
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -112,6 +114,7 @@ class TrainSettings:
     stochastic_rounding: bool = False
     keep_ratio: float | None = None
     cache_hidden_states: Path | str | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -148,6 +151,15 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
+        if self.cache_dtype is not None and self.cache_hidden_states is None:
+            raise ValueError(
+                f"TrainSettings: cache_dtype expected cache_hidden_states, got {self.cache_dtype!r} alone."
+            )
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"TrainSettings: expected cache_dtype to be None, {', '.join(CACHE_DTYPES)}, "
+                f"got {self.cache_dtype!r}."
+            )
         if self.stochastic_rounding:
             installed("torchao", "stochastic rounding")
 
@@ -285,7 +297,7 @@ class _Run:
             )
         for cache in self.hidden_states:
             cache.open(this_process(), self.display.say)
-        self.labelled_places = LabelledPlaces(self.model, self.is_sharded)
+        self.labelled_places = LabelledPlaces(self.model)
         return checkpoint
 
     def go(self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None) -> TrainResult:
@@ -353,8 +365,8 @@ class _Run:
         for number, inputs in enumerate(given):
             with (
                 self._gradients_meet(number == len(given) - 1),
-                self.labelled_places.only(inputs) as asked,
                 lower_layers[number],
+                self.labelled_places.only(inputs) as asked,
             ):
                 part = self.parallel_model(**asked, use_cache=False, **steps).loss
                 part = part * weights[number]
@@ -424,9 +436,10 @@ class _Run:
                 "whole rows are kept."
             )
         folder, precision = Path(settings.cache_hidden_states), self.accelerator.mixed_precision
-        caches = [HiddenStates(folder, self.model, self.data, precision)]
+        dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
+        caches = [HiddenStates(folder, self.model, self.data, precision, dtype)]
         if self.keep is not None:
-            caches.append(HiddenStates(folder / "keep", self.model, self.keep, precision))
+            caches.append(HiddenStates(folder / "keep", self.model, self.keep, precision, dtype))
         return caches
 
     def _lower_layers(self, batch: Batch, is_kept: bool) -> AbstractContextManager[Any]:
@@ -673,7 +686,12 @@ def _description(
     """What a resumed run must have in common with the run that began."""
     fields = [*trm_fields(), "base_model_name_or_path"] if isinstance(model, HybridModel) else []
     description = {
-        **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
+        **{
+            name: value
+            for name, value in asdict(settings).items()
+            # a run older than cache_dtype says nothing of it
+            if name not in _MAY_CHANGE and (name, value) != ("cache_dtype", None)
+        },
         "items_per_step": share.items_per_step,
         **{
             name: some.describe() if isinstance(some, TokenStream) else describe_items(some)

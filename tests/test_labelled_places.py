@@ -18,6 +18,12 @@ def rows(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens(2, 9, seed), "labels": labels, "attention_mask": mask}
 
 
+def in_parts(monkeypatch) -> None:
+    """However small the vocabulary and few the places."""
+    monkeypatch.setattr(labelled_places, "_LARGE", 0)
+    monkeypatch.setattr(labelled_places, "_MOST_LOGITS", 0)
+
+
 def loss_and_gradients(model, inputs):
     torch.manual_seed(0)  # of dropout
     model.zero_grad()
@@ -56,7 +62,7 @@ def test_loss_and_gradients_are_those_of_all_logits(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_parts_as_well(family, monkeypatch):
-    monkeypatch.setattr(labelled_places, "_MOST_LOGITS", 0)
+    in_parts(monkeypatch)
     monkeypatch.setattr(linear_cross_entropy, "_AT_ONCE", 2 * VOCABULARY)  # 3 places: two and one
     model = tiny_hybrid(family).train().requires_grad_(True)
 
@@ -64,16 +70,17 @@ def test_in_parts_as_well(family, monkeypatch):
     assert assert_as_all_logits(model, rows()) == [(1, 4, 32) if caps_its_logits else (1, 2, 32)]
 
 
-@pytest.mark.parametrize("most", [2**26, 0])
-def test_every_answer_of_deep_supervision_is_asked_at_these_places(most, monkeypatch):
-    monkeypatch.setattr(labelled_places, "_MOST_LOGITS", most)
+@pytest.mark.parametrize("parts", [False, True])
+def test_every_answer_of_deep_supervision_is_asked_at_these_places(parts, monkeypatch):
+    if parts:
+        in_parts(monkeypatch)
     model = tiny_hybrid(grad_cycles=None, deep_supervision=True).train().requires_grad_(True)
 
-    assert assert_as_all_logits(model, rows()) == [(2, 4 if most else 2, 32)]
+    assert assert_as_all_logits(model, rows()) == [(2, 2 if parts else 4, 32)]
 
 
 def test_a_frozen_head_gets_no_gradient(monkeypatch):
-    monkeypatch.setattr(labelled_places, "_MOST_LOGITS", 0)
+    in_parts(monkeypatch)
     model = awaken(tiny_hybrid()).freeze_base().train()
 
     assert_as_all_logits(model, rows())
