@@ -55,7 +55,8 @@ current_call = CompileableContextVar("trm_hybrid_call")
 
 
 class Injection(GradientCheckpointingLayer):
-    """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T.
+    """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T
+    or, with trm_input_norm, to rms(x).
 
     hidden_size          D, the language model's width
     first_cache_layer    the cache's layer of evaluation 0 is first_cache_layer + index * evaluations
@@ -72,6 +73,7 @@ class Injection(GradientCheckpointingLayer):
         self.index = index
         self.strength = config.injection_strength
         self.eps = config.trm_rms_norm_eps
+        self.norms_x = config.trm_input_norm
         self.in_proj = Matrix(d, hidden_size, **factory)
         self.recursion = TRM(
             d,
@@ -151,8 +153,9 @@ class Injection(GradientCheckpointingLayer):
             given |= {"mask": mask, "key_mask": key_mask, "num_recursion_steps": num_recursion_steps}
             if halting is None and not each_cycle:
                 given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": self.strength}
+                given["norms_x"] = self.norms_x
                 return self.recursion(h, update_cache=update_cache, **given)
-            x = injection_in(h, w_in, self.eps)
+            x = injection_in(h, w_in, self.eps, norms_x=self.norms_x)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:

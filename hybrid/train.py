@@ -698,7 +698,12 @@ def _description(
             for name, some in (("data", data), ("keep", keep))
             if some is not None
         },
-        "config": {name: getattr(model.config, name) for name in fields},
+        "config": {
+            name: getattr(model.config, name)
+            for name in fields
+            # a run older than trm_input_norm says nothing of it
+            if name != "trm_input_norm" or model.config.trm_input_norm
+        },
         "quantized": _quantized(model),
         "trained": {
             name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
