@@ -98,6 +98,7 @@ def _train(arguments: argparse.Namespace) -> int:
         else None,
         stochastic_rounding=arguments.stochastic_rounding,
         keep_ratio=arguments.keep_ratio,
+        keep_target=arguments.keep_target,
         cache_hidden_states=arguments.cache_hidden_states,
         cache_dtype=arguments.cache_dtype,
     )
@@ -449,6 +450,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--keep-ratio", type=float, metavar="R", help="share of a step's sequences that --keep has"
+    )
+    train.add_argument(
+        "--keep-target",
+        choices=("labels", "base"),
+        default="labels",
+        help="what is learned of --keep: its text, or that the hybrid is its base there; default: labels",
     )
     train.add_argument("--output", required=True, help="folder of the run")
     train.add_argument(

@@ -48,6 +48,7 @@ class InjectionCall:
     answers: int = 1  # of the last injection point, stacked along the batch; more than one: deep supervision
     done: int = 0  # injections so far
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with halting, what each point reported
+    added: list[Tensor] | None = None  # is given how much each point added to each token, if somebody asks
 
 
 # The call in progress in this thread; None means that the language model runs by itself.
@@ -291,7 +292,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     if call is None:
         return h
     call.done += 1
-    return injection(
+    blended = injection(
         h,
         call.positions.to(h.device),
         None if call.angles is None else Angles(*(t.to(h.device) for t in call.angles)),
@@ -304,6 +305,15 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.answers > 1 and bool(injection.is_last),
         past_key_values=call.cache,
     )
+    if call.added is not None:
+        call.added.append(_share_added(h, blended))
+    return blended
+
+
+def _share_added(h: Tensor, blended: Tensor) -> Tensor:
+    """|h' - h|^2 / |h|^2 of every token, [B, T] float32."""
+    h, blended = h.float(), blended.float()
+    return (blended - h).pow(2).sum(-1) / h.pow(2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

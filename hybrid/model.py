@@ -105,6 +105,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
+        self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         attach(llm_model, config)
         keep_gradients(llm_model)
@@ -139,6 +140,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             yield self
         finally:
             self.injection_enabled = before
+
+    @contextmanager
+    def recording_what_is_added(self) -> Iterator[list[Tensor]]:
+        """Within the block forwards put into the list how much each injection point adds to each token.
+
+        That is |h' - h|^2 / |h|^2, [B, T] float32, with gradient; a forward without deep supervision.
+        """
+        before, self._added = self._added, []
+        try:
+            yield self._added
+        finally:
+            self._added = before
 
     # One forward
 
@@ -209,7 +222,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             angles = self._angles(inputs, positions)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
             call = InjectionCall(positions, angles, what, past_key_values, n, current_backend(), rule)
-            call.answers = answers
+            call.answers, call.added = answers, self._added
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}

@@ -57,6 +57,9 @@ _MAY_CHANGE = (
     "shard",
 )
 CACHE_DTYPES = ("float32", "bfloat16")
+KEEP_TARGETS = ("labels", "base")
+# fields that older runs say nothing of, and what these ran with
+_NEWER = {"cache_dtype": None, "keep_target": "labels"}
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -85,6 +88,8 @@ class TrainSettings:
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
     stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
     keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
+    keep_target           what of these is learned: "labels", or "base": that a hybrid is its base there. Then
+                          their loss is how much the injections add to a hidden state, |h' - h|^2 / |h|^2
     cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
                           and read from the second pass on (hidden_states.py); None: computed in every step
     cache_dtype           "bfloat16" or "float32": what they are kept in; None: what they are computed in
@@ -113,6 +118,7 @@ class TrainSettings:
     length_curriculum: LengthCurriculum | None = None
     stochastic_rounding: bool = False
     keep_ratio: float | None = None
+    keep_target: str = "labels"
     cache_hidden_states: Path | str | None = None
     cache_dtype: str | None = None
 
@@ -151,6 +157,15 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
+        if self.keep_target not in KEEP_TARGETS:
+            raise ValueError(
+                f"TrainSettings: expected keep_target to be one of {', '.join(KEEP_TARGETS)}, "
+                f"got {self.keep_target!r}."
+            )
+        if self.keep_target != "labels" and self.keep_ratio is None:
+            raise ValueError(
+                f"TrainSettings: keep_target={self.keep_target!r} expected a keep_ratio, got none."
+            )
         if self.cache_dtype is not None and self.cache_hidden_states is None:
             raise ValueError(
                 f"TrainSettings: cache_dtype expected cache_hidden_states, got {self.cache_dtype!r} alone."
@@ -269,6 +284,8 @@ class _Run:
         )
         self.data_share, self.keep_share = _split(self.share, settings)
         self.hybrid = model if isinstance(model, HybridModel) else None
+        if self.hybrid is None and settings.keep_target == "base":
+            raise ValueError(f"train: keep_target='base' expected a HybridModel, got {type(model).__name__}.")
 
     def open(self, resume: bool) -> Path | None:
         """Settle where to begin; the checkpoint that was loaded, or None at step 0."""
@@ -361,15 +378,12 @@ class _Run:
             weights += [weight * of_keep for weight in self._weights(given[len(batches) :])]
         lower_layers = [self._lower_layers(batch, is_kept=False) for batch in batches]
         lower_layers += [self._lower_layers(batch, is_kept=True) for batch in kept]
+        still = range(len(batches), len(given)) if settings.keep_target == "base" else ()
         loss = torch.zeros((), device=accelerator.device)
         for number, inputs in enumerate(given):
-            with (
-                self._gradients_meet(number == len(given) - 1),
-                lower_layers[number],
-                self.labelled_places.only(inputs) as asked,
-            ):
-                part = self.parallel_model(**asked, use_cache=False, **steps).loss
-                part = part * weights[number]
+            with self._gradients_meet(number == len(given) - 1), lower_layers[number]:
+                loss_of = self._stillness if number in still else self._loss
+                part = loss_of(inputs, steps) * weights[number]
                 accelerator.backward(part)
             loss += part.detach()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -389,6 +403,21 @@ class _Run:
         if not is_good:
             self._skipped(index + 1, loss.item(), grad_norm.item())
         return loss
+
+    def _loss(self, inputs: dict[str, Tensor], steps: dict[str, int]) -> Tensor:
+        with self.labelled_places.only(inputs) as asked:
+            loss: Tensor = self.parallel_model(**asked, use_cache=False, **steps).loss
+        return loss
+
+    def _stillness(self, inputs: dict[str, Tensor], steps: dict[str, int]) -> Tensor:
+        """How much the injections add to the tokens of `inputs`, in the mean over points and tokens."""
+        assert self.hybrid is not None
+        inputs = {name: t for name, t in inputs.items() if name != "labels"}
+        with self.hybrid.recording_what_is_added() as added:
+            self.parallel_model(**inputs, use_cache=False, logits_to_keep=1, **steps)
+        is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(added[0].device)
+        of_tokens = [(t * is_token.to(t.device)).sum() / is_token.sum().to(t.device) for t in added]
+        return torch.stack([t.to(added[0].device) for t in of_tokens]).mean()
 
     def _weights(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
         """Each batch's share of the tokens that are predicted in those of all processes."""
@@ -689,8 +718,7 @@ def _description(
         **{
             name: value
             for name, value in asdict(settings).items()
-            # a run older than cache_dtype says nothing of it
-            if name not in _MAY_CHANGE and (name, value) != ("cache_dtype", None)
+            if name not in _MAY_CHANGE and not (name in _NEWER and value == _NEWER[name])
         },
         "items_per_step": share.items_per_step,
         **{
