@@ -26,10 +26,12 @@ class Batch(NamedTuple):
 
     inputs   what a model is given, by its arguments' names
     rows     which row of a stream's text, or item of a data set, each of them is
+    lengths  tokens of each, without what pads it
     """
 
     inputs: dict[str, Tensor]
     rows: list[int]
+    lengths: list[int]
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def batches(
                 rows.append(row)
         assert place is not None, "a step has items"
         parts = [slice(i, i + share.batch_size) for i in range(0, len(mine), share.batch_size)]
-        yield [Batch(collate(mine[part]), rows[part]) for part in parts], place
+        lengths = [len(item["input_ids"]) for item in mine]
+        yield [Batch(collate(mine[part]), rows[part], lengths[part]) for part in parts], place
 
 
 # (makes the item, which row of the text or item of the data it is, where the data is after it)

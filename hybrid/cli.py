@@ -98,8 +98,10 @@ def _train(arguments: argparse.Namespace) -> int:
         else None,
         stochastic_rounding=arguments.stochastic_rounding,
         keep_ratio=arguments.keep_ratio,
+        keep_target=arguments.keep_target,
         cache_hidden_states=arguments.cache_hidden_states,
         report_to=tuple(arguments.report_to),
+        cache_dtype=arguments.cache_dtype,
     )
     if (arguments.keep is None) != (arguments.keep_ratio is None):
         raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
@@ -451,6 +453,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--keep-ratio", type=float, metavar="R", help="share of a step's sequences that --keep has"
     )
+    train.add_argument(
+        "--keep-target",
+        choices=("labels", "base"),
+        default="labels",
+        help="what is learned of --keep: its text, or that the hybrid is its base there; default: labels",
+    )
     train.add_argument("--output", required=True, help="folder of the run")
     train.add_argument(
         "--resume", action="store_true", help="go on from the last whole checkpoint in --output"
@@ -510,6 +518,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="phase 1: keep what comes out of the layers below the first injection point there, and read it "
         "from the second pass over the data on",
+    )
+    train.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16"),
+        help="what --cache-hidden-states keeps; default: the base's",
     )
     train.add_argument("--data-workers", type=int, default=0, help="processes that tokenize; default: none")
     _add_backend_option(train)

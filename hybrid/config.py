@@ -97,6 +97,8 @@ class HybridConfig(PreTrainedConfig):
     blending_strategy        "linear" (gate 1) or "gated" (a sigmoid of a learned score per token)
     recursion_sampling       "fixed", or "uniform": each training forward draws n from 1..num_recursion_steps
     recursion_seed           of these draws
+    trm_input_norm           whether what comes in is normed behind its projection as well, so that it cannot
+                             drown y and z: x = rms(rms(h) W_in^T)
     trm_rope_theta           RoPE's base in the TRM's attention
     trm_rms_norm_eps         eps of every norm of the TRM
     trm_dtype                of the TRM's parameters: "float32", "bfloat16" or "float16"; it computes in the
@@ -152,6 +154,7 @@ class HybridConfig(PreTrainedConfig):
         trm_regime: str = "auto",
         trm_quantize: str | None = None,
         lora_rank: int | None = None,
+        trm_input_norm: bool = False,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         **kwargs: Any,
@@ -180,6 +183,7 @@ class HybridConfig(PreTrainedConfig):
         self.trm_regime = trm_regime
         self.trm_quantize = trm_quantize
         self.lora_rank = lora_rank
+        self.trm_input_norm = trm_input_norm
         self._check()
 
         base_config = check_base_config(base_config, HybridConfig.model_type)
@@ -427,10 +431,11 @@ class HybridConfig(PreTrainedConfig):
                 f"HybridConfig: expected grad_cycles in 1..{self.num_cycles} (num_cycles) or None, "
                 f"got {self.grad_cycles}."
             )
-        if not isinstance(self.deep_supervision, bool):
-            raise ValueError(
-                f"HybridConfig: expected deep_supervision to be True or False, got {self.deep_supervision!r}."
-            )
+        for name in ("deep_supervision", "trm_input_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be True or False, got {getattr(self, name)!r}."
+                )
         if self.deep_supervision and self.num_cycles > 1 and self.grad_cycles == 1:
             raise ValueError(
                 f"HybridConfig: deep_supervision expected grad_cycles in 2..{self.num_cycles} (num_cycles) "

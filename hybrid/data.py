@@ -263,8 +263,16 @@ class TokenStream:
 
     def count_rows(self) -> int:
         """The rows of the text, held out ones too. Reads and tokenizes all of it."""
-        loader = _Loader(self.sources, self._tokenize, self.workers, None)
-        return sum(len(ids.tokens) for ids in loader.one_pass()) // self.sequence_length
+        return self.count_rows_and_tokens()[0]
+
+    def count_rows_and_tokens(self) -> tuple[int, int]:
+        """(rows, tokens in them) as count_rows."""
+        pieces = _Loader(self.sources, self._tokenize, self.workers, None).one_pass()
+        if self.sources.has_labels:
+            lengths = [len(row) for (row, *_), _ in _examples(pieces)]
+            return len(lengths), sum(lengths)
+        rows = sum(len(ids.tokens) for ids in pieces) // self.sequence_length
+        return rows, rows * self.sequence_length
 
     def count_trained(self, rows: int) -> int:
         """Of so many rows of the text, those that are trained on."""

@@ -3,14 +3,16 @@
     key.json                    what they are of: the base, the data, the layer; and how many rows there are
     row-000000123.safetensors   hidden_states [T, D]; its checksum, and that of the tokens it came from
 
-The first time that a row is trained on its file is written; from then on it is read, and the layers below do
-not run. A file is written beside its place and renamed into it; a damaged one is computed and written again.
+The first time that a row is trained on, the layers below run for it and its file is written; from then on it
+is read. A file is written beside its place and renamed into it; a damaged one is computed and written again.
+Rows that bring their own labels have lengths T of their own: what pads them in a batch is not kept.
 The recursive block, the order of the data and how it is trained make no difference to the key: other runs go
 on with the same folder.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,6 +26,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from hybrid import checkpoint, run_state
@@ -44,21 +47,23 @@ class HiddenStates:
     Make it before the model is split among processes, open it when the model is ready to compute.
 
     precision   that the model computes in, as accelerate says it
+    dtype       that they are kept in; None: the one they are computed in. Training sees what is kept, in the
+                first pass too
 
     Errors: ValueError as LowerLayers, for data without an item, and for a model that is no hybrid.
     """
 
     def __init__(
-        self, folder: Path | str, model: Any, data: Dataset | TokenStream, precision: str = "no"
+        self,
+        folder: Path | str,
+        model: Any,
+        data: Dataset | TokenStream,
+        precision: str = "no",
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, HybridModel):
             raise ValueError(f"HiddenStates: expected a HybridModel, got {type(model).__name__}.")
-        if isinstance(data, TokenStream) and data.sources.has_labels:
-            raise ValueError(
-                "HiddenStates: expected rows of one length, got rows with labels, each as long as it is, "
-                f"from {data.sources.name}."
-            )
-        self.folder, self._data = Path(folder), data
+        self.folder, self._data, self._dtype = Path(folder), data, dtype
         self._layers = LowerLayers(model)
         self._key: dict[str, Any] = {
             "base": _describe_base(model) | {"mixed precision": precision},
@@ -75,54 +80,50 @@ class HiddenStates:
         LowerLayers.check.
         """
         some = self._layers.check()
-        self._device = some.device
-        self._key["base"]["dtype"] = str(some.dtype).removeprefix("torch.")
+        self._device, self._computed = some.device, some.dtype
+        some = some.to(self._dtype)
+        self._key["base"]["dtype"] = str(self._computed).removeprefix("torch.")
+        if some.dtype != self._computed:
+            self._key["base"]["kept as"] = str(some.dtype).removeprefix("torch.")
         with processes.main_process_first():
             self._begin(some, say)
 
     @contextmanager
     def around(self, batch: Batch) -> Iterator[None]:
-        """Within the block, `batch` goes forward and backward; without the layers below where it can.
+        """Within the block, `batch` goes forward and backward without the layers below.
 
-        Where hidden states are missing, all of the batch is computed, and they are written at the end.
+        Where hidden states are missing, they are computed and written before.
 
-        Errors: ValueError for rows of several lengths and for hidden states of other tokens, OSError when
-        they cannot be written.
+        Errors: ValueError for hidden states of other tokens, OSError when they cannot be written.
         """
-        tokens = batch.inputs["input_ids"].shape[1]
-        if tokens != self._key["data"]["tokens"]:
-            raise ValueError(
-                f"HiddenStates: expected rows of one length, got {tokens} tokens and "
-                f"{self._key['data']['tokens']}."
-            )
-        digests = [_digest_of_inputs(batch.inputs, index) for index in range(len(batch.rows))]
-        known = [self._read(row, digest) for row, digest in zip(batch.rows, digests, strict=True)]
-        rows = [h for h in known if h is not None]
-        if len(rows) == len(known):
-            with self._layers.left_out(torch.stack(rows).to(self._device)):
-                yield
-            return
-        with self._layers.recorded() as found:
+        digests = [_digest_of_inputs(batch, index) for index in range(len(batch.rows))]
+        found = [self._read(row, digest) for row, digest in zip(batch.rows, digests, strict=True)]
+        missing = [index for index, h in enumerate(found) if h is None]
+        if missing:
+            inputs = {name: t[missing].to(self._device) for name, t in batch.inputs.items()}
+            for index, h in zip(missing, self._layers.compute(inputs).cpu(), strict=True):
+                kept = h[: batch.lengths[index]].to(self._dtype or h.dtype).clone()
+                self._write(batch.rows[index], kept, digests[index])
+                found[index] = kept
+        padded = pad_sequence([h for h in found if h is not None], batch_first=True)
+        with self._layers.left_out(padded.to(self._device, self._computed)):
             yield
-        computed = found[0].cpu()
-        for index, row in enumerate(batch.rows):
-            if known[index] is None:
-                self._write(row, computed[index].clone(), digests[index])
 
     def _begin(self, some: Tensor, say: Callable[[str], None]) -> None:
         before = self._read_key()
-        all_rows = before["rows"] if before else self._count()
+        all_rows, tokens = _count_of(before) if before else self._count()
         rows = self._data.count_trained(all_rows) if isinstance(self._data, TokenStream) else all_rows
         there = sum(1 for _ in self.folder.glob("row-*.safetensors"))
-        tokens, width = self._key["data"]["tokens"], some.shape[-1]
-        of_row = tokens * width * some.element_size()
+        width = some.shape[-1]
+        of_row = math.ceil(tokens * width * some.element_size() / max(1, all_rows))
         place = next(
             path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists()
         )
         free = shutil.disk_usage(place).free
         say(
-            f"hidden states after layer {self._layers.point} in {self.folder}: {rows:,} rows x {tokens:,} "
-            f"tokens x {width:,} x {some.element_size()} bytes = {rows * of_row:,} bytes; {there:,} rows are "
+            f"hidden states after layer {self._layers.point} in {self.folder}: {rows:,} rows x "
+            f"{_mean(tokens, all_rows)} tokens x {width:,} x {some.element_size()} bytes = "
+            f"{rows * of_row:,} bytes; {there:,} rows are "
             f"there, {free:,} bytes are free"
         )
         needed = max(0, rows - there) * (of_row + _FILE_OVERHEAD)
@@ -132,7 +133,7 @@ class HiddenStates:
             )
         run_state.make_folder(self.folder, "HiddenStates")
         if before is None:
-            content = json.dumps({**self._key, "rows": all_rows}, indent=1).encode()
+            content = json.dumps({**self._key, "rows": all_rows, "tokens": tokens}, indent=1).encode()
             _replace_file(self.folder / _KEY, content)
 
     def _read_key(self) -> dict[str, Any] | None:
@@ -158,8 +159,12 @@ class HiddenStates:
             )
         return before
 
-    def _count(self) -> int:
-        return self._data.count_rows() if isinstance(self._data, TokenStream) else count(self._data)
+    def _count(self) -> tuple[int, int]:
+        """(rows, tokens in all of them)"""
+        if isinstance(self._data, TokenStream):
+            return self._data.count_rows_and_tokens()
+        rows = count(self._data)
+        return rows, sum(len(self._data[index]["input_ids"]) for index in range(rows))
 
     def _path(self, row: int) -> Path:
         return self.folder / f"row-{row:09d}.safetensors"
@@ -208,12 +213,27 @@ def _describe_base(model: HybridModel) -> dict[str, str]:
     }
 
 
-def _digest_of_inputs(inputs: dict[str, Tensor], index: int) -> str:
-    """Of all that a forward is given of one row; labels make no difference to hidden states."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(inputs.items()):
-        if name != "labels":
-            digest.update(name.encode() + tensor[index].contiguous().numpy().tobytes())
+def _count_of(before: dict[str, Any]) -> tuple[int, int]:
+    """(rows, tokens) that a key says; older ones were of rows of one length, and say that."""
+    rows = before["rows"]
+    return rows, before.get("tokens", rows * before["data"]["tokens"])
+
+
+def _mean(tokens: int, rows: int) -> str:
+    """Tokens of a row, in words where that is no whole number."""
+    mean, rest = divmod(tokens, max(1, rows))
+    return f"about {round(tokens / rows):,}" if rest else f"{mean:,}"
+
+
+def _digest_of_inputs(batch: Batch, index: int) -> str:
+    """Of all that a forward is given of one row, but its labels and what pads it: these make no difference to
+    its hidden states."""
+    digest, length = hashlib.sha256(), batch.lengths[index]
+    for name, tensor in sorted(batch.inputs.items()):
+        values = tensor[index, :length].contiguous()
+        is_no_mask = name == "attention_mask" and bool((values == 1).all())
+        if name != "labels" and not is_no_mask:
+            digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -76,6 +76,7 @@ def saved_by_injection(injection: Injection, h: torch.Tensor, save: str, num_rec
     cycles = trm.num_cycles if trm.grad_cycles is None else trm.grad_cycles
     states = 2 if cycles == trm.num_cycles else 4  # x, the last y, and those with which gradients start
     of_projections = B * T * (D * h.element_size() + 4)  # h and its float32 rstd
+    of_projections += B * T * 4 * injection.config.trm_input_norm  # x's
     of_recursion = cycles * (num_recursion_steps + 1) * saved_bytes(save, x, weights, trm.num_heads)
     return of_projections + states * x.nbytes + of_recursion
 

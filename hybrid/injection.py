@@ -50,6 +50,7 @@ class InjectionCall:
     answers: int = 1  # of the last injection point, stacked along the batch; more than one: deep supervision
     done: int = 0  # injections so far
     steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with halting, what each point reported
+    added: list[Tensor] | None = None  # is given how much each point added to each token, if somebody asks
 
 
 # The call in progress in this thread; None means that the language model runs by itself.
@@ -101,7 +102,8 @@ class InjectedTRM(TRM):
 
 
 class Injection(GradientCheckpointingLayer):
-    """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T.
+    """h' = h + injection_strength * gate * (y W_out^T), with y the TRM's answer to x = rms(h) W_in^T
+    or, with trm_input_norm, to rms(x).
 
     hidden_size          D, the language model's width
     first_cache_layer    the cache's layer of evaluation 0 is first_cache_layer + index * evaluations
@@ -184,8 +186,9 @@ class Injection(GradientCheckpointingLayer):
             given |= {"mask": mask, "key_mask": key_mask, "settings": settings}
             if halting is None and not each_cycle:
                 given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": strength}
+                given["norms_x"] = self.config.trm_input_norm
                 return self.recursion(h, update_cache=update_cache, **given)
-            x = injection_in(h, w_in, settings.eps)
+            x = injection_in(h, w_in, settings.eps, norms_x=self.config.trm_input_norm)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:
@@ -357,7 +360,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
     if call is None:
         return h
     call.done += 1
-    return injection(
+    blended = injection(
         h,
         call.positions.to(h.device),
         None if call.angles is None else Angles(*(t.to(h.device) for t in call.angles)),
@@ -371,6 +374,15 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.answers > 1 and bool(injection.is_last),
         past_key_values=call.cache,
     )
+    if call.added is not None:
+        call.added.append(_share_added(h, blended))
+    return blended
+
+
+def _share_added(h: Tensor, blended: Tensor) -> Tensor:
+    """|h' - h|^2 / |h|^2 of every token, [B, T] float32."""
+    h, blended = h.float(), blended.float()
+    return (blended - h).pow(2).sum(-1) / h.pow(2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _execution_device(layer: nn.Module) -> torch.device:

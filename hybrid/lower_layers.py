@@ -5,7 +5,7 @@ once with the hidden state that is handed in. The hook behind the last of them i
 what else the layers above are given (positions, masks, what is made of the tokens) is made as ever.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -46,7 +46,8 @@ class LowerLayers:
                 "LowerLayers: expected gradient checkpointing with use_reentrant=False, got True, "
                 "which differentiates down to the embeddings."
             )
-        self._layers = list(decoder_layers(model.llm_model))[: self.point]
+        layers = list(decoder_layers(model.llm_model))
+        self._layers, self._above = layers[: self.point], layers[self.point :]
         self._beside = 0  # what a layer answers beside the hidden state; falcon, bloom: attention weights
 
     @contextmanager
@@ -68,18 +69,24 @@ class LowerLayers:
     @contextmanager
     def left_out(self, h: Tensor) -> Iterator[None]:
         """Within the block h [B, T, D] comes out of them, uncomputed, in forward and in backward."""
-        answer = partial(_answer, (h, *[None] * self._beside) if self._beside else h)
-        before = [vars(layer).get("forward") for layer in self._layers]  # an offloading hook puts one there
-        for layer in self._layers:
-            layer.forward = answer
-        try:
+        with _forwards(self._layers, partial(_answer, self._output(h))):
             yield
-        finally:
-            for layer, forward in zip(self._layers, before, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+
+    @torch.no_grad()
+    def compute(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What comes out of them for `inputs`, [B, T, D]: a forward of the base without the layers above."""
+        inputs = {name: t for name, t in inputs.items() if name != "labels"}
+
+        def pass_on(h: Tensor, *_: Any, **__: Any) -> Any:
+            return self._output(h)
+
+        with self.model.disable_injection(), self.recorded() as found, _forwards(self._above, pass_on):
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
+        return found[0]
+
+    def _output(self, h: Tensor) -> Any:
+        """What a layer answers."""
+        return (h, *[None] * self._beside) if self._beside else h
 
     @torch.no_grad()
     def check(self) -> Tensor:
@@ -124,6 +131,22 @@ class LowerLayers:
         if tokens.device.type != "cpu":
             states.append(torch.get_device_module(tokens.device).get_rng_state(tokens.device))
         return (output.logits, output.loss), torch.cat(states)
+
+
+@contextmanager
+def _forwards(layers: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block every one of `layers` answers by `forward`."""
+    before = [vars(layer).get("forward") for layer in layers]  # an offloading hook puts one there
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
 
 
 def _answer(output: Any, *_: Any, **__: Any) -> Any:

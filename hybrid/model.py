@@ -126,6 +126,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self._draws = 0  # forwards that drew a number of recursion steps
         self._warned_of_float16 = False
+        self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         attach(llm_model, config)
         tell_peft()
@@ -203,6 +204,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__setstate__(state)
         self._blocks = 0
         self.config.belongs_to_model()
+
+    @contextmanager
+    def recording_what_is_added(self) -> Iterator[list[Tensor]]:
+        """Within the block forwards put into the list how much each injection point adds to each token.
+
+        That is |h' - h|^2 / |h|^2, [B, T] float32, with gradient; a forward without deep supervision.
+        """
+        before, self._added = self._added, []
+        try:
+            yield self._added
+        finally:
+            self._added = before
 
     # One forward
 
@@ -342,6 +355,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 current_backend(),
                 rule,
             )
+            call.added = self._added
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
         return call, {
             "attention_mask": base_mask,

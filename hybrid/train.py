@@ -34,6 +34,7 @@ from hybrid.data import TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
 from hybrid.extras import installed
 from hybrid.hidden_states import HiddenStates
+from hybrid.labelled_places import LabelledPlaces
 from hybrid.model import HybridModel
 from hybrid.optimizer import adamw, set_rate
 from hybrid.processes import seed_everything, this_process
@@ -56,6 +57,10 @@ _MAY_CHANGE = (
     "accumulate",
     "shard",
 )
+CACHE_DTYPES = ("float32", "bfloat16")
+KEEP_TARGETS = ("labels", "base")
+# fields that older runs say nothing of, and what these ran with
+_NEWER = {"cache_dtype": None, "keep_target": "labels"}
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -84,9 +89,12 @@ class TrainSettings:
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
     stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
     keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
+    keep_target           what of these is learned: "labels", or "base": that a hybrid is its base there. Then
+                          their loss is how much the injections add to a hidden state, |h' - h|^2 / |h|^2
     cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
                           and read from the second pass on (hidden_states.py); None: computed in every step
     report_to             "tensorboard" (into output_dir), "wandb", ...: accelerate's trackers get the metrics
+    cache_dtype           "bfloat16" or "float32": what they are kept in; None: what they are computed in
 
     Errors: ValueError, with what was expected and what came.
     """
@@ -112,8 +120,10 @@ class TrainSettings:
     length_curriculum: LengthCurriculum | None = None
     stochastic_rounding: bool = False
     keep_ratio: float | None = None
+    keep_target: str = "labels"
     cache_hidden_states: Path | str | None = None
     report_to: tuple[str, ...] = ()
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -151,6 +161,24 @@ class TrainSettings:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
+        if self.keep_target not in KEEP_TARGETS:
+            raise ValueError(
+                f"TrainSettings: expected keep_target to be one of {', '.join(KEEP_TARGETS)}, "
+                f"got {self.keep_target!r}."
+            )
+        if self.keep_target != "labels" and self.keep_ratio is None:
+            raise ValueError(
+                f"TrainSettings: keep_target={self.keep_target!r} expected a keep_ratio, got none."
+            )
+        if self.cache_dtype is not None and self.cache_hidden_states is None:
+            raise ValueError(
+                f"TrainSettings: cache_dtype expected cache_hidden_states, got {self.cache_dtype!r} alone."
+            )
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"TrainSettings: expected cache_dtype to be None, {', '.join(CACHE_DTYPES)}, "
+                f"got {self.cache_dtype!r}."
+            )
         if self.stochastic_rounding:
             installed("torchao", "stochastic rounding")
 
@@ -265,6 +293,8 @@ class _Run:
         )
         self.data_share, self.keep_share = _split(self.share, settings)
         self.hybrid = model if isinstance(model, HybridModel) else None
+        if self.hybrid is None and settings.keep_target == "base":
+            raise ValueError(f"train: keep_target='base' expected a HybridModel, got {type(model).__name__}.")
 
     def open(self, resume: bool) -> Path | None:
         """Settle where to begin; the checkpoint that was loaded, or None at step 0."""
@@ -293,6 +323,7 @@ class _Run:
             )
         for cache in self.hidden_states:
             cache.open(this_process(), self.display.say)
+        self.labelled_places = LabelledPlaces(self.model)
         return checkpoint
 
     def go(self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None) -> TrainResult:
@@ -356,11 +387,12 @@ class _Run:
             weights += [weight * of_keep for weight in self._weights(given[len(batches) :])]
         lower_layers = [self._lower_layers(batch, is_kept=False) for batch in batches]
         lower_layers += [self._lower_layers(batch, is_kept=True) for batch in kept]
+        still = range(len(batches), len(given)) if settings.keep_target == "base" else ()
         loss = torch.zeros((), device=accelerator.device)
         for number, inputs in enumerate(given):
             with self._gradients_meet(number == len(given) - 1), lower_layers[number]:
-                part = self.parallel_model(**inputs, use_cache=False, **steps).loss
-                part = part * weights[number]
+                loss_of = self._stillness if number in still else self._loss
+                part = loss_of(inputs, steps) * weights[number]
                 accelerator.backward(part)
             loss += part.detach()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -380,6 +412,21 @@ class _Run:
         if not is_good:
             self._skipped(index + 1, loss.item(), grad_norm.item())
         return loss
+
+    def _loss(self, inputs: dict[str, Tensor], steps: dict[str, int]) -> Tensor:
+        with self.labelled_places.only(inputs) as asked:
+            loss: Tensor = self.parallel_model(**asked, use_cache=False, **steps).loss
+        return loss
+
+    def _stillness(self, inputs: dict[str, Tensor], steps: dict[str, int]) -> Tensor:
+        """How much the injections add to the tokens of `inputs`, in the mean over points and tokens."""
+        assert self.hybrid is not None
+        inputs = {name: t for name, t in inputs.items() if name != "labels"}
+        with self.hybrid.recording_what_is_added() as added:
+            self.parallel_model(**inputs, use_cache=False, logits_to_keep=1, **steps)
+        is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(added[0].device)
+        of_tokens = [(t * is_token.to(t.device)).sum() / is_token.sum().to(t.device) for t in added]
+        return torch.stack([t.to(added[0].device) for t in of_tokens]).mean()
 
     def _weights(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
         """Each batch's share of the tokens that are predicted in those of all processes."""
@@ -427,9 +474,10 @@ class _Run:
                 "whole rows are kept."
             )
         folder, precision = Path(settings.cache_hidden_states), self.accelerator.mixed_precision
-        caches = [HiddenStates(folder, self.model, self.data, precision)]
+        dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
+        caches = [HiddenStates(folder, self.model, self.data, precision, dtype)]
         if self.keep is not None:
-            caches.append(HiddenStates(folder / "keep", self.model, self.keep, precision))
+            caches.append(HiddenStates(folder / "keep", self.model, self.keep, precision, dtype))
         return caches
 
     def _lower_layers(self, batch: Batch, is_kept: bool) -> AbstractContextManager[Any]:
@@ -680,14 +728,23 @@ def _description(
     """What a resumed run must have in common with the run that began."""
     fields = [*trm_fields(), "base_model_name_or_path"] if isinstance(model, HybridModel) else []
     description = {
-        **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
+        **{
+            name: value
+            for name, value in asdict(settings).items()
+            if name not in _MAY_CHANGE and not (name in _NEWER and value == _NEWER[name])
+        },
         "items_per_step": share.items_per_step,
         **{
             name: some.describe() if isinstance(some, TokenStream) else describe_items(some)
             for name, some in (("data", data), ("keep", keep))
             if some is not None
         },
-        "config": {name: getattr(model.config, name) for name in fields},
+        "config": {
+            name: getattr(model.config, name)
+            for name in fields
+            # a run older than trm_input_norm says nothing of it
+            if name != "trm_input_norm" or model.config.trm_input_norm
+        },
         "quantized": _quantized(model),
         "trained": {
             name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()

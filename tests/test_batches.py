@@ -33,7 +33,7 @@ def stream(name, **options):
 def rows_of(step):
     """The tokens of every row of a step's batches, without padding."""
     rows = []
-    for batch, _ in step:
+    for batch, _, _ in step:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         rows += [tuple(t[m].tolist()) for t, m in zip(batch["input_ids"], mask, strict=True)]
     return rows

@@ -258,6 +258,95 @@ def test_what_is_kept_has_hidden_states_too(text, tmp_path):
     assert len(rows_of(tmp_path / "cache" / "keep")) == rows
 
 
+# Rows of several lengths
+
+
+class OfManyLengths(Counting):
+    """Items of 5 to 12 tokens, the last three of which count."""
+
+    def __getitem__(self, index):
+        item = {name: t[: 12 - index % 8] for name, t in super().__getitem__(index).items()}
+        item["labels"] = torch.cat([torch.full_like(item["labels"][:-3], -100), item["labels"][-3:]])
+        return item
+
+
+def labelled(folder):
+    """A file of rows with labels: prompts and completions, no two lengths alike."""
+    rows = [
+        {"prompt": f"{TEXTS[0][:n]} and", "completion": " " + "one two"[: 1 + n % 7]} for n in range(1, 9)
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("points", [[1], [1, 2], [2]])
+@pytest.mark.parametrize("of_stream", [False, True])
+def test_rows_with_labels(of_stream, points, tmp_path):
+    """Also where the only point is after the last layer. A row's values in a batch depend on what pads it, in
+    the last bits: losses are the same to 1e-6."""
+    losses, calls = [{}, {}], None
+    for losses_of, cache in zip(losses, (None, tmp_path / "cache"), strict=True):
+        hybrid = model(without_dropout(tiny_base()), 0.0, injection_layers=points)
+        data = stream(labelled(tmp_path), length=40, held_out=0) if of_stream else OfManyLengths(8)
+        calls = Calls(hybrid)
+        run(hybrid, data, tmp_path / str(cache is None), cache, on_step=losses_of.__setitem__)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    # opening takes two, and 8 rows in batches of 3 are three batches; 18 steps are seven passes
+    assert calls.number == 2 + 3
+    lengths = {len(load_file(path)["hidden_states"]) for path in (tmp_path / "cache").glob("row-*")}
+    assert len(lengths) == 8, "what pads a row is not kept"
+
+
+def test_the_disk_they_take_is_that_of_their_own_lengths(tmp_path, capsys):
+    run(model(), OfManyLengths(8), tmp_path / "run", tmp_path / "cache", steps=1)
+    tokens = sum(range(5, 13))
+    assert f"8 rows x about {round(tokens / 8)} tokens x 32 x 4 bytes" in capsys.readouterr().out
+    run(model(), OfManyLengths(8), tmp_path / "again", tmp_path / "cache", steps=1)
+    assert f"8 rows x about {round(tokens / 8)} tokens x 32 x 4 bytes" in capsys.readouterr().out
+
+
+def test_a_row_is_read_again_whatever_pads_it(tmp_path):
+    """Filled one row at a time, where nothing is padded; then three at a time."""
+    run(model(), OfManyLengths(8), tmp_path / "one", tmp_path / "cache", steps=8, batch_size=1)
+    hybrid = model()
+    calls = Calls(hybrid)
+    run(hybrid, OfManyLengths(8), tmp_path / "three", tmp_path / "cache", steps=8)
+    assert calls.number == 2
+
+
+# In another precision
+
+
+def test_kept_in_bfloat16(text, plain, tmp_path):
+    """Half the bytes; the first pass sees what the others see, and another precision is refused."""
+    settings = {"cache_dtype": "bfloat16"}
+    losses = {}
+    run(model(), text, tmp_path / "a", tmp_path / "cache", on_step=losses.__setitem__, **settings)
+    kept = [load_file(path)["hidden_states"] for path in (tmp_path / "cache").glob("row-*")]
+    assert {h.dtype for h in kept} == {torch.bfloat16}
+    assert losses != plain.losses
+    assert losses == pytest.approx(plain.losses, rel=2e-2)  # bfloat16 keeps 8 bits
+
+    again = {}
+    run(model(), text, tmp_path / "b", tmp_path / "cache", on_step=again.__setitem__, **settings)
+    assert again == losses
+    with pytest.raises(ValueError, match="kept as was bfloat16, is none"):
+        run(model(), text, tmp_path / "c", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cache_dtype": "bfloat16"}, "cache_dtype expected cache_hidden_states, got 'bfloat16' alone"),
+        ({"cache_hidden_states": "c", "cache_dtype": "int8"}, "None, float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_settings_of_the_precision(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        settings_for(tmp_path, **changes)
+
+
 # Files that are damaged, or not there any more
 
 
@@ -430,22 +519,10 @@ def test_what_cannot_be_cached(make, message, text, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-class OfTwoLengths(Counting):
-    def __getitem__(self, index):
-        return {name: t[: 12 - index % 2] for name, t in super().__getitem__(index).items()}
-
-
-def test_rows_of_several_lengths_are_refused(text, tmp_path):
-    labelled = tmp_path / "rows.jsonl"
-    labelled.write_text('{"prompt": "1 and", "completion": " one"}\n' * 9)
-    curriculum = {"length_curriculum": LengthCurriculum(4, 16, 5)}
-    for data, changes, message in (
-        (stream(labelled, held_out=0), {}, r"rows of one length, got rows with labels.* from \S+rows.jsonl"),
-        (OfTwoLengths(), {"batch_size": 1}, "expected rows of one length, got 11 tokens and 12"),
-        (text, curriculum, "expected cache_hidden_states or a length_curriculum, got both"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(model(), data, tmp_path / "run", tmp_path / "cache", **changes)
+def test_a_length_curriculum_is_refused(text, tmp_path):
+    changes = {"length_curriculum": LengthCurriculum(4, 16, 5)}
+    with pytest.raises(ValueError, match="expected cache_hidden_states or a length_curriculum, got both"):
+        run(model(), text, tmp_path / "run", tmp_path / "cache", **changes)
 
 
 # The command

@@ -64,9 +64,10 @@ def base_part(hybrid, ids):
 
 
 @kernels_run
-@pytest.mark.parametrize("grad_cycles", [1, 2])
-def test_a_phase_1_step_keeps_what_the_base_and_the_trm_were_said_to_keep(grad_cycles, capsys):
-    hybrid, ids = hybrid_for_training(grad_cycles=grad_cycles), tokens(length=5).to(DEVICE)
+@pytest.mark.parametrize(("grad_cycles", "norms_x"), [(1, False), (2, False), (1, True)])
+def test_a_phase_1_step_keeps_what_the_base_and_the_trm_were_said_to_keep(grad_cycles, norms_x, capsys):
+    hybrid = hybrid_for_training(grad_cycles=grad_cycles, trm_input_norm=norms_x)
+    ids = tokens(length=5).to(DEVICE)
     (injection,) = (m for m in hybrid.modules() if isinstance(m, Injection))
     h = torch.empty(*ids.shape, WIDTH, device="meta")
     base = base_part(hybrid, ids)

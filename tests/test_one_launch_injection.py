@@ -19,13 +19,15 @@ from trm_kernels.optional_triton import tl, triton
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None)}
 each_form = pytest.mark.parametrize("form", FORMS)
+each_norm = pytest.mark.parametrize("norms_x", [False, True], ids=["x", "normed x"])
 each_blend = pytest.mark.parametrize("is_gated", [False, True], ids=["linear", "gated"])
 
 
 class Given:
     """An injection of some form: its tensors, and the keys and values of tokens before it."""
 
-    def __init__(self, form: str, is_gated: bool, width: int = 48, **changes) -> None:
+    def __init__(self, form: str, is_gated: bool, width: int = 48, norms_x: bool = False, **changes) -> None:
+        self.norms_x = norms_x
         self.B, self.T, self.seen = FORMS[form]
         small = {"num_layers": 1, "num_cycles": 1, "num_recursion_steps": 1, "intermediate_size": 48}
         self.trm = make(causal=True, num_key_value_heads=2, **(small | changes))
@@ -94,6 +96,7 @@ class Given:
                 self.room(),
                 regime=regime,
                 programs=programs,
+                norms_x=self.norms_x,
                 **self.settings,
                 **more,
             )
@@ -120,6 +123,7 @@ class Given:
                 key_mask=self.key_mask,
                 update_cache=None if room is None else update,
                 regime="per_op",
+                norms_x=self.norms_x,
                 **self.settings,
             )
 
@@ -138,11 +142,13 @@ def check(given: Given, got: Tensor) -> None:
 
 
 @kernels_run
+@each_norm
 @each_blend
 @each_form
-def test_one_launch_equals_the_three_ops(form, is_gated):
+def test_one_launch_equals_the_three_ops(form, is_gated, norms_x):
     """One program, and a launch per phase with several."""
-    given = Given(form, is_gated)
+    given = Given(form, is_gated, norms_x=norms_x)
+    given.injection.in_proj.mul_(3.0)  # an x of another size than its norm
     one = given.one_launch("one_launch")
     check(given, one)
     assert torch.equal(one, given.one_launch("per_phase", programs=3)), "the programs do not change a sum"

@@ -250,6 +250,7 @@ class TRM(nn.Module):
         injection: InjectionWeights | None = None,
         strength: float = 1.0,
         settings: TRMSettings | None = None,
+        norms_x: bool = False,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
 
@@ -268,6 +269,7 @@ class TRM(nn.Module):
         report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
         injection, strength   the projections and the gate, in x's dtype, and the factor of what is added
         settings              of this call; None takes the module's attributes
+        norms_x               with injection: whether its x is normed, see ops/injection_in.py
 
         Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
         under torch.compile.
@@ -278,7 +280,7 @@ class TRM(nn.Module):
         if injection is not None:
             assert y is z is halting is query_offset is None and positions is not None
             given: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "angles": angles}
-            given |= {"positions": positions, "update_cache": update_cache}
+            given |= {"positions": positions, "update_cache": update_cache, "norms_x": norms_x}
             return self._inject(x, injection, strength, settings, **given)
         if halting is None:
             return self._cycles(

@@ -1,6 +1,6 @@
 """trm_injection: an injection point, from a language model's hidden state back to it
 
-    x = rms(h) W_in^T
+    x = rms(h) W_in^T, or its norm
     y, _ = trm_recursion(x, y, z, ...)
     h' = h + strength * gate * (y W_out^T)
 
@@ -62,9 +62,11 @@ def trm_injection(
     angles: Angles | None = None,
     regime: str = "auto",
     scales: Sequence[LayerWeights] | None = None,
+    norms_x: bool = False,
 ) -> Tensor:
     """h'. See the top of this file; the named arguments are trm_recursion's, and eps that of all norms.
 
+    norms_x     whether x is normed as well, see ops/injection_in.py
     positions   [B, T] or [1, T] whole numbers, for RoPE
     angles      RoPE's table of these positions, for the three ops; in one launch it is not read
     """
@@ -90,7 +92,7 @@ def trm_injection(
         projections=(injection.in_proj, injection.out_proj),
     )
     if taken == "per_op":
-        x = injection_in(h, injection.in_proj, eps)
+        x = injection_in(h, injection.in_proj, eps, norms_x=norms_x)
         y, _ = trm_recursion(
             x,
             y,
@@ -138,6 +140,7 @@ def trm_injection(
         num_cycles=num_cycles,
         regime=taken,
         may_fall_back=regime == "auto",
+        norms_x=norms_x,
     )
     if update_cache is not None:
         update_cache.written(h.shape[1])  # type: ignore[attr-defined]  # it had room

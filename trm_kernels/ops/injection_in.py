@@ -1,7 +1,10 @@
-"""injection_in: x = rms(h) W_in^T, the way from the language model into the recursion
+"""injection_in: x = rms(h) W_in^T, or x = rms(rms(h) W_in^T): from the language model into the recursion
 
 The norm has no weight, so rms(h) W_in^T = rstd * (h W_in^T): the squares of h are summed while it is
 multiplied, and the product is scaled at its end.
+
+The second norm brings x to the size that y and z have. Without it W_in may grow until x drowns them in
+z + y + x, and the steps of the recursion make no difference.
 
 Shapes   h [..., D]; w_in [d, D]; x [..., d]; D the language model's width, d the TRM's.
 Dtypes   h and w_in of one dtype, float32, float16 or bfloat16, x has it too; the norm in float32, products
@@ -21,7 +24,7 @@ from torch import Tensor
 from trm_kernels import tuning
 from trm_kernels.autocast import as_autocast
 from trm_kernels.launch import arch_of, launch, launcher
-from trm_kernels.ops.add_rms_norm import rms_norm_ref
+from trm_kernels.ops.add_rms_norm import add_rms_norm, rms_norm_ref
 from trm_kernels.optional_triton import tl, triton
 from trm_kernels.products import (
     are_aligned,
@@ -36,9 +39,10 @@ from trm_kernels.products import (
 )
 
 
-def injection_in_ref(h: Tensor, w_in: Tensor, eps: float = 1e-5) -> Tensor:
+def injection_in_ref(h: Tensor, w_in: Tensor, eps: float = 1e-5, norms_x: bool = False) -> Tensor:
     """The meaning of the op, in eager PyTorch."""
-    return F.linear(rms_norm_ref(h, eps), w_in)
+    x = F.linear(rms_norm_ref(h, eps), w_in)
+    return rms_norm_ref(x, eps) if norms_x else x
 
 
 @triton.jit
@@ -282,9 +286,12 @@ class _InjectionIn(torch.autograd.Function):
         return dh if needs_h else None, dw_in, None, None
 
 
-def injection_in(h: Tensor, w_in: Tensor, eps: float = 1e-5, *, candidate: str | None = None) -> Tensor:
+def injection_in(
+    h: Tensor, w_in: Tensor, eps: float = 1e-5, *, norms_x: bool = False, candidate: str | None = None
+) -> Tensor:
     """rms(h) W_in^T. See the top of this file for shapes and dtypes.
 
+    norms_x     whether x is normed as well, by add_rms_norm
     candidate   "fused", one kernel; "mm", one kernel and torch.mm; None: as the table of settings says
     """
     if w_in.ndim != 2 or h.ndim == 0 or h.shape[-1] != w_in.shape[1] or h.shape[-1] == 0:
@@ -296,6 +303,7 @@ def injection_in(h: Tensor, w_in: Tensor, eps: float = 1e-5, *, candidate: str |
     check_dtypes("injection_in", h=narrow_h, w_in=w_in)
     check_devices("injection_in", h=h, w_in=w_in)
     if not runs_candidate("injection_in", candidate, h, w_in):
-        return injection_in_ref(h, w_in, eps)
+        return injection_in_ref(h, w_in, eps, norms_x)
     x = _InjectionIn.apply(rows_of(h), rows_of(w_in), eps, candidate)
+    x = add_rms_norm(x, torch.zeros_like(x), eps) if norms_x else x
     return x.view(*h.shape[:-1], w_in.shape[0])

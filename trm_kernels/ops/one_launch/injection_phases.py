@@ -1,7 +1,7 @@
 """What an injection point adds to a recursion in one launch: work at its start, and another end
 
     angles      RoPE's cosines and sines of every token           as ops/rope.py
-    in          x = rms(h) W_in^T                                 as ops/injection_in.py
+    in          x = rms(h) W_in^T, its norm left to who reads it  as ops/injection_in.py
     blend       h' = h + strength * gate * (rms(y) W_out^T)       as ops/injection_blend.py
 
 The first two belong to the start: nothing in it waits for anything else in it. The third is the end, in place
@@ -11,7 +11,7 @@ model's h is called hidden here, [M, N].
 
 from trm_kernels.ops.injection_blend import rows_by_weight_and_score
 from trm_kernels.ops.injection_in import rows_by_weight_and_squares
-from trm_kernels.ops.one_launch.phases import STATE_Y, _rstd
+from trm_kernels.ops.one_launch.phases import STATE_X, STATE_Y, _rstd
 from trm_kernels.ops.rope import cos_and_sin
 from trm_kernels.optional_triton import tl, triton
 
@@ -40,10 +40,13 @@ def in_phase(
     hidden_ptr,  # [M, N]
     w_ptr,  # [D, N]
     x_ptr,  # [M, D], out
+    squares_ptr,  # [5, M, TILES] float32, out: of x, where it is to be normed
     M,
     eps,
+    NORMS_X: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
+    TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -60,7 +63,12 @@ def in_phase(
         )
         x *= tl.rsqrt(squares / N + eps)[:, None]
         mask = in_m[:, None] & in_n[None, :]
-        tl.store(x_ptr + offs_m[:, None] * D + offs_n[None, :], x.to(x_ptr.dtype.element_ty), mask=mask)
+        x = x.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + offs_m[:, None] * D + offs_n[None, :], x, mask=mask)
+        if NORMS_X:
+            x = x.to(tl.float32)  # as rounded, like every state
+            of_x = squares_ptr + STATE_X * M * TILES
+            tl.store(of_x + offs_m * TILES + tile // tiles_m, tl.sum(x * x, axis=1), mask=in_m)
 
 
 @triton.jit(noinline=True)

@@ -69,7 +69,7 @@ def _one_launch_kernel(
     z_end_ptr,  # [M, D], out likewise
     blended_ptr,  # [M, N], out where there is one
     h_ptr,  # [4, M, D], and what follows: room to work in
-    squares_ptr,  # [4, M, TILES] float32
+    squares_ptr,  # [5, M, TILES] float32
     q_ptr,  # [M, H K]
     o_ptr,  # [M, H K]
     a_ptr,  # [M, F]
@@ -108,6 +108,7 @@ def _one_launch_kernel(
     F: tl.constexpr,
     TILES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    NORMS_X: tl.constexpr,  # of an injection only
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,7 +149,22 @@ def _one_launch_kernel(
             if positions_ptr is not None:
                 angles_phase(positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, TOKENS, K // 2, BLOCK_J)
             if hidden_ptr is not None:
-                in_phase(hidden_ptr, w_in_ptr, x_ptr, M, eps, D, N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                in_phase(
+                    hidden_ptr,
+                    w_in_ptr,
+                    x_ptr,
+                    squares_ptr,
+                    M,
+                    eps,
+                    NORMS_X,
+                    D,
+                    N,
+                    TILES,
+                    PRECISION,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
         elif phase > 5 * E:
             if hidden_ptr is None:
                 end_phase(h_ptr, squares_ptr, z_end_ptr, y_end_ptr, M, eps, D, TILES, BLOCK_D, BLOCK_T)
@@ -200,6 +216,7 @@ def _one_launch_kernel(
                 eps,
                 is_first,
                 updates_z,
+                NORMS_X,
                 D,
                 H,
                 G,
@@ -252,6 +269,7 @@ def _one_launch_kernel(
                 eps,
                 is_first,
                 updates_z,
+                NORMS_X,
                 D,
                 H * K,
                 TILES,

@@ -31,6 +31,9 @@ from trm_kernels.products import as_wide_as
 # which of the states: z and y; h of a layer, after its attention; h2 of a layer that is not the last of its f
 STATE_Z, STATE_Y, STATE_MIXED, STATE_PASSING = (tl.constexpr(i) for i in range(4))
 STATES = 4
+STATE_X = tl.constexpr(
+    4
+)  # x has no place among the states, but sums of squares among theirs, where it is normed
 
 
 @triton.jit
@@ -41,12 +44,33 @@ def _rstd(
 
 
 @triton.jit
-def _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, adds_x, D: tl.constexpr):
+def _rstds_at_start(
+    squares_ptr,
+    M,
+    offs_m,
+    in_m,
+    eps,
+    NORMS_X: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """By what rows of z, y and x are multiplied in _sum_at_start; of an x that is not normed, 1."""
+    rstd_z = _rstd(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_y = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_x = tl.full(rstd_z.shape, 1.0, tl.float32)
+    if NORMS_X:
+        rstd_x = _rstd(squares_ptr, STATE_X, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    return rstd_z, rstd_y, rstd_x
+
+
+@triton.jit
+def _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D: tl.constexpr):
     """A tile of what an f starts from: rms(z) + rms(y), and x where z is to be updated; float32."""
     z = tl.load(h_ptr + STATE_Z * M * D + offs, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(h_ptr + STATE_Y * M * D + offs, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offs, mask=mask & adds_x, other=0.0).to(tl.float32)
-    return z * rstd_z[:, None] + y * rstd_y[:, None] + x
+    return z * rstd_z[:, None] + y * rstd_y[:, None] + x * rstd_x[:, None]
 
 
 @triton.jit
@@ -85,7 +109,7 @@ def start_phase(
     z_ptr,  # [M, D]
     y_ptr,  # [M, D]
     h_ptr,  # [4, M, D], out: z and y
-    squares_ptr,  # [4, M, TILES] float32, out: of an rstd of 1, for z and y are normed as they come
+    squares_ptr,  # [5, M, TILES] float32, out: of an rstd of 1, for z and y are normed as they come
     count_ptr,  # [COUNTS] int32, out: zeros
     M,
     COUNTS,
@@ -135,6 +159,7 @@ def project_phase(
     eps,
     is_first,  # of its f's layers
     adds_x,
+    NORMS_X: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -159,13 +184,14 @@ def project_phase(
         low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         high = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if is_first:
-            rstd_z = _rstd(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-            rstd_y = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+            rstd_z, rstd_y, rstd_x = _rstds_at_start(
+                squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T
+            )
             for k in range(0, D, BLOCK_K):
                 offs_k = k + tl.arange(0, BLOCK_K)
                 in_k = offs_k < D
                 offs, mask = offs_m[:, None] * D + offs_k[None, :], in_m[:, None] & in_k[None, :]
-                v = _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, adds_x, D)
+                v = _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
                 v = v.to(x_ptr.dtype.element_ty)
                 w_ptrs = w_ptr + column[None, :] * D + offs_k[:, None]
                 in_w = in_k[:, None] & in_p[None, :]
@@ -318,6 +344,7 @@ def mix_phase(
     eps,
     is_first,
     adds_x,
+    NORMS_X: tl.constexpr,
     D: tl.constexpr,
     HK: tl.constexpr,
     TILES: tl.constexpr,
@@ -340,9 +367,10 @@ def mix_phase(
         h *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
         if is_first:
-            rstd_z = _rstd(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-            rstd_y = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-            h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, adds_x, D)
+            rstd_z, rstd_y, rstd_x = _rstds_at_start(
+                squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T
+            )
+            h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
         else:
             rstd = _rstd(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             v = tl.load(h_ptr + STATE_PASSING * M * D + offs, mask=mask, other=0.0)

@@ -61,6 +61,7 @@ class _Injected(NamedTuple):
     strength: float
     positions: Tensor | None  # [B or 1, T]
     rope_theta: float
+    norms_x: bool
 
 
 @launcher(mutates_args=("keys", "values", "lengths"))
@@ -145,6 +146,7 @@ def _one_launch_injection(
     regime: str,
     may_fall_back: bool,
     programs: int,
+    norms_x: bool,
 ) -> Tensor:
     """h', of an injection point around the recursion; the rest as above."""
     blended = torch.empty_like(h, memory_format=torch.contiguous_format)
@@ -172,7 +174,12 @@ def _one_launch_injection(
         may_fall_back,
         programs,
         injected=_Injected(
-            h, InjectionWeights(in_proj, out_proj, gate_weight, gate_bias), strength, positions, rope_theta
+            h,
+            InjectionWeights(in_proj, out_proj, gate_weight, gate_bias),
+            strength,
+            positions,
+            rope_theta,
+            norms_x,
         ),
         outputs=(blended,),
     )
@@ -257,7 +264,7 @@ def _start(
         *(outputs if injected is None else (None, None)),
         None if injected is None else outputs[0],
         x.new_empty(STATES, M, D),
-        x.new_empty(STATES, M, tiles, dtype=torch.float32),
+        x.new_empty(STATES + 1, M, tiles, dtype=torch.float32),
         x.new_empty(M, D),
         x.new_empty(M, D),
         x.new_empty(M, F),
@@ -280,6 +287,7 @@ def _start(
         "F": F,
         "TILES": tiles,
         "IS_CAUSAL": causal,
+        "NORMS_X": injected is not None and injected.norms_x,
         "PRECISION": input_precision(),
         "BLOCK_D": triton.next_power_of_2(D),
         "BLOCK_T": triton.next_power_of_2(tiles),
@@ -430,6 +438,7 @@ def one_launch_injection(
     regime: str,
     may_fall_back: bool = False,
     programs: int = 0,
+    norms_x: bool = False,
 ) -> Tensor:
     """h' of trm_injection, which checked the arguments and asked choice.py. positions None: no RoPE."""
     flat, flat_scales = ([t for kind in by_kind(some) for t in kind] for some in (weights, scales or []))
@@ -461,4 +470,5 @@ def one_launch_injection(
         regime,
         may_fall_back,
         programs,
+        norms_x,
     )
