@@ -51,7 +51,7 @@ def torchrun(module, *arguments):
 def numbers_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        [line["loss"], line["grad_norm"]] if "loss" in line else [line["held_out"]["new"]] for line in lines
+        [line.get("loss", 0), line.get("grad_norm", 0), *line.get("held_out", {}).values()] for line in lines
     ]
 
 
