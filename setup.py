@@ -64,6 +64,8 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "transformers>=5.17,<6",
         "accelerate",
+        "filelock",
+        "psutil",
         "safetensors",
         "tokenizers",
         "numpy",

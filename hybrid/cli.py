@@ -59,7 +59,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from hybrid import run_state
+    from hybrid.processes import this_process
+    from hybrid.run_folder import held
+
+    with held(Path(arguments.output), this_process()):
+        return _train_in_folder(arguments)
+
+
+def _train_in_folder(arguments: argparse.Namespace) -> int:
     from hybrid.batches import LengthCurriculum
     from hybrid.data import TokenStream
     from hybrid.info import count, count_trained
@@ -107,7 +114,6 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ValueError("train: expected --keep and --keep-ratio together, got one of them.")
     if phase.trains_base and settings.cache_hidden_states is not None:
         raise ValueError("train: expected phase 1 with --cache-hidden-states, got 2: all learns in it.")
-    run_state.make_folder(Path(arguments.output))
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = _block(start, arguments)
     tokenizer = load_tokenizer(arguments.base, arguments.trust_remote_code)

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybrid.run_state import replace_file
+from hybrid.files import replace_file
 
 
 def draw(metrics: list[dict[str, Any]], path: Path) -> None:

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid.collate import IGNORED
 from hybrid.labelled import Example, Examples, LabelledRow, encode
+from hybrid.processes import end_with_parent
 from hybrid.sources import Piece, Sources
 
 _CHUNK_PIECES, _CHUNK_CHARACTERS = 64, 2**20  # what a worker gets at once
@@ -249,6 +250,7 @@ class TokenStream:
         return self.sources.describe() | {
             "tokens": self.sequence_length,
             "separate": self.separate,
+            "tokenizer": self._tokenize.fingerprint(),
             "held_out": self._held_out,
             "shuffled_rows": self.shuffled_rows,
         }
@@ -537,3 +539,4 @@ def _as_it_is(answer: Any) -> Any:
 
 def _one_thread(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with_parent()

@@ -99,7 +99,7 @@ def task_results(
 ) -> dict[str, dict[str, Any]]:
     """task -> measure -> value, as lm-eval gives them.
 
-    Errors: ValueError when lm-eval is not installed.
+    Errors: ValueError when lm-eval is not installed, or has no such task.
     """
     try:
         import lm_eval
@@ -109,4 +109,9 @@ def task_results(
             "eval: expected lm-eval for --tasks (pip install 'trm-hybrid[eval]'), got no such package."
         ) from None
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    return lm_eval.simple_evaluate(model=wrapped, tasks=tasks)["results"]
+    try:
+        return lm_eval.simple_evaluate(model=wrapped, tasks=tasks)["results"]
+    except KeyError as error:  # how it says that there is no such task
+        if not (unknown := [task for task in tasks if repr(task) in str(error)]):
+            raise
+        raise ValueError(f"eval: expected --tasks that lm-eval has, got {unknown[0]!r}.") from error

@@ -29,13 +29,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hybrid import checkpoint, run_state
+from hybrid import checkpoint, run_folder
 from hybrid.batches import Batch, count, describe_items
 from hybrid.data import TokenStream
+from hybrid.files import beside, remove_left_over, replace_file
+from hybrid.fingerprints import first_difference
+from hybrid.json_files import read_object
 from hybrid.lower_layers import LowerLayers
 from hybrid.model import HybridModel
 
 _KEY = "key.json"
+_WRITTEN = r"key\.json|row-\d+\.safetensors"  # the names of all that is written
 _FILE_OVERHEAD = 8192  # bytes on the disk beside the tensor, at most: header, and the rest of the last block
 _ANOTHER_FOLDER = "Name another folder, or delete this one."
 _NOT_OF_A_BASE = ("_name_or_path", "transformers_version")  # of its config
@@ -110,6 +114,7 @@ class HiddenStates:
             yield
 
     def _begin(self, some: Tensor, say: Callable[[str], None]) -> None:
+        remove_left_over(self.folder, _WRITTEN)
         before = self._read_key()
         all_rows, tokens = _count_of(before) if before else self._count()
         rows = self._data.count_trained(all_rows) if isinstance(self._data, TokenStream) else all_rows
@@ -131,10 +136,10 @@ class HiddenStates:
             raise ValueError(
                 f"HiddenStates: expected {needed:,} free bytes on the disk of {self.folder}, got {free:,}."
             )
-        run_state.make_folder(self.folder, "HiddenStates")
+        run_folder.make_folder(self.folder, "HiddenStates")
         if before is None:
             content = json.dumps({**self._key, "rows": all_rows, "tokens": tokens}, indent=1).encode()
-            _replace_file(self.folder / _KEY, content)
+            replace_file(self.folder / _KEY, content)
 
     def _read_key(self) -> dict[str, Any] | None:
         """What the folder's hidden states are of, which is what is asked for; None for a new folder."""
@@ -143,14 +148,13 @@ class HiddenStates:
             if any(self.folder.glob("row-*.safetensors")):
                 raise ValueError(f"HiddenStates: expected {_KEY} in {self.folder}, got rows without it.")
             return None
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"HiddenStates: expected a whole {path}, got a damaged one ({error})."
-            ) from error
+        before = read_object(path, "HiddenStates")
+        if not all(isinstance(before.get(name), dict) for name in ("base", "data")) or not _is_count(
+            before.get("rows")
+        ):
+            raise ValueError(f"HiddenStates: expected in {path} what a run writes there, got something else.")
         then = {name: before.get(name, {}) for name in self._key}
-        if difference := run_state.first_difference(then, self._key):
+        if difference := first_difference(then, self._key):
             name, was, now = difference
             kind = name.partition(".")[0]
             raise ValueError(
@@ -192,7 +196,7 @@ class HiddenStates:
 
     def _write(self, row: int, h: Tensor, digest: str) -> None:
         facts = {"inputs": digest, "sha256": _checksum(h, row, digest)}
-        _replace_file(self._path(row), save({"hidden_states": h}, facts))
+        _replace_row(self._path(row), save({"hidden_states": h}, facts))
 
 
 def _describe_base(model: HybridModel) -> dict[str, str]:
@@ -211,6 +215,10 @@ def _describe_base(model: HybridModel) -> dict[str, str]:
         "attention": str(base.config._attn_implementation),
         "sample of weights": weights.hexdigest(),
     }
+
+
+def _is_count(rows: Any) -> bool:
+    return type(rows) is int and rows > 0
 
 
 def _count_of(before: dict[str, Any]) -> tuple[int, int]:
@@ -243,11 +251,11 @@ def _checksum(h: Tensor, row: int, digest: str) -> str:
     return content.hexdigest()
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    """As run_state.replace_file, also where other runs write into the same folder."""
-    beside = path.with_name(f".saving-{os.getpid()}-{path.name}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+def _replace_row(path: Path, content: bytes) -> None:
+    """As replace_file, without waiting for the disk: a row that did not come there is computed again."""
+    written = beside(path)
+    written.write_bytes(content)
+    os.replace(written, path)
 
 
 def _say_damaged(path: Path, why: str) -> None:

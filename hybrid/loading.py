@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hybrid import run_state
+from hybrid import run_folder, run_state
 from hybrid.config import HybridConfig
+from hybrid.local_paths import check_folder
 from hybrid.model import HybridModel
 from hybrid.quantized_base import quantization_config
 
@@ -104,12 +105,12 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 
 
 def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
+    place = _place(name_or_path)
+    check_folder(what, place)
     try:
-        return loader.from_pretrained(_place(name_or_path), **kwargs)
+        return loader.from_pretrained(place, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).exists():
-            reason = "there is no such folder."
         raise ValueError(
             f"expected {what} at {name_or_path}, got none that can be loaded: {reason}"
         ) from error
@@ -118,7 +119,7 @@ def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
 def _place(name_or_path: str) -> str:
     """A training run's folder stands for its newest whole checkpoint."""
     folder = Path(name_or_path)
-    if (folder / run_state.RUN).is_file():
+    if (folder / run_folder.RUN).is_file() and not (folder / "config.json").is_file():
         return str(run_state.latest(folder) or folder)
     return name_or_path
 

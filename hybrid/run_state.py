@@ -1,23 +1,24 @@
-"""A training run on disk: what it is, its checkpoints, its metrics.
+"""The checkpoints of a training run.
 
-    run.json              what makes the run this run: settings, data, trained tensors
-    metrics.jsonl         one JSON object a line
-    curve.png             its losses as a picture
-    checkpoint-000123/    after step 123: the model as save_pretrained writes it, the optimizer's
-                          moments as safetensors by parameter name, and state.json; the same, whichever way
-                          the model was split among processes
+    checkpoint-000123/    after step 123: the model as save_pretrained writes it, the optimizer's moments as
+                          safetensors by parameter name, and state.json; the same, whichever way the model was
+                          split among processes
+    state.json            how far the run has come, the run's id, size and SHA-256 of every file beside it,
+                          and a checksum of itself
 
-Everything is written beside its place and renamed into it, so a run killed at any moment leaves the
-last whole checkpoint. No pickle: a checkpoint from elsewhere can hold no code.
+A checkpoint is written beside its place, file by file onto the disk, and renamed into it: a run killed at any
+moment leaves the last whole one. What is damaged is named and passed over. No pickle: a checkpoint from
+elsewhere can hold no code.
 """
 
+import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hybrid import shard
+from hybrid.files import replace_file, sha256, sync_folder, sync_tree
+from hybrid.json_files import read_object
 from hybrid.model import HybridModel
+from hybrid.run_folder import (
+    check_same_run,
+    extended,
+    new_run,
+    read_metrics,
+    read_run,
+    refuse_others_files,
+    saving,
+)
 
-RUN = "run.json"
-METRICS = "metrics.jsonl"
-CURVE = "curve.png"
 _STATE = "state.json"
 _OPTIMIZER = "optimizer"  # how the names of its files begin
-_SAVING = ".saving-"
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
@@ -68,56 +76,70 @@ class Progress:
     keep_place: dict[str, Any] | None = None
 
 
-def make_folder(folder: Path, who: str = "train") -> None:
-    """Make `folder` and see that files can be written there.
+@dataclass(frozen=True)
+class Found:
+    """Where a run begins.
 
-    who   asks for it, for the error
-
-    Errors: ValueError when they cannot, with the system's reason.
+    run          what it is, see run_folder.py
+    checkpoint   to go on from; None: at step 0
+    notes        what a person should know of it, a line each
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{who}: expected an output folder that can be written to, got {folder} ({error.strerror})."
-        ) from error
+
+    run: dict[str, Any]
+    checkpoint: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def find(folder: Path, run: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to go on from: the newest whole one to resume, None for a new run.
+def find(folder: Path, what: dict[str, Any], resume: bool) -> Found:
+    """Where to begin: at the newest whole checkpoint to resume. Nothing in `folder` is changed.
 
-    run   what makes the run this run; a resumed run must have all of it in common
+    what   makes the run this run; a resumed run must have all of it in common, but it may have more steps
 
-    Errors: ValueError when another run is in `folder`, or when there is none to resume.
+    Errors: ValueError when another run or somebody's files are in `folder`, or when nothing can be resumed.
     """
-    checkpoint = latest(folder)
-    if resume:
-        _check_same_run(folder, run)
-    elif checkpoint is not None:
+    if not resume:
+        refuse_others_files(folder)
+        return Found(new_run(what))
+    run = read_run(folder)
+    check_same_run(folder, run, what)
+    read_metrics(folder)
+    _refuse_others_checkpoints(folder)
+    checkpoint, damaged = newest(folder, run["id"])
+    if checkpoint is None and damaged:
         raise ValueError(
-            f"train: expected an output folder without a run, got {checkpoint.name} in {folder}. "
-            "Resume it, or choose another folder."
+            f"train: expected a whole checkpoint in {folder}, got none: {'; '.join(damaged)}. Move them away "
+            "to begin again from step 0."
         )
-    return checkpoint
+    done = 0 if checkpoint is None else step_of(checkpoint)
+    run, notes = extended(folder, run, what["steps"], done)
+    return Found(run, checkpoint, (*(f"passed over {fault}" for fault in damaged), *notes))
 
 
-def begin(folder: Path, run: dict[str, Any], step: int | None) -> None:
-    """Clear away what was left behind, and say what this run is.
+def newest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
+    """(the newest whole checkpoint of the run, what is wrong with each that is newer).
 
-    step   of the checkpoint that was loaded: metrics after it will be written again; None: a new run
+    All their bytes are read.
     """
-    for left in folder.glob(f"{_SAVING}*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    lines = [] if step is None else [line for line in read_metrics(folder) if line["step"] <= step]
-    replace_file(folder / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    replace_file(folder / RUN, json.dumps(run, indent=1).encode())
+    damaged: list[str] = []
+    for checkpoint in sorted(_checkpoints(folder), key=step_of, reverse=True):
+        fault = _fault(checkpoint, run_id)
+        if fault is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name}: {fault}")
+    return None, damaged
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; None when there is none."""
-    return max(_whole_checkpoints(folder), default=None, key=_step_of)
+    """The newest whole checkpoint of the run in `folder`; warns of newer ones that are damaged.
+
+    Errors: ValueError when no run is there, or all its checkpoints are damaged.
+    """
+    checkpoint, damaged = newest(folder, read_run(folder)["id"])
+    if checkpoint is None and damaged:
+        raise ValueError(f"expected a whole checkpoint in {folder}, got none: {'; '.join(damaged)}.")
+    for fault in damaged:
+        warnings.warn(f"{folder}: passed over {fault}", stacklevel=2)
+    return checkpoint
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -125,8 +147,13 @@ def checkpoint_of(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step:06d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def save(
     folder: Path,
+    run: dict[str, Any],
     progress: Progress,
     model: PreTrainedModel,
     optimizer: Optimizer,
@@ -134,13 +161,13 @@ def save(
     keep: int,
     processes: PartialState,
 ) -> None:
-    """Write the checkpoint of `progress.step`, then delete all whole ones but the `keep` newest.
+    """Write the checkpoint of `progress.step`, then delete the run's own whole ones but the `keep` newest.
 
     Every process calls it; all but the main one return when their part of a sharded model is written.
 
     tokenizer   written beside the model; None writes none
     """
-    is_main, beside = processes.is_main_process, folder / f"{_SAVING}{progress.step:06d}"
+    is_main, beside = processes.is_main_process, folder / f"{saving(run)}{progress.step:06d}"
     if is_main:
         if beside.exists():
             shutil.rmtree(beside)
@@ -156,15 +183,13 @@ def save(
         save_file(_moments(model, optimizer), beside / f"{_OPTIMIZER}.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(beside)
-    files = {path.name: path.stat().st_size for path in sorted(beside.iterdir()) if path.is_file()}
-    replace_file(beside / _STATE, json.dumps({**asdict(progress), "files": files}, indent=1).encode())
-
+    _write_state(beside, run["id"], progress)
     target = checkpoint_of(folder, progress.step)
-    if target.exists():  # of a copy that was cut short: latest() passed over it
-        shutil.rmtree(target)
+    if target.exists():  # not whole, or the run would have gone on from it
+        _set_aside(target)
     beside.rename(target)
-    for old in sorted(_whole_checkpoints(folder), key=_step_of)[:-keep]:
-        shutil.rmtree(old)
+    sync_folder(folder)
+    _remove_old(folder, run, keep)
 
 
 def load(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress:
@@ -172,46 +197,14 @@ def load(checkpoint: Path, model: PreTrainedModel, optimizer: Optimizer) -> Prog
 
     Errors: ValueError for a file that is damaged, or tensors that do not fit.
     """
-    state = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    state = _read_state(checkpoint)
     if shard.is_sharded(model):
         _load_shards(checkpoint, model, optimizer)
     else:
         of = {kind: [n for n in state["files"] if n.startswith(kind)] for kind in ("model", _OPTIMIZER)}
         _load_model(checkpoint, of["model"], model)
         _load_moments([checkpoint / name for name in of[_OPTIMIZER]], model, optimizer)
-    return Progress(**{name: value for name, value in state.items() if name != "files"})
-
-
-def append_metrics(folder: Path, line: dict[str, Any]) -> None:
-    """Add one line; it is on its way to the disk when this returns."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line; what a killed run left of the last one is passed over."""
-    path = folder / METRICS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: a reader sees the old one or the new one, whole."""
-    beside = path.with_name(f"{_SAVING}{path.name}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
-
-
-def first_difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """(name, value then, value now) of the first thing in which two trees differ, or None.
-
-    A name inside of others is written with points between; a value that is missing is "none".
-    """
-    before, after = dict(_flat(then)), dict(_flat(now))
-    for name in {**before, **after}:
-        if before.get(name) != after.get(name):
-            return name, before.get(name, "none"), after.get(name, "none")
-    return None
+    return Progress(**{one.name: state[one.name] for one in fields(Progress)})
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -219,19 +212,120 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _check_same_run(folder: Path, run: dict[str, Any]) -> None:
-    """Refuse to resume a run as another one: ValueError with the first thing that differs."""
+def _write_state(checkpoint: Path, run_id: str, progress: Progress) -> None:
+    """state.json, last of all: what it names is on the disk."""
+    sync_tree(checkpoint)
+    files = {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256(checkpoint / name)}
+        for name in _files(checkpoint)
+    }
+    state = {"run": run_id, **asdict(progress), "files": files}
+    state["sha256"] = _checksum(state)
+    replace_file(checkpoint / _STATE, json.dumps(state, indent=1).encode())
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Errors: ValueError, OSError for one that is not as it was written."""
+    path = checkpoint / _STATE
+    state = read_object(path, "train")
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    of_run = {"run", "files", "sha256"} | {one.name for one in fields(Progress)}
+    if state.keys() != of_run or type(state["step"]) is not int or not _are_files(state["files"]):
+        raise ValueError(f"train: expected in {path} what a run writes there, got something else.")
+    if state["sha256"] != _checksum(content):
+        raise ValueError(f"train: expected {path} as it was written, got another checksum.")
+    return state
+
+
+def _are_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(facts, dict) and facts.keys() == {"bytes", "sha256"} for facts in files.values()
+    )
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _files(checkpoint: Path) -> list[str]:
+    """All that is in a checkpoint but its state, also in folders of it."""
+    paths = (path for path in checkpoint.rglob("*") if not path.is_dir())
+    return sorted(name for path in paths if (name := path.relative_to(checkpoint).as_posix()) != _STATE)
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
+
+
+def _refuse_others_checkpoints(folder: Path) -> None:
+    """A folder of that name that holds nothing a run writes is somebody else's."""
+    for path in sorted(_checkpoints(folder)):
+        ours = [path / _STATE, *path.glob(f"{_OPTIMIZER}*.safetensors")]
+        if not any(file.is_file() for file in ours):
+            raise ValueError(
+                f"train: expected only checkpoints of the run in {folder}, got {path.name}, which it did not "
+                "write or which lost its state and optimizer. Move it away."
+            )
+
+
+def _fault(checkpoint: Path, run_id: str, reads: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None: it is whole, and of this run.
+
+    reads   compare every byte, by checksums; else the files' sizes
+    """
     try:
-        before = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"train: expected a run to resume in {folder}, got no {RUN} there.") from None
+        state = _read_state(checkpoint)
+        if state["run"] != run_id:
+            return "it is of another run"
+        if state["step"] != step_of(checkpoint):
+            return f"it is of step {state['step']}"
+        for name, then in state["files"].items():
+            size = (checkpoint / name).stat().st_size
+            if size != then["bytes"]:
+                return f"{name} had {then['bytes']:,} bytes and has {size:,}"
+            if reads and _sha256(checkpoint / name) != then["sha256"]:
+                return f"{name} is not as it was written (another SHA-256)"
+    except OSError as error:
+        name = Path(error.filename or _STATE).relative_to(checkpoint)
+        return f"{name} cannot be read ({error.strerror})"
     except ValueError as error:
-        raise ValueError(f"train: expected a whole {folder / RUN}, got a damaged one ({error}).") from error
-    if difference := first_difference(before, run):
-        name, then, now = difference
-        raise ValueError(
-            f"train: to resume the run in {folder}, expected {name} {then} as it began, got {now}."
-        )
+        return str(error).removeprefix("train: ").rstrip(".")
+    return None
+
+
+def _sha256(path: Path) -> str:
+    """As files.sha256; a file that is as it was when it was last asked for is not read again."""
+    facts = path.stat()
+    return _known_sha256(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _known_sha256(path: Path, size: int, changed: int) -> str:
+    return sha256(path)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Rename a checkpoint that is not whole, for the next of its step."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")
+    checkpoint.rename(aside)
+    warnings.warn(f"{checkpoint} was there and not whole: it is {aside.name} now", stacklevel=3)
+
+
+def _remove_old(folder: Path, run: dict[str, Any], keep: int) -> None:
+    """All whole checkpoints of the run but the newest; none with a file in it that the run did not write."""
+    whole = [c for c in _checkpoints(folder) if _fault(c, run["id"], reads=False) is None]
+    for old in sorted(whole, key=step_of)[:-keep]:
+        if others := sorted(set(_files(old)) - _read_state(old)["files"].keys()):
+            warnings.warn(f"{old} stays, for the run did not write {others[0]}, which is in it", stacklevel=3)
+            continue
+        # renamed first: what is half removed is no checkpoint
+        going = folder / f"{saving(run)}{old.name}"
+        old.rename(going)
+        shutil.rmtree(going)
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
@@ -334,28 +428,3 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"train: expected a whole {file}, got a damaged one ({error}).") from error
-
-
-def _whole_checkpoints(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and _is_whole(path))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file that was written is there, at its length."""
-    try:
-        files = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

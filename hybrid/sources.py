@@ -6,6 +6,7 @@ reading goes on without what comes before.
 """
 
 import glob
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hybrid.contents import of_files
 from hybrid.labelled import LabelledRow, labelled_row
 
 # a name that ends like this is a file's, and is looked for nowhere else
 _FILE = re.compile(r"\.[A-Za-z]{1,7}$|^[./~]")
 _PIECE = 2**20  # bytes of a text file
+_COMPARED_ROWS = 64  # of a data set of the hub, when a run is resumed
 _ROWS = 256  # of a data set between two places that it keeps itself
 
 
@@ -89,9 +92,26 @@ class Sources:
             inside = None
 
     def describe(self) -> dict[str, Any]:
-        """What tells these sources from others: their names, and the files' sizes in bytes."""
-        files = {str(part): part.stat().st_size for part in self._parts if isinstance(part, Path)}
-        return {"field": self.field, "sources": {str(part): files.get(str(part)) for part in self._parts}}
+        """What tells these sources from others: their content, as contents.py says it, not their place."""
+        return {"field": self.field, "sources": self._contents}
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        files = iter(of_files([part for part in self._parts if isinstance(part, Path)]))
+        return {str(n): self._content_of(n - 1, files) for n in range(1, len(self._parts) + 1)}
+
+    def _content_of(self, index: int, files: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        part = self._parts[index]
+        if isinstance(part, Path):
+            kind = part.suffix if part.suffix in (".jsonl", ".parquet") else "text"
+            return {"kind": kind} | next(files)
+        if (folder := Path(part)).is_dir():
+            inside = sorted(path for path in folder.rglob("*") if path.is_file())
+            names = [path.relative_to(folder).as_posix() for path in inside]
+            return {"kind": "folder", "files": dict(zip(names, of_files(inside), strict=True))}
+        first = [piece.content for piece in islice(self._read([index, None]), _COMPARED_ROWS)]
+        digest = hashlib.sha256(json.dumps(first, default=repr).encode()).hexdigest()
+        return {"kind": part, "sha256 of its first rows": digest}
 
 
 def documents(names: Sequence[str], field: str = "text") -> Iterator[str | list[Any] | LabelledRow]:

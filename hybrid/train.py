@@ -8,6 +8,7 @@ what an uninterrupted one would have seen.
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,21 +27,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid import curve, run_state, shard, trackers
+from hybrid import curve, fingerprints, run_folder, run_state, shard, trackers
 from hybrid.batches import Batch, LengthCurriculum, Share, batches, count, describe_items
 from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
-from hybrid.data import TokenStream
+from hybrid.data import Tokenize, TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
 from hybrid.extras import installed
 from hybrid.hidden_states import HiddenStates
 from hybrid.labelled_places import LabelledPlaces
 from hybrid.model import HybridModel
 from hybrid.optimizer import adamw, set_rate
-from hybrid.processes import seed_everything, this_process
+from hybrid.processes import on_main, seed_everything, this_process
 from hybrid.progress import TrainingDisplay
 from hybrid.quantized_base import is_quantized_tensor
 from hybrid.run_state import Progress
+from hybrid.stop_signals import StopSignals, end_by
 
 # these say how a run is watched and kept, not what it computes; they may change when it is resumed
 # the last two may as long as a step has as many items as before
@@ -59,8 +61,6 @@ _MAY_CHANGE = (
 )
 CACHE_DTYPES = ("float32", "bfloat16")
 KEEP_TARGETS = ("labels", "base")
-# fields that older runs say nothing of, and what these ran with
-_NEWER = {"cache_dtype": None, "keep_target": "labels"}
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -228,7 +228,8 @@ def train(
                 more that the model takes, a function of i alone; a label stands beside its own token (the
                 model shifts them), -100 is not counted; items of one batch are padded to the longest
     held_out    name -> data of the same kind, whose loss is measured before, between and after
-    resume      go on from the last whole checkpoint in settings.output_dir
+    resume      go on from the last whole checkpoint in settings.output_dir; a run that has ended may be given
+                more settings.steps
     on_step     called on the main process after each step with its number, from 1, and its loss
     tokenizer   written into every checkpoint
     keep        like data: what the model shall not forget, settings.keep_ratio of the items of each step. A
@@ -237,17 +238,23 @@ def train(
 
     The global random generators (Python's, NumPy's, torch's) are seeded anew in every step.
 
-    Errors: ValueError when nothing requires gradients, when the folder cannot be written to or holds
-    another run, or when loss or gradient are no numbers too often: steps with such are not taken.
+    On SIGTERM or SIGHUP the step is finished and saved, then the signal ends the process (stop_signals.py).
+
+    Errors: ValueError when nothing requires gradients, when the folder cannot be written to, holds another
+    run or is in use by one, when a resumed run differs, or when loss or gradient are no numbers too often:
+    steps with such are not taken.
     """
-    run = _Run(model, data, settings, held_out or {}, tokenizer, keep)
-    checkpoint = run.open(resume)
-    if settings.report_to:
-        trackers.start(run.accelerator, asdict(settings))
-    with run.display:
-        result = run.go(checkpoint, on_step)
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
+    with run_folder.held(Path(settings.output_dir), this_process()):
+        run = _Run(model, data, settings, held_out or {}, tokenizer, keep)
+        checkpoint = run.open(resume)
+        if settings.report_to:
+            trackers.start(run.accelerator, asdict(settings))
+        with run.display, StopSignals(this_process()) as signals:
+            result = run.go(checkpoint, on_step, signals)
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
+    if run.ended_by:
+        end_by(run.ended_by)
     return result
 
 
@@ -270,6 +277,8 @@ class _Run:
         self.folder = Path(settings.output_dir)
         self.accelerator = _accelerator(model, settings)
         self.hidden_states = self._hidden_states()
+        # as it came, before it is split or learns
+        self.base = fingerprints.of_base(model) if self.accelerator.is_main_process else None
         self.is_sharded = settings.shard
         quantized = [name for name, p in model.named_parameters() if is_quantized_tensor(p)]
         if self.is_sharded and quantized:
@@ -295,14 +304,13 @@ class _Run:
         self.hybrid = model if isinstance(model, HybridModel) else None
         if self.hybrid is None and settings.keep_target == "base":
             raise ValueError(f"train: keep_target='base' expected a HybridModel, got {type(model).__name__}.")
+        self.ended_by = 0  # a signal
 
     def open(self, resume: bool) -> Path | None:
         """Settle where to begin; the checkpoint that was loaded, or None at step 0."""
         is_main = self.accelerator.is_main_process
-        what = _description(self.model, self.data, self.settings, self.share, self.keep)
-        run_state.make_folder(self.folder)
-        checkpoint = run_state.find(self.folder, what, resume)
-        self.accelerator.wait_for_everyone()  # all have looked: from here on files change
+        found = on_main(this_process(), lambda: run_state.find(self.folder, self._description(), resume))
+        self.run, checkpoint = found.run, found.checkpoint
 
         self.parallel_model: Any = self.model
         if not self.is_sharded:
@@ -310,26 +318,60 @@ class _Run:
         self.progress = Progress()
         if checkpoint is not None:
             self.progress = run_state.load(checkpoint, self.model, self.optimizer)
-        if is_main:
-            run_state.begin(self.folder, what, None if checkpoint is None else self.progress.step)
         if any(isinstance(data, TokenStream) and data.separate for data in (self.data, self.keep)):
             check_separate(self.model)
         self.place, self.keep_place = self.progress.place, self.progress.keep_place
         self.window = _Window(self.progress, self.accelerator.device)
         self.display = TrainingDisplay(self.settings.steps, self.progress.step, is_main)
+        for note in found.notes:
+            self.display.say(note)
         if resume:
             self.display.say(
-                f"going on from {checkpoint or f'step 0: no checkpoint in {self.folder} is whole'}"
+                f"going on from {checkpoint or f'step 0: there is no checkpoint in {self.folder}'}"
             )
         for cache in self.hidden_states:
             cache.open(this_process(), self.display.say)
         self.labelled_places = LabelledPlaces(self.model)
+        if is_main:
+            run_folder.begin(self.folder, self.run, None if checkpoint is None else self.progress.step)
         return checkpoint
 
-    def go(self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None) -> TrainResult:
-        """The steps that are left."""
+    def _description(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run that began; asked of the main process."""
+        model, settings = self.model, self.settings
+        fields = trm_fields() if isinstance(model, HybridModel) else []
+        description = {
+            **{name: value for name, value in asdict(settings).items() if name not in _MAY_CHANGE},
+            "mixed_precision": self.accelerator.mixed_precision,
+            "items_per_step": self.share.items_per_step,
+            "config": {name: getattr(model.config, name) for name in fields},
+            "quantized": _quantized(model),
+            "base": self.base,
+            "tokenizer": self.tokenizer and Tokenize(self.tokenizer, 2).fingerprint(),
+            **{
+                name: _describe(some)
+                for name, some in (("data", self.data), ("keep", self.keep))
+                if some is not None
+            },
+            "held_out": {
+                name: describe_items(some) if count(some) else {"items": 0}
+                for name, some in self.held_out.items()
+            },
+            "trained": {
+                name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
+            },
+        }
+        return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
+
+    def go(
+        self, checkpoint: Path | None, on_step: Callable[[int, float], None] | None, signals: StopSignals
+    ) -> TrainResult:
+        """The steps that are left, or those until a signal."""
         settings, window = self.settings, self.window
-        before = self._measure(0) if checkpoint is None else self.progress.held_out_before
+        before = self.progress.held_out_before
+        if checkpoint is None:
+            before = self._measure(0)
+            self._write(0, {"held_out": before} if before else {})
         after = None
         self.model.train()
         window.clock.start()
@@ -346,24 +388,37 @@ class _Run:
             self.display.step()
             if on_step is not None and self.accelerator.is_main_process:
                 on_step(step, loss.item())
-            if _is_due(step, settings.log_every, settings.steps):
-                self._log(step)
+            line = self._log(step) if _is_due(step, settings.log_every, settings.steps) else {}
             if _is_due(step, settings.eval_every, settings.steps):
                 with window.clock.stopped():
                     after = self._measure(step)
-            if _is_due(step, settings.save_every, settings.steps):
+                line |= {"held_out": after} if after else {}
+            self._write(step, line)
+            came = signals.agreed()
+            if came or _is_due(step, settings.save_every, settings.steps):
                 with window.clock.stopped():
                     checkpoint = self._save(step, before)
+                came = came or signals.agreed()
+            if came:
+                self._stop(step, came)
+                break
         assert checkpoint is not None  # the last step saved one, or there was no step left
+        if after is None:
+            after = {} if self.ended_by else self._measure(None)
         return TrainResult(
             steps=settings.steps,
             held_out_before=before,
-            held_out_after=self._measure(None) if after is None else after,
+            held_out_after=after,
             tokens_per_second=window.clock.tokens_per_second(),
-            metrics=self.folder / run_state.METRICS,
-            curve=self.folder / run_state.CURVE,
+            metrics=self.folder / run_folder.METRICS,
+            curve=self.folder / run_folder.CURVE,
             checkpoint=checkpoint,
         )
+
+    def _stop(self, step: int, number: int) -> None:
+        self.ended_by = number
+        name = signal.Signals(number).name
+        self.display.say(f"{name} after step {step}, which is saved: the run can be resumed from it")
 
     def _step(self, index: int, batches: list[Batch], kept: list[Batch]) -> Tensor:
         """Step `index`, from 0; its loss as a float32 scalar, the mean over the tokens of all processes.
@@ -450,7 +505,7 @@ class _Run:
             )
 
     def _last_good(self) -> str:
-        checkpoint = run_state.latest(self.folder)
+        checkpoint, _ = run_state.newest(self.folder, self.run["id"])
         rate = f"A learning_rate below {self.settings.learning_rate} may help."
         return (
             f"The last good checkpoint is {checkpoint or 'none: the run is younger than its first'}. {rate}"
@@ -484,7 +539,8 @@ class _Run:
         """Whether this forward and backward compute the layers below the first injection point."""
         return self.hidden_states[is_kept].around(batch) if self.hidden_states else nullcontext()
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int) -> dict[str, Any]:
+        """Show the numbers of the steps since the last time; what metrics.jsonl gets of them."""
         window = self.window
         numbers = {} if not window.steps else {"loss": window.loss(), "grad_norm": window.grad_norm.item()}
         if window.skipped:
@@ -497,17 +553,14 @@ class _Run:
             speed,
             self.window.clock.seconds_per_step() * (self.settings.steps - step),
         )
-        self._write(
-            {
-                "step": step,
-                **numbers,
-                "learning_rate": self.settings.rate_at(step - 1),
-                "tokens_per_second": round(speed, 1),
-            }
-        )
+        return {
+            **numbers,
+            "learning_rate": self.settings.rate_at(step - 1),
+            "tokens_per_second": round(speed, 1),
+        }
 
     def _measure(self, step: int | None) -> dict[str, float]:
-        """Loss per token of every held-out set, shared among the processes; None: not for metrics.jsonl."""
+        """Loss per token of every held-out set, shared among the processes; None: without showing it."""
         losses = {name: self._held_out_loss(data) for name, data in self.held_out.items()}
         if losses and step is not None:
             self.display.say(
@@ -515,7 +568,6 @@ class _Run:
                 + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
                 + " nats per token"
             )
-            self._write({"step": step, "held_out": losses})
         return losses
 
     def _held_out_loss(self, data: Dataset) -> float:
@@ -528,6 +580,7 @@ class _Run:
         try:
             run_state.save(
                 self.folder,
+                self.run,
                 self.window.progress(step, before, self.place, self.keep_place),
                 self.model,
                 self.optimizer,
@@ -536,13 +589,13 @@ class _Run:
                 this_process(),
             )
         except (SafetensorError, OSError) as error:
-            last = run_state.latest(self.folder)
+            last, _ = run_state.newest(self.folder, self.run["id"])
             raise ValueError(
                 f"train: expected to write the checkpoint of step {step} into {self.folder}, got: {error}. "
                 + (f"The run can be resumed from {last}." if last else "There is none before it.")
             ) from error
         if self.accelerator.is_main_process:
-            curve.draw(run_state.read_metrics(self.folder), self.folder / run_state.CURVE)
+            curve.draw(run_folder.read_metrics(self.folder), self.folder / run_folder.CURVE)
         self.accelerator.wait_for_everyone()
         return run_state.checkpoint_of(self.folder, step)
 
@@ -559,11 +612,14 @@ class _Run:
                 + self._last_good()
             )
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, step: int, numbers: dict[str, Any]) -> None:
+        """One line of metrics.jsonl for a step, where there is something to say of it."""
+        if not numbers:
+            return
         if self.accelerator.is_main_process:
-            run_state.append_metrics(self.folder, line)
+            run_folder.append_metrics(self.folder, {"step": step, **numbers})
         if self.settings.report_to:
-            trackers.report(self.accelerator, line)
+            trackers.report(self.accelerator, {"step": step, **numbers})
 
 
 class _Part(Dataset):
@@ -718,39 +774,8 @@ def _split(share: Share, settings: TrainSettings) -> tuple[Share, Share | None]:
     return both
 
 
-def _description(
-    model: PreTrainedModel,
-    data: Dataset | TokenStream,
-    settings: TrainSettings,
-    share: Share,
-    keep: Dataset | TokenStream | None,
-) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that began."""
-    fields = [*trm_fields(), "base_model_name_or_path"] if isinstance(model, HybridModel) else []
-    description = {
-        **{
-            name: value
-            for name, value in asdict(settings).items()
-            if name not in _MAY_CHANGE and not (name in _NEWER and value == _NEWER[name])
-        },
-        "items_per_step": share.items_per_step,
-        **{
-            name: some.describe() if isinstance(some, TokenStream) else describe_items(some)
-            for name, some in (("data", data), ("keep", keep))
-            if some is not None
-        },
-        "config": {
-            name: getattr(model.config, name)
-            for name in fields
-            # a run older than trm_input_norm says nothing of it
-            if name != "trm_input_norm" or model.config.trm_input_norm
-        },
-        "quantized": _quantized(model),
-        "trained": {
-            name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
-        },
-    }
-    return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
+def _describe(data: Dataset | TokenStream) -> dict[str, Any]:
+    return data.describe() if isinstance(data, TokenStream) else describe_items(data)
 
 
 def _quantized(model: PreTrainedModel) -> str | None:

@@ -40,7 +40,8 @@ def settings_of_two(folder, **changes):
 
 
 def losses_of(folder):
-    return [line.get("loss") or line["held_out"]["new"] for line in lines_of(folder)]
+    parts = [{"loss": line.get("loss")} | line.get("held_out", {}) for line in lines_of(folder)]
+    return [loss for part in parts for loss in part.values() if loss is not None]
 
 
 def moved(stochastic_rounding, steps=64, rate=1e-4):

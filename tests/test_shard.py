@@ -51,7 +51,7 @@ def torchrun(module, *arguments):
 def numbers_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        [line["loss"], line["grad_norm"]] if "loss" in line else [line["held_out"]["new"]] for line in lines
+        [line.get("loss", 0), line.get("grad_norm", 0), *line.get("held_out", {}).values()] for line in lines
     ]
 
 
@@ -126,6 +126,17 @@ def test_a_killed_process_loses_nothing(folder):
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert_close(numbers_of(folder / "killed"), numbers_of(folder / "one"))
     assert not list((folder / "killed").glob(".saving-*"))
+
+
+def test_a_signal_to_one_process_ends_both_after_the_same_step(folder):
+    told = two(folder / "told", where="told", at=3)
+    assert told.returncode != 0
+    assert "Signal 15 (SIGTERM) received" in told.stderr and "SIGKILL" not in told.stderr
+    assert "SIGTERM after step 3, which is saved" in told.stdout
+    assert run_state.latest(folder / "told").name == "checkpoint-000003"
+    ended = two(folder / "told")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_close(numbers_of(folder / "told"), numbers_of(folder / "one"))
 
 
 def test_both_phases_split_and_the_whole_model_comes_out(folder, tmp_path):

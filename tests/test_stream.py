@@ -154,7 +154,7 @@ def test_a_run_on_a_stream_resumes_exactly(jsonl, tmp_path):
     assert_equal(resumed, straight)
     assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
     (tmp_path / "a.jsonl").write_text('{"text": "another text"}\n' * 9)
-    with pytest.raises(ValueError, match=r"expected data.sources.a.jsonl \d+ as it began, got 225"):
+    with pytest.raises(ValueError, match=r"expected data.sources.1.bytes \d+ as it began, got 225"):
         train(phase_1(), stream(jsonl), settings_for(tmp_path / "b"), resume=True)
 
 

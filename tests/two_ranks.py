@@ -1,6 +1,7 @@
 """What torchrun starts in test_shard.py: a training run on two processes that may be told to die.
 
-arguments   folder, number of items in a forward, where to die (or "nowhere"), the how manieth time there
+arguments   folder, number of items in a forward, where to die (or "nowhere", or "told": to be told to end in
+            a step), the how manieth time there
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from hybrid import run_state, shard, train
+from hybrid import run_folder, shard, train
 from tests.test_shard import hybrid_in, rows, settings
 
 folder, batch_size, where, time = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -24,13 +25,13 @@ def dies(call):
         global times
         times += 1
         if times == time and int(os.environ["RANK"]) == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM if where == "told" else signal.SIGKILL)
         return call(*args, **kwargs)
 
     return dying
 
 
-if where == "step":  # between backward and the optimizer's step
+if where in ("step", "told"):  # between backward and the optimizer's step
     torch.nn.utils.clip_grad_norm_ = dies(torch.nn.utils.clip_grad_norm_)
 elif where == "save":  # between the weights and the moments
     shard.write = dies(shard.write)
@@ -38,7 +39,7 @@ elif where == "save":  # between the weights and the moments
 model = hybrid_in(phase, folder.parent / "base")
 if checkpointing:
     model.gradient_checkpointing_enable({"use_reentrant": False})
-resume = (folder / run_state.RUN).exists()
+resume = (folder / run_folder.RUN).exists()
 train.train(model, rows(), settings(folder, batch_size, shard=True), {"new": rows(5)}, resume=resume)
 assert all(isinstance(p, DTensor) for p in model.parameters())
 for name, p in model.base_named_parameters():

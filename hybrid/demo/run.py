@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hybrid import phases, run_state
+from hybrid import phases, run_folder
 from hybrid.data import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import LanguageModel, make_base, make_tokenizer
@@ -69,7 +69,7 @@ def run(output: Path | str, seed: int = 0, quick: bool = False) -> int:
 
     Errors: ValueError when `output` cannot be written to; nothing is computed then.
     """
-    run_state.make_folder(Path(output), "demo")
+    run_folder.make_folder(Path(output), "demo")
     with _one_thread():
         return _Demo(Path(output), seed, quick).go()
 
@@ -191,7 +191,7 @@ class _Demo:
     ) -> TrainResult:
         """Train in training/<name>; what an earlier run left there is removed."""
         folder = self.output / "training" / name
-        if (folder / run_state.RUN).is_file():
+        if (folder / run_folder.RUN).is_file():
             shutil.rmtree(folder)
         settings = TrainSettings(
             output_dir=folder,

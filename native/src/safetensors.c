@@ -2,9 +2,12 @@
 #define _POSIX_C_SOURCE 200809L
 #include "safetensors.h"
 
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "error.h"
 
@@ -327,6 +330,30 @@ static int check_tensors(parser *p, trm_safetensors *opened, uint64_t data) {
     return 1;
 }
 
+/* Bytes of the character at `at`, 0 where there is none: RFC 3629, the shortest form and no surrogates. */
+static int utf8_bytes(const unsigned char *at, const unsigned char *end) {
+    static const unsigned least[] = {0, 0, 0x80, 0x800, 0x10000};
+    if (*at < 0x80) return 1;
+    int bytes = *at >= 0xF0 ? 4 : *at >= 0xE0 ? 3 : 2;
+    if (*at < 0xC2 || *at > 0xF4 || end - at < bytes) return 0;
+    unsigned code = *at & (0xFFu >> (bytes + 1));
+    for (int i = 1; i < bytes; i++) {
+        if ((at[i] & 0xC0) != 0x80) return 0;
+        code = code << 6 | (at[i] & 0x3Fu);
+    }
+    return code >= least[bytes] && code <= 0x10FFFF && (code < 0xD800 || code > 0xDFFF) ? bytes : 0;
+}
+
+static int check_utf8(parser *p) {
+    const unsigned char *at = (const unsigned char *)p->at, *end = (const unsigned char *)p->end;
+    while (at < end) {
+        int bytes = utf8_bytes(at, end);
+        if (!bytes) return refuse(p, "a header that is not UTF-8");
+        at += bytes;
+    }
+    return 1;
+}
+
 /* The header's length, 0 after an error; `size` is the file's. */
 static uint64_t header_length(parser *p, FILE *file, uint64_t *size) {
     unsigned char bytes[8];
@@ -355,7 +382,7 @@ static int read_header(parser *p, trm_safetensors *opened) {
     p->at = header;
     p->end = header + length;
     int is_sound = fread(header, 1, (size_t)length, opened->file) == length || refuse(p, "one that cannot be read");
-    is_sound = is_sound && take_header(p, opened) && check_tensors(p, opened, size - opened->first);
+    is_sound = is_sound && check_utf8(p) && take_header(p, opened) && check_tensors(p, opened, size - opened->first);
     free(header);
     return is_sound;
 }
@@ -363,8 +390,16 @@ static int read_header(parser *p, trm_safetensors *opened) {
 trm_status trm_safetensors_open(trm_safetensors *opened, const char *path, trm_error *error) {
     parser p = {NULL, NULL, path, error, TRM_OK};
     memset(opened, 0, sizeof *opened);
-    opened->file = fopen(path, "rb");
-    if (!opened->file) return trm_fail(error, TRM_ERROR_FILE, "%s: cannot be opened", path);
+    struct stat facts;
+    int descriptor = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); /* a FIFO would wait for somebody to write */
+    if (descriptor < 0) return trm_fail(error, TRM_ERROR_FILE, "%s: cannot be opened", path);
+    int is_regular = !fstat(descriptor, &facts) && S_ISREG(facts.st_mode);
+    if (is_regular) opened->file = fdopen(descriptor, "rb");
+    if (!opened->file) {
+        close(descriptor);
+        const char *why = is_regular ? "cannot be opened" : "expected a safetensors file, got no regular file";
+        return trm_fail(error, TRM_ERROR_FILE, "%s: %s", path, why);
+    }
     if (!read_header(&p, opened)) trm_safetensors_close(opened);
     return p.status;
 }

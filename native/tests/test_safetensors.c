@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "convert.h"
@@ -133,6 +134,46 @@ static void lies_are_refused(void) {
     refuse("{\"__metadata__\":{\"a\":{}}}", 0, "'\"'");
 }
 
+/* A name is UTF-8, as in every other reader: these begin right and end otherwise. */
+static void names_that_are_not_utf8_are_refused(void) {
+    static const char *const wrong[] = {
+        "\xff",     "\x80",         "\xc3",             "\xc3(",            "\xc0\xaf",        "\xe0\x80\xaf",
+        "\xe2\x82", "\xed\xa0\x80", "\xf0\x80\x80\xaf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80"};
+    static const char *const right[] = {"\xc3\xa9", "\xe2\x82\xac", "\xed\x9f\xbf", "\xf0\x9f\x98\x80",
+                                        "\xf4\x8f\xbf\xbf"};
+    static const char one[] = "{\"a%s\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}";
+    static char header[256], bytes[512];
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        snprintf(header, sizeof header, one, wrong[i]);
+        refuse(header, 8, "not UTF-8");
+        snprintf(header, sizeof header, "{\"__metadata__\":{\"a\":\"%s\"}}", wrong[i]);
+        refuse(header, 0, "not UTF-8");
+    }
+    for (size_t i = 0; i < sizeof right / sizeof *right; i++) {
+        snprintf(header, sizeof header, one, right[i]);
+        expect(open_bytes(bytes, build(bytes, strlen(header), header, 8), NULL) == TRM_OK);
+    }
+}
+
+static void refuse_path(const char *other, const char *why) {
+    trm_safetensors opened;
+    trm_error error = {TRM_OK, ""};
+    expect(trm_safetensors_open(&opened, other, &error) == TRM_ERROR_FILE);
+    expect(strstr(error.message, other) && strstr(error.message, why));
+}
+
+/* Nobody writes into this FIFO: opening it has to come back. */
+static void what_is_no_regular_file_is_refused(void) {
+    char fifo[64];
+    snprintf(fifo, sizeof fifo, "%s.fifo", path);
+    expect(!mkfifo(fifo, 0600));
+    refuse_path(fifo, "no regular file");
+    unlink(fifo);
+    refuse_path(".", "no regular file");
+    refuse_path("/dev/zero", "no regular file");
+    refuse_path("there-is-no-such-file", "cannot be opened");
+}
+
 static void weights_are_cast_to_the_nearest(void) {
     const float from[] = {1.0f,       1.00390625f, 1.01171875f, -65519.0f, 65520.0f,
                           0x1p-24f,   0x1p-25f,    0x1.8p-24f,  INFINITY,  0x1.ffep-15f};
@@ -163,6 +204,8 @@ int main(void) {
     a_file_cut_short_is_refused();
     a_damaged_file_does_no_harm();
     lies_are_refused();
+    names_that_are_not_utf8_are_refused();
+    what_is_no_regular_file_is_refused();
     weights_are_cast_to_the_nearest();
     unlink(path);
     return 0;

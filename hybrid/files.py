@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all: written beside their place, onto the disk, then renamed."""
+
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import psutil
+
+SAVING = ".saving-"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: a reader sees the old one or the new one, whole.
+
+    Also where several processes write into the folder. When this returns it is on the disk.
+    """
+    written = beside(path)
+    with open(written, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(written, path)
+    sync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where this process writes what will be `path`."""
+    return path.with_name(f"{SAVING}{platform.node()}-{os.getpid()}-{path.name}")
+
+
+def remove_left_over(folder: Path, names: str) -> None:
+    """Remove what processes of this machine that have ended were writing in `folder`.
+
+    names   of the files that it would have been, as a regular expression
+    """
+    left = re.compile(rf"{re.escape(f'{SAVING}{platform.node()}-')}(\d+)-(?:{names})")
+    for path in folder.glob(f"{SAVING}*"):
+        found = left.fullmatch(path.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in `folder` are on the disk when this returns."""
+    _sync(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """All that is in `folder` is on the disk when this returns."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def sha256(path: Path) -> str:
+    """Of the whole file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
