@@ -56,8 +56,8 @@ def config_of(arguments: argparse.Namespace) -> HybridConfig:
 def _read(path: Path) -> dict[str, Any]:
     """The fields in a JSON file; of a saved hybrid's config.json, those that are about the block."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected a JSON object with fields of HybridConfig, got none ({error})."
         ) from None
