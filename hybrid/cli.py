@@ -68,13 +68,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_in_folder(arguments: argparse.Namespace) -> int:
     from hybrid.batches import LengthCurriculum
-    from hybrid.data import TokenStream
+    from hybrid.data import TokenStream, unused_columns
     from hybrid.info import count, count_trained
     from hybrid.loading import load_config, load_model, load_on_first, load_tokenizer
     from hybrid.model import HybridModel
     from hybrid.phases import PHASES, enter
     from hybrid.processes import seed_everything, this_process
-    from hybrid.sources import Sources
     from hybrid.train import TrainSettings, train
 
     # what can be wrong is found out before a model is loaded, the quickest first
@@ -131,7 +130,7 @@ def _train_in_folder(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
         held = [_HELD_OUT_BLOCKS if given is None else 0 for given in (arguments.held_out, arguments.known)]
-        data = stream(Sources(arguments.data, arguments.field), held_out=held[0])
+        data = stream(_sources(arguments.data, arguments), held_out=held[0])
         held_out = {
             "new": data.held_out_rows()
             if arguments.held_out is None
@@ -141,7 +140,7 @@ def _train_in_folder(arguments: argparse.Namespace) -> int:
             held_out["known"] = _read_blocks(arguments.known, tokenizer, start, arguments)
         keep = None
         if arguments.keep is not None:
-            keep = stream(Sources(arguments.keep, arguments.field), held_out=held[1])
+            keep = stream(_sources(arguments.keep, arguments), held_out=held[1])
             if arguments.known is None:
                 held_out["known"] = keep.held_out_rows()
 
@@ -164,6 +163,9 @@ def _train_in_folder(arguments: argparse.Namespace) -> int:
     sizes = ", ".join(f"{len(blocks):,} of {name} text" for name, blocks in held_out.items())
     rows = "rows with labels, at most" if data.sources.has_labels else "sequences of"
     say(f"{rows} {arguments.sequence_length:,} tokens, from {data.sources.name}; held out: {sizes}")
+    for some in (data, keep):
+        if some is not None and (names := unused_columns(some.sources, tokenizer)):
+            say(f"not used of {some.sources.name}: the columns {', '.join(names)}")
     if keep is not None:
         say(f"kept: {keep.sources.name}, {settings.keep_ratio:.1%} of each step")
     result = train(model, data, settings, held_out, resume=arguments.resume, tokenizer=tokenizer, keep=keep)
@@ -176,10 +178,10 @@ def _train_in_folder(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from hybrid.special_tokens import prompt_tokens
+
     model, tokenizer = _load(arguments)
-    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
-        raise ValueError("generate: expected --prompt of at least one token, got none.")
+    inputs = {name: t.to(model.device) for name, t in prompt_tokens(arguments.prompt, tokenizer).items()}
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:
         from hybrid.processes import seed_everything
@@ -197,6 +199,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from hybrid.data import unused_columns
     from hybrid.evaluate import task_results, text_loss
     from hybrid.labelled import Examples
 
@@ -204,6 +207,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         raise ValueError("eval: expected --data or --tasks, got neither.")
     model, tokenizer = _load(arguments)
     for source in arguments.data or ():
+        if names := unused_columns(_sources([source], arguments), tokenizer):
+            print(f"{source}: not used: the columns {', '.join(names)}")
         blocks = _read_blocks([source], tokenizer, model.config, arguments)
         with record_steps() as record:
             loss = text_loss(model, blocks, arguments.batch_size)
@@ -387,18 +392,19 @@ def _read_blocks(
     """TokenBlocks or Examples whose tokens the model has, no longer than it can read."""
     from hybrid.data import read_rows
 
-    length, vocabulary = (
+    return read_rows(
+        _sources(sources, arguments),
+        tokenizer,
         _sequence_length(config, arguments),
-        config.get_text_config(decoder=True).vocab_size,
+        separate=arguments.documents == "separate",
+        vocabulary=config.get_text_config(decoder=True).vocab_size,
     )
-    is_separate = arguments.documents == "separate"
-    blocks = read_rows(sources, tokenizer, length, arguments.field, separate=is_separate)
-    if blocks.largest_token() >= vocabulary:
-        raise ValueError(
-            f"expected a tokenizer for the model's vocabulary of {vocabulary} tokens, "
-            f"got token {blocks.largest_token()} in {blocks.name}."
-        )
-    return blocks
+
+
+def _sources(names: list[str], arguments: argparse.Namespace) -> Any:
+    from hybrid.sources import Sources
+
+    return Sources(names, arguments.field, arguments.loss_on)
 
 
 def _say_nothing(*_: object) -> None:
@@ -606,6 +612,12 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--field", default="text", help="of .jsonl lines and rows: a text, or a chat's messages"
+    )
+    parser.add_argument(
+        "--loss-on",
+        choices=("all", "completions"),
+        default="all",
+        help="completions: of chats only what the assistant says, by the template's {%% generation %%} marks",
     )
     parser.add_argument(
         "--documents",

@@ -14,14 +14,14 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """{name: [B, T]} of items {name: [T_i]}, T the longest of T_i.
 
     Where the T_i differ, labels are padded with -100, all else with 0, and "attention_mask" [B, T] int64 says
-    what is no padding.
+    what is no padding; an item may bring its own.
     """
     lengths = [len(item["input_ids"]) for item in items]
     if len(set(lengths)) == 1:
         return default_collate(list(items))
     padded = []
     for item, length in zip(items, lengths, strict=True):
-        item = item | {"attention_mask": torch.ones(length, dtype=torch.int64)}
+        item = {"attention_mask": torch.ones(length, dtype=torch.int64)} | item
         more = max(lengths) - length
         padded.append(
             {name: F.pad(t, (0, more), value=IGNORED if name == "labels" else 0) for name, t in item.items()}

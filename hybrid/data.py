@@ -1,7 +1,8 @@
 """Blocks of tokens to train and evaluate on, made from text.
 
-Documents are put in a row, each closed by the tokenizer's EOS where it has one, and cut into rows of one
-length. A row says where its documents begin: its position ids start again at 0 there, which transformers and
+Documents are put in a row and cut into rows of one length. Each begins and ends as the tokenizer has it (BOS,
+where it puts one before a text), and is closed by its EOS where it has one; a chat is what its template
+renders. A row says where its documents begin: its position ids start again at 0 there, which transformers and
 masks.py read as sequences that must not look at each other, and no document's first token is predicted.
 
 TokenStream makes the rows while they are trained on, of text of any size; TokenBlocks holds them all.
@@ -26,10 +27,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.chats import Chat, render, taken
 from hybrid.collate import IGNORED
 from hybrid.labelled import Example, Examples, LabelledRow, encode
 from hybrid.processes import end_with_parent
-from hybrid.sources import Piece, Sources
+from hybrid.sources import LONG, Piece, Sources, parts_of
+from hybrid.special_tokens import habit_of
 
 _CHUNK_PIECES, _CHUNK_CHARACTERS = 64, 2**20  # what a worker gets at once
 _SHUFFLED_TOKENS = 2**21
@@ -84,19 +87,22 @@ class TokenBlocks(Dataset):
     @classmethod
     def read(
         cls,
-        sources: Sequence[str],
+        sources: Sources | Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         field: str = "text",
         separate: bool = False,
+        vocabulary: int | None = None,
     ) -> "TokenBlocks":
         """The blocks of everything that `sources` name, in their order; see sources.py.
 
-        separate   documents do not look at each other
+        field        where `sources` are names: which one of a row holds the text
+        separate     documents do not look at each other
+        vocabulary   tokens that the model has; None is not checked
         """
         _check_length(sequence_length)
-        reader = Sources(sources, field)
-        tokenize = Tokenize(tokenizer, sequence_length)
+        reader = sources if isinstance(sources, Sources) else Sources(sources, field)
+        tokenize = Tokenize(tokenizer, sequence_length, vocabulary)
         if reader.has_labels:
             raise ValueError(f"TokenBlocks: expected text, got rows with labels in {reader.name}.")
         rows = list(_pack(_with_ids(reader, tokenize), sequence_length, keep_rest=True))
@@ -135,21 +141,30 @@ class TokenBlocks(Dataset):
 
 
 def read_rows(
-    sources: Sequence[str],
+    sources: Sources | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
-    field: str = "text",
     separate: bool = False,
+    vocabulary: int | None = None,
 ) -> TokenBlocks | Examples:
     """Everything that `sources` name: text as TokenBlocks.read has it, or rows that bring their own labels.
 
+    vocabulary   tokens that the model has; None is not checked
+
     Errors: ValueError as in sources.py and labelled.py, for text that fills no block.
     """
-    reader = Sources(sources, field)
+    reader = sources if isinstance(sources, Sources) else Sources(sources)
     if not reader.has_labels:
-        return TokenBlocks.read(sources, tokenizer, sequence_length, field, separate)
-    tokenize = Tokenize(tokenizer, sequence_length)
-    return Examples([row for row, _ in _examples(_with_ids(reader, tokenize))], reader.name)
+        return TokenBlocks.read(reader, tokenizer, sequence_length, separate=separate, vocabulary=vocabulary)
+    tokenize = Tokenize(tokenizer, sequence_length, vocabulary)
+    rows = [row for row, _ in _examples(_with_ids(reader, tokenize), sequence_length)]
+    return Examples(rows, reader.name)
+
+
+def unused_columns(sources: Sources, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The columns of the first rows that nothing is made of, nor taken by the tokenizer's chat template."""
+    names, has_chats = sources.columns_beside()
+    return sorted(names - taken(tokenizer) if has_chats else names)
 
 
 @dataclass(frozen=True)
@@ -271,7 +286,7 @@ class TokenStream:
         """(rows, tokens in them) as count_rows."""
         pieces = _Loader(self.sources, self._tokenize, self.workers, None).one_pass()
         if self.sources.has_labels:
-            lengths = [len(row) for (row, *_), _ in _examples(pieces)]
+            lengths = [len(row) for (row, *_), _ in _examples(pieces, self.sequence_length)]
             return len(lengths), sum(lengths)
         rows = sum(len(ids.tokens) for ids in pieces) // self.sequence_length
         return rows, rows * self.sequence_length
@@ -304,7 +319,7 @@ class TokenStream:
         self, pieces: Iterator["_Ids"], used: int = 0, first: int = 0
     ) -> Iterator[tuple[Any, tuple[list[Any], int]]]:
         if self.sources.has_labels:
-            return _examples(pieces, used, first)
+            return _examples(pieces, self.sequence_length, used, first)
         return _pack(pieces, self.sequence_length, used, first=first)
 
     def _is_held_out(self, number: int) -> bool:
@@ -336,33 +351,33 @@ class TokenStream:
 
 
 class Tokenize(Dataset):
-    """Contents -> their tokens, each [N] int32 and without EOS; a chat by the tokenizer's template.
+    """Contents -> their tokens, each [N] int32, as they stand in a document: see `before` and `closing`.
 
-    Of rows with labels, tokens and labels [2, N], or as text what is wrong with the row.
+    Of rows with labels, tokens and labels [2, N]. What is wrong with a content comes as text in its place,
+    what is wrong with all as text alone: an exception from a worker would bring its whole stack along.
 
-    As a data set its "indices" are lists of contents, so that a DataLoader's workers tokenize. What cannot be
-    done comes back as text: an exception from a worker would bring its whole stack along.
+    As a data set its "indices" are lists of contents, so that a DataLoader's workers tokenize.
+
+    before    tokens that a text begins with
+    closing   tokens that a text ends with
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, vocabulary: int | None = None
     ) -> None:
-        self.end, self.vocabulary = tokenizer.eos_token_id, vocabulary
-        self.sequence_length = sequence_length
-        self._tokenizer = tokenizer
+        self.vocabulary, self.sequence_length = vocabulary, sequence_length
+        self._tokenizer, self._habit = tokenizer, habit_of(tokenizer)
+        self.before, self.closing = self._habit.before, self._habit.closing(tokenizer.eos_token_id)
 
     def __getitem__(self, contents: list[Any]) -> list[np.ndarray | str] | str:
         try:
             if contents and isinstance(contents[0], LabelledRow):
-                rows = encode(contents, self._tokenizer, self.sequence_length)
-                return [row if isinstance(row, str) else self._checked(row) for row in rows]
-            texts = [content if isinstance(content, str) else self._chat(content) for content in contents]
-            found = (
-                self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()
-            )
-            return [self._checked(np.array(ids, dtype=np.int32)) for ids in found]
+                found = encode(contents, self._tokenizer, self._habit, self.sequence_length)
+            else:
+                found = self._ids([self._text(content) for content in contents])
         except ValueError as error:
             return str(error)
+        return [ids if isinstance(ids, str) else self._checked(ids) for ids in found]
 
     def fingerprint(self) -> str:
         """A checksum of what makes the tokens: vocabulary, rules, chat template."""
@@ -370,31 +385,48 @@ class Tokenize(Dataset):
         what = self._tokenizer.get_vocab() if rules is None else json.loads(rules.to_str())
         for name in ("truncation", "padding"):  # of the last call to it
             what.pop(name, None)
-        parts = [type(self._tokenizer).__name__, what, self.end, self._tokenizer.chat_template]
+        ends = [self.before, self.closing]
+        parts = [type(self._tokenizer).__name__, what, ends, self._tokenizer.chat_template]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _chat(self, turns: list[Any]) -> str:
-        if not self._tokenizer.chat_template:
-            raise ValueError("data: expected a tokenizer with a chat template for a chat, got one without.")
+    def _text(self, content: str | Chat) -> str | ValueError:
+        if isinstance(content, str):
+            return content
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception as error:  # whatever the template's author lets it raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"data: expected a chat that the tokenizer's template takes, got one it refuses ({reason})."
-            ) from error
+            return render(content, self._tokenizer)
+        except ValueError as error:
+            return error
 
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        if self.vocabulary is not None and ids.size and ids.max() >= self.vocabulary:
-            raise ValueError(
-                f"expected a tokenizer for the model's vocabulary of {self.vocabulary} tokens, "
-                f"got token {ids.max()}."
-            )
-        return ids
+    def _ids(self, texts: list[str | ValueError]) -> list[np.ndarray | str]:
+        """Short texts at once; long ones part by part, so that memory does not grow with them."""
+        short = [text for text in texts if isinstance(text, str) and len(text) <= LONG]
+        found = iter(self._call(short))
+        return [
+            str(text)
+            if isinstance(text, ValueError)
+            else next(found)
+            if len(text) <= LONG
+            else np.concatenate([self._call([part])[0] for part in parts_of(text)])
+            for text in texts
+        ]
+
+    def _call(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        found = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, dtype=np.int32) for ids in found]
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray | str:
+        if self.vocabulary is None or not ids.size or ids.max() < self.vocabulary:
+            return ids
+        return (
+            f"expected a tokenizer for the model's vocabulary of {self.vocabulary} tokens, "
+            f"got token {ids.max()}."
+        )
 
 
 class _Ids(NamedTuple):
-    """A piece's tokens [N], EOS included; or tokens and labels [2, N]."""
+    """A piece's tokens [N], with those that begin and close a document; or tokens and labels [2, N]."""
 
     tokens: np.ndarray
     ends: bool
@@ -405,7 +437,7 @@ class _Loader:
     """The tokens of all pieces from `place` on, and of all again, and again; made ahead by workers."""
 
     def __init__(self, sources: Sources, tokenize: Tokenize, workers: int, place: list[Any] | None) -> None:
-        self._end = tokenize.end
+        self._tokenize = tokenize
         self._is_stopped = False
         self._asked: deque[list[Piece] | None] = deque()  # None: a pass is over
         self._answers = iter(
@@ -431,7 +463,7 @@ class _Loader:
             pieces = self._asked.popleft()
             if pieces is None:
                 return
-            yield from _closed(pieces, answer, self._end)
+            yield from _closed(pieces, answer, self._tokenize)
 
 
 def _endless(
@@ -450,7 +482,7 @@ def _endless(
 def _with_ids(sources: Sources, tokenize: Tokenize) -> Iterator[_Ids]:
     """The tokens of all pieces, once, by this process."""
     for chunk in _chunked(sources.read()):
-        yield from _closed(chunk, tokenize[[piece.content for piece in chunk]], tokenize.end)
+        yield from _closed(chunk, tokenize[[piece.content for piece in chunk]], tokenize)
 
 
 def _chunked(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -466,19 +498,18 @@ def _chunked(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-def _closed(pieces: list[Piece], answer: list[np.ndarray | str] | str, end: int | None) -> Iterator[_Ids]:
+def _closed(pieces: list[Piece], answer: list[np.ndarray | str] | str, tokenize: Tokenize) -> Iterator[_Ids]:
+    """The pieces with what a text begins and ends with; a chat's template has seen to that."""
     if isinstance(answer, str):
         first, last = pieces[0].where, pieces[-1].where
         raise ValueError(f"{answer} It is in {first}{'' if first == last else f' to {last}'}.")
     for piece, ids in zip(pieces, answer, strict=True):
         if isinstance(ids, str):
             raise ValueError(f"data: {piece.where}: {ids}")
-        if isinstance(piece.content, LabelledRow):
-            yield _Ids(ids, True, piece.place)
-            continue
-        is_chat = not isinstance(piece.content, str)  # its template may have closed it
-        if piece.ends and end is not None and not (is_chat and len(ids) and ids[-1] == end):
-            ids = np.append(ids, np.int32(end))
+        if isinstance(piece.content, str):
+            before = tokenize.before if piece.begins else []
+            closing = tokenize.closing if piece.ends else []
+            ids = np.concatenate([before, ids, closing], dtype=np.int32, casting="unsafe")
         yield _Ids(ids, piece.ends, piece.place)
 
 
@@ -512,13 +543,16 @@ def _pack(
 
 
 def _examples(
-    pieces: Iterator[_Ids], used: int = 0, first: int = 0
+    pieces: Iterator[_Ids], length: int, used: int = 0, first: int = 0
 ) -> Iterator[tuple[Example, tuple[list[Any], int]]]:
-    """What _pack gives, of rows with labels: a row a piece."""
+    """What _pack gives, of rows with labels: a row a piece; a chat that is too long for one makes several."""
     for both, _, place in pieces:
-        if not used:
-            yield Example(both[0], both[1], first), (place, both.shape[1])
-            first += 1
+        while used < both.shape[1]:
+            tokens, labels = both[:, used : used + length]
+            used += len(tokens)
+            if (labels[1:] != IGNORED).any():
+                yield Example(tokens, labels, first), (place, used)
+                first += 1
         used = 0
 
 

@@ -3,15 +3,20 @@
     {"input_ids": [4, 9, 9, 7], "labels": [-100, -100, 5, 7]}   -100: not counted
     {"prompt": "2 + 2 =", "completion": " 4"}                   the completion counts, and EOS after it
     {"text": ["2b", "a", "c"], "answers": ["1", null, "2"]}     after each part an answer, or none
+    a chat, for a loss on completions                           what the assistant says counts; see chats.py
 
 A label stands beside its own token, and a model shifts the labels: what is asked for after token t stands
 beside token t + 1. An answer inside of the text has one token, which the model does not read; the last answer
 has any number of tokens, follows the text and is read like a completion. Nothing closes it.
 
-A text is tokenized as a whole, as it will be when the model is used, so a part has to end where a token does.
-A row is one example: it is neither cut nor packed with others.
+A text is tokenized as a whole, as it will be when the model is used, so a part has to end where a token does;
+what the tokenizer puts before a text stands before it. A row is one example, which is not packed with others.
+One that is too long is an error, but for a chat: it is cut, and what has no label is left out.
+
+An attention_mask beside input_ids says with 0 what is padding: those tokens and their labels are dropped.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +26,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hybrid.chats import Chat, render_marked
 from hybrid.collate import IGNORED
+from hybrid.special_tokens import Habit
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,20 @@ class LabelledText:
         return sum(map(len, self.parts))
 
 
-LabelledRow = LabelledTokens | LabelledText
+@dataclass(frozen=True)
+class LabelledChat:
+    """A chat of which what the assistant says counts."""
+
+    chat: Chat
+
+    def __len__(self) -> int:
+        return len(self.chat)
+
+
+LabelledRow = LabelledTokens | LabelledText | LabelledChat
+
+_LONG = 2**20  # characters of a text that may be far too long
+_TOO_LARGE = 2**31  # for a token's id
 
 
 class Example(NamedTuple):
@@ -80,56 +100,100 @@ class Examples(Dataset):
         return max(int(t.max()) for row in self._rows for t in row[:2])
 
 
-def labelled_row(row: dict[str, Any], field: str) -> LabelledRow | None:
-    """What `row` says if it has labels; None for one that has a text or a chat in `field`, or nothing.
+def labelled_row(row: dict[str, Any], field: str) -> tuple[LabelledRow, set[str]] | None:
+    """(what `row` says, the columns that say it) if it has labels; else None, for a text or a chat.
 
     Errors: ValueError, without the place, for labels that do not fit.
     """
     if "input_ids" in row and "labels" in row:
-        ids, labels = row["input_ids"], row["labels"]
-        if not (_are(int, ids) and _are(int, labels) and len(ids) == len(labels)):
-            raise ValueError("expected lists of as many whole numbers in input_ids and labels, got others.")
-        return LabelledTokens(ids, labels)
+        return _tokens_of(row), {"input_ids", "labels", "attention_mask"}
     if "answers" in row and _are(str, row.get(field)):
         parts, answers = row[field], row["answers"]
         fits = _are(str | None, answers) and len(answers) == len(parts)
         if not fits or "" in [*parts, *answers]:
             raise ValueError(
                 f"expected as many answers (a text or null) as parts of {field!r}, none of them empty, "
-                f"got {len(parts)} parts and {answers!r}."
+                f"got {len(parts)} parts and {answers!r:.80}."
             )
-        return LabelledText(parts, answers, closes=False)
+        return LabelledText(parts, answers, closes=False), {field, "answers"}
     if field not in row and "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         if not (_are(str, [prompt, completion]) and prompt):
             raise ValueError(
                 "expected a text in prompt, not an empty one, and one in completion, "
-                f"got {prompt!r} and {completion!r}."
+                f"got {prompt!r:.80} and {completion!r:.80}."
             )
-        return LabelledText([prompt], [completion], closes=True)
+        return LabelledText([prompt], [completion], closes=True), {"prompt", "completion"}
     return None
 
 
+def _tokens_of(row: dict[str, Any]) -> LabelledTokens:
+    ids, labels, mask = row["input_ids"], row["labels"], row.get("attention_mask")
+    if not (_are(int, ids) and _are(int, labels) and len(ids) == len(labels)):
+        raise ValueError("expected lists of as many whole numbers in input_ids and labels, got others.")
+    if mask is None:
+        return LabelledTokens(ids, labels)
+    real = [index for index, value in enumerate(mask) if value == 1] if isinstance(mask, list) else []
+    is_mask = bool(real) and len(mask) == len(ids) and all(value in (0, 1) for value in mask)
+    if not is_mask or real[-1] - real[0] + 1 != len(real):
+        raise ValueError(
+            f"expected an attention_mask of {len(ids)} numbers, 0 for padding at the ends and 1 between, "
+            f"got {mask!r:.80}."
+        )
+    part = slice(real[0], real[-1] + 1)
+    return LabelledTokens(ids[part], labels[part])
+
+
 def encode(
-    rows: list[LabelledRow], tokenizer: PreTrainedTokenizerBase, longest: int
+    rows: list[LabelledRow], tokenizer: PreTrainedTokenizerBase, habit: Habit, longest: int
 ) -> list[np.ndarray | str]:
     """Of each row its tokens and labels [2, T] int32, or what is wrong with it.
 
-    longest   the most tokens that a row may have
+    habit     what the tokenizer puts before and after a text
+    longest   the most tokens that a row may have, if it is no chat
     """
-    texts = [row for row in rows if isinstance(row, LabelledText)]
-    found = iter(_encode_texts(texts, tokenizer) if texts else ())
-    both = [next(found) if isinstance(row, LabelledText) else _checked(row) for row in rows]
-    return [tokens if isinstance(tokens, str) else _counted(tokens, longest) for tokens in both]
+    found = _encode_texts([row for row in rows if isinstance(row, LabelledText)], tokenizer, habit, longest)
+    both = []
+    for row in rows:
+        if isinstance(row, LabelledChat):
+            both.append(_encode_chat(row, tokenizer))
+            continue
+        tokens = next(found) if isinstance(row, LabelledText) else _checked(row, longest)
+        both.append(tokens if isinstance(tokens, str) else _counted(tokens, longest))
+    return both
 
 
-def _encode_texts(texts: list[LabelledText], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray | str]:
+def _encode_chat(row: LabelledChat, tokenizer: PreTrainedTokenizerBase) -> np.ndarray | str:
+    try:
+        ids, counts = render_marked(row.chat, tokenizer)
+    except ValueError as error:
+        return str(error)
+    return np.array([ids, np.where(counts, ids, IGNORED)], np.int32)
+
+
+def _encode_texts(
+    texts: list[LabelledText], tokenizer: PreTrainedTokenizerBase, habit: Habit, longest: int
+) -> Iterator[np.ndarray | str]:
     inner = sorted({answer for text in texts for answer in text.answers[:-1] if answer is not None})
     ids_of = dict(zip(inner, _ids(tokenizer, inner)["input_ids"], strict=True)) if inner else {}
-    whole = _ids(tokenizer, ["".join(t.parts) + (t.answers[-1] or "") for t in texts], with_offsets=True)
-    end = tokenizer.eos_token_id
-    encoded = zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
-    return [_encode_text(text, ids, offsets, ids_of, end) for text, ids, offsets in encoded]
+    whole = ["".join(t.parts) + (t.answers[-1] or "") for t in texts]
+    too_long = [_check_long(text, tokenizer, longest) for text in whole]
+    short = [text for text, wrong in zip(whole, too_long, strict=True) if wrong is None]
+    found = _ids(tokenizer, short, with_offsets=True) if short else {"input_ids": (), "offset_mapping": ()}
+    encoded = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    for text, wrong in zip(texts, too_long, strict=True):
+        yield (
+            _encode_text(text, *next(encoded), ids_of, tokenizer.eos_token_id, habit)
+            if wrong is None
+            else wrong
+        )
+
+
+def _check_long(text: str, tokenizer: PreTrainedTokenizerBase, longest: int) -> str | None:
+    """What is wrong with a text whose beginning has too many tokens already; the rest is not tokenized."""
+    if len(text) <= _LONG or len(_ids(tokenizer, [text[:_LONG]])["input_ids"][0]) <= longest:
+        return None
+    return f"expected at most {longest} tokens (the sequence length), got a text of {len(text)} characters."
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], with_offsets: bool = False) -> Any:
@@ -148,6 +212,7 @@ def _encode_text(
     offsets: list[tuple[int, int]],
     ids_of: dict[str, list[int]],
     end: int | None,
+    habit: Habit,
 ) -> np.ndarray | str:
     labels = [IGNORED] * len(ids)
     ends = [stop for _, stop in offsets]
@@ -172,26 +237,31 @@ def _encode_text(
             )
         else:
             labels[token] = ids_of[answer][0]
-    if text.closes and end is not None:
-        ids, labels = [*ids, end], [*labels, end]
-    return np.array([ids, labels], np.int32)
+    ids, labels = [*habit.before, *ids], [IGNORED] * len(habit.before) + labels
+    closing = habit.closing(end) if text.closes else []
+    return np.array([[*ids, *closing], [*labels, *closing]], np.int32)
 
 
-def _checked(row: LabelledTokens) -> np.ndarray | str:
-    both = np.array([row.input_ids, row.labels], np.int64).reshape(2, -1)
-    tokens, labels = both
-    wrong = [*tokens[tokens < 0], *labels[(labels < 0) & (labels != IGNORED)], *both[both >= 2**31]]
+def _checked(row: LabelledTokens, longest: int) -> np.ndarray | str:
+    if len(row) > longest:
+        return _too_long(len(row), longest)
+    wrong = [id for id in row.input_ids if not 0 <= id < _TOO_LARGE]
+    wrong += [label for label in row.labels if not (0 <= label < _TOO_LARGE or label == IGNORED)]
     if wrong:
-        return f"expected tokens from 0 on and labels like these or {IGNORED}, got {wrong[0]}."
-    return both.astype(np.int32)
+        return f"expected tokens from 0 on and labels like these or {IGNORED}, got {str(wrong[0])[:40]}."
+    return np.array([row.input_ids, row.labels], np.int32)
 
 
 def _counted(both: np.ndarray, longest: int) -> np.ndarray | str:
     if both.shape[1] > longest:
-        return f"expected at most {longest} tokens (the sequence length), got {both.shape[1]}."
+        return _too_long(both.shape[1], longest)
     if (both[1, 1:] == IGNORED).all():
         return "expected a label that counts beside a token after the first, got none."
     return both
+
+
+def _too_long(tokens: int, longest: int) -> str:
+    return f"expected at most {longest} tokens (the sequence length), got {tokens}."
 
 
 def _are(kind: Any, values: Any) -> bool:
