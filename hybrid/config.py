@@ -203,6 +203,9 @@ class HybridConfig(PreTrainedConfig):
             if not name.startswith("_"):
                 self.__dict__.pop(name, None)
         self.base_config = base_config
+        if base_config is not None:
+            self.check_base(base_config)
+            self._hand_over(base_config)
         for name, value in of_base.items():
             if base_config is None or getattr(base_config, name, self) != value:
                 setattr(self, name, value)
@@ -317,6 +320,8 @@ class HybridConfig(PreTrainedConfig):
             value = self.__dict__.pop(name)
             if not name.startswith("_"):
                 setattr(_holder(base, name), name, value)
+            elif name.endswith("_implementation_internal") and value is not None:
+                setattr(base, name.removesuffix("_internal"), value)
 
     def _is_own(self, name: str) -> bool:
         if name in _ALWAYS_THE_BASES:

@@ -353,7 +353,7 @@ def test_the_number_of_steps_can_be_chosen_per_call():
     assert torch.equal(
         hybrid(ids, num_recursion_steps=5).logits, tiny_hybrid(num_recursion_steps=5)(ids).logits
     )
-    with pytest.raises(ValueError, match="num_recursion_steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_recursion_steps to be a count of at least 1, got 0"):
         hybrid(ids, num_recursion_steps=0)
 
 

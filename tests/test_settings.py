@@ -160,11 +160,24 @@ class Constant(torch.nn.Module):
         return logits.sum() * 0 + 42
 
 
+def test_the_bases_settings_may_be_given_with_it():
+    config = tiny_config(base_config=tiny_base().config, attn_implementation="eager", use_cache=False)
+    assert config.base_config._attn_implementation == config._attn_implementation == "eager"
+    assert config.base_config.use_cache is config.use_cache is False
+    with pytest.raises(ValueError, match=r"injection_layers in 0\.\.3 for a base of 3 layers, got \[4\]"):
+        tiny_config(injection_layers=[4], base_config=tiny_base().config)
+    with pytest.raises(ValueError, match=r"injection_layers in 0\.\.3 for a base of 3 layers, got \[4\]"):
+        config.injection_layers = [4]
+
+
 def test_what_was_set_before_there_was_a_base_reaches_it():
-    config = tiny_config(use_cache=False)
+    config = tiny_config(use_cache=False, attn_implementation="eager")
     config.pad_token_id = 7
     hybrid = HybridModel(llm_model=tiny_base(), config=config)
     assert hybrid.llm_model.config.use_cache is False and hybrid.llm_model.config.pad_token_id == 7
+    assert hybrid.llm_model.config._attn_implementation == hybrid.config._attn_implementation == "eager"
+    untouched = HybridModel(llm_model=tiny_base(), config=tiny_config()).llm_model.config
+    assert untouched.to_dict() == tiny_base().config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -339,3 +352,24 @@ def test_a_setting_between_a_forward_and_its_backward_leaves_it_alone():
         gradients.append([p.grad for p in hybrid.trm_parameters()])
     for a, b in zip(*gradients, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "p-tuning"])
+def test_peft_learns_prompts_from_what_it_finds_in_the_config(method):
+    peft = pytest.importorskip("peft")
+    kinds = {
+        "prompt tuning": (peft.PromptTuningConfig, {}),
+        "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 16}),
+    }
+    make, sizes = kinds[method]
+    hybrid, ids = tiny_hybrid().requires_grad_(False), tokens()
+    model = peft.get_peft_model(hybrid, make(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes)).train()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.SGD(learning, lr=1.0), []
+    for _ in range(3):
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
