@@ -157,8 +157,11 @@ def train_until_told(stream, folder, told):
 
 def all_end(workers):
     ends = time.monotonic() + 60
-    while any(map(is_running, workers)):
-        assert time.monotonic() < ends, "workers outlive their parent"
+    while left := [worker for worker in workers if is_running(worker)]:
+        if time.monotonic() > ends:
+            for worker in left:
+                os.kill(worker, signal.SIGKILL)
+            pytest.fail(f"{len(left)} workers outlive their parent")
         time.sleep(0.1)
 
 
