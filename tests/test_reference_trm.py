@@ -1,11 +1,13 @@
 """patch_reference_trm: a model of the paper's code computes the same with it, and is restored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.reference_forks import REFUSED, SERVED, GatedFromZero
 from tests.reference_trm import Act, config
 from trm_kernels import patch_reference_trm, reference_trm
 
@@ -115,10 +117,76 @@ def test_it_computes_in_the_dtype_of_the_model():
     )  # 18 evaluations of a layer, each rounded to bfloat16
 
 
-def test_the_random_numbers_of_the_check_are_its_own():
-    model, state = make(), torch.get_rng_state()
-    patch_reference_trm(model)
+@pytest.mark.parametrize("fork", SERVED)
+def test_a_fork_that_computes_the_same_is_served(fork):
+    model = make()
+    model.inner.__class__ = fork
+    carry = model.inner.empty_carry(2) if hasattr(model.inner, "empty_carry") else model.inner.start(batch())
+    carry = replace(carry, z_H=torch.full((2, 10, 24), 0.5), z_L=-torch.ones(2, 10, 24))
+    with torch.no_grad():
+        want = model.inner(carry, batch())
+        with patch_reference_trm(model):
+            got = model.inner(carry, batch())
+    assert type(got[0]) is type(want[0]) and relative(got[0].z_L, want[0].z_L) <= 1e-5
+    assert relative(got[1], want[1]) <= 1e-5 and relative(got[2][1], want[2][1]) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("fork", "message"), REFUSED.items(), ids=lambda f: getattr(f, "__name__", ""))
+def test_a_fork_that_computes_something_else_is_refused_and_left_alone(fork, message, training):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"inner": fork(config())}).train(training)
+    with pytest.raises(ValueError, match=f"patch_reference_trm: expected .* got .*{message}"):
+        patch_reference_trm(model)
+    assert "forward" not in vars(model["inner"]) and model["inner"].training is training
+
+
+def test_what_differs_in_half_precision_is_found_as_well():
+    model = nn.ModuleDict({"inner": GatedFromZero(config(), torch.bfloat16)})
+    with pytest.raises(ValueError, match="a relative difference of"):
+        patch_reference_trm(model)
+    assert model["inner"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_trial_leaves_everything_as_it_was(training, dtype, around):
+    model = make(dtype).train(training)
+    model.inner.q_head.eval()
+    model.inner.lm_head.weight.grad = torch.ones(5, 24)
+    model.inner.q_head.weight.requires_grad_(False)
+    model.inner.register_buffer("calls", torch.zeros(1))
+    counting = model.inner.embed_tokens.register_forward_hook(lambda *_: model.inner.calls.add_(1) and None)
+    state, tensors = torch.get_rng_state(), {name: t.clone() for name, t in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    with around():
+        patch_reference_trm(model)
+    counting.remove()
     assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [module.training for module in model.modules()] and model.inner.dtype == dtype
+    assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
+    assert torch.equal(model.inner.lm_head.weight.grad, torch.ones(5, 24))
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "inner.lm_head.weight")
+    assert not model.inner.q_head.weight.requires_grad and model.inner.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("compiled", ["around", "in place", "inner"])
+def test_a_compiled_model_runs_the_patched_forward(compiled):
+    torch._dynamo.reset()
+    model = make(H_cycles=1, L_cycles=1, L_layers=1)
+    with torch.no_grad():
+        want, runs = model(batch())[1], model
+        if compiled == "around":
+            runs = torch.compile(model, backend="eager")
+        else:
+            (model if compiled == "in place" else model.inner).compile(backend="eager")
+        runs(batch())
+        calls = []
+        patch_reference_trm(runs)
+        model.inner.L_level.register_forward_hook(lambda *_: calls.append(1))
+        got = runs(batch())[1]
+    assert relative(got, want) <= 1e-5 and not calls
 
 
 def biased(inner):
@@ -145,7 +213,10 @@ def hierarchical(inner):
     ("change", "message"),
     [
         (biased, r"layers with the parameters \[.*, got \[.*'mlp.down_proj.bias'"),
-        (with_relu, "L_level to compute what trm_recursion does, got a relative difference of"),
+        (
+            with_relu,
+            "the forward of Inner to compute what the patched one does, got a relative difference of",
+        ),
         (of_two_kinds, "all have self_attn or all have mlp_t, got 2 layers, not so"),
         (unknown_numbers, "got a relative difference of nan"),
         (hierarchical, r"L_level alone \(TRM\), got H_level too \(HRM\)"),
