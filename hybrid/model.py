@@ -53,6 +53,7 @@ from hybrid.injection import (
     trm_evaluations,
 )
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
+from hybrid.peft_targets import tell_peft
 from hybrid.quantized_base import keep_gradients
 from trm_kernels import TRM, tuning
 from trm_kernels.backend import current_backend
@@ -112,6 +113,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._warned_of_float16 = False
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         attach(llm_model, config)
+        tell_peft()
         keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
