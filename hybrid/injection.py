@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.output_capturing import CompileableContextVar
 
 from hybrid.cache import InjectionCache, keeps_steps
+from hybrid.call_in_progress import CallInProgress
 from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.config_values import count_parameters
 from hybrid.masks import Visible
@@ -53,7 +53,7 @@ class InjectionCall:
 
 
 # The call in progress in this thread; None means that the language model runs by itself.
-current_call = CompileableContextVar("trm_hybrid_call")
+current_call = CallInProgress("trm_hybrid_call")
 
 
 def _set_on_the_config(field: str) -> Any:

@@ -33,22 +33,29 @@ def tell_peft() -> None:
         return
     from peft.tuners.tuners_utils import BaseTuner
 
-    theirs = BaseTuner.inject_adapter
-    if hasattr(theirs, "leaves_trms_alone"):
+    their_inject, their_config = BaseTuner.inject_adapter, BaseTuner.get_model_config
+    if hasattr(their_inject, "leaves_trms_alone"):
         return
 
-    @wraps(theirs)
+    @wraps(their_inject)
     def inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         with _for_the_base(tuner, model, tuner.peft_config[adapter_name]):
-            theirs(tuner, model, adapter_name, *args, **kwargs)
+            their_inject(tuner, model, adapter_name, *args, **kwargs)
+
+    @wraps(their_config)
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        base = getattr(model, "llm_model", None)  # of a HybridModel, or of what PEFT put around one
+        own_type = {"model_type": base.config.model_type} if isinstance(base, PreTrainedModel) else {}
+        return their_config(model) | own_type
 
     inject_adapter.leaves_trms_alone = True  # type: ignore[attr-defined]
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign, assignment]
+    BaseTuner.get_model_config = staticmethod(get_model_config)  # type: ignore[method-assign]
 
 
 @contextmanager
 def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
-    """Within the block PEFT's `tuner` sees only the language model inside `model`.
+    """Within the block PEFT's `tuner` finds no module that is in a TRM of `model`.
 
     Errors: ValueError for a config that asks for what is inside a TRM.
     """
@@ -56,19 +63,17 @@ def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
     if not of_trms:
         yield
         return
-    matches, config_of = tuner._check_target_module_exists, tuner.get_model_config
+    matches = tuner._check_target_module_exists
     of_base = [name for name, _ in model.named_modules() if name not in of_trms]
     _check_modules(config, of_base, of_trms, matches)
     _check_modules_to_save(config, of_trms)
-    wanted = getattr(config, "target_parameters", None)
-    if wanted:
+    if wanted := getattr(config, "target_parameters", None):
         config.target_parameters = _parameters_of_base(wanted, model, of_trms)
     tuner._check_target_module_exists = lambda config, key: key not in of_trms and matches(config, key)
-    tuner.get_model_config = lambda model: config_of(_language_model(model))
     try:
         yield
     finally:
-        del tuner._check_target_module_exists, tuner.get_model_config
+        del tuner._check_target_module_exists
 
 
 def _names_in_trms(model: nn.Module) -> set[str]:
@@ -79,12 +84,6 @@ def _names_in_trms(model: nn.Module) -> set[str]:
         if isinstance(module, Injection)
         for part, _ in module.named_modules()
     }
-
-
-def _language_model(model: nn.Module) -> nn.Module:
-    """The model of transformers that has the layers: a HybridModel's, or `model` itself."""
-    inner = getattr(model, "llm_model", None)
-    return inner if isinstance(inner, PreTrainedModel) else model
 
 
 def _check_modules(config: Any, of_base: list[str], of_trms: set[str], matches: Any) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 from hybrid import HybridModel
 from tests.tiny import tiny_base, tiny_hybrid, tokens
@@ -15,7 +15,7 @@ USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def adapted(model):
     """The names of the modules that have an adapter, as the language model names them."""
-    parts = (".lora_", ".ia3_")
+    parts = (".lora_", ".ia3_", ".vera_lambda_")
     names = [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
     names = [name.partition(part)[0] for name in names for part in parts if part in name]
     return {name.replace("base_model.model.", "").replace("llm_model.", "", 1) for name in names}
@@ -37,6 +37,7 @@ CONFIGS = [
     pytest.param(IA3Config, {"target_modules": USUAL, "feedforward_modules": ["down_proj"]}, id="ia3"),
     pytest.param(IA3Config, {}, id="ia3-default"),
     pytest.param(AdaLoraConfig, {"target_modules": USUAL, "total_step": 4}, id="adalora"),
+    pytest.param(VeraConfig, {"r": 4}, id="vera-default"),
 ]
 
 
