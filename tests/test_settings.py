@@ -339,3 +339,10 @@ def test_a_setting_between_a_forward_and_its_backward_leaves_it_alone():
         gradients.append([p.grad for p in hybrid.trm_parameters()])
     for a, b in zip(*gradients, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_an_attention_named_to_the_constructor_is_the_bases():
+    config = tiny_config(base_config=tiny_base().config, attn_implementation="eager")
+    assert config._attn_implementation == config.base_config._attn_implementation == "eager"
+    again = type(config)(**(config.to_diff_dict() | {"attn_implementation": "sdpa"}))
+    assert again._attn_implementation == again.base_config._attn_implementation == "sdpa"

@@ -40,8 +40,3 @@ def import_tests(package: str, stand_ins: dict[str, dict[str, object]]) -> Modul
             module.__path__ = []
         vars(module).update(contents)
     return sys.modules[name]
-
-
-def state_versions(*packages: str) -> str:
-    """One line for a test report's head."""
-    return "peers: " + ", ".join(f"{package} {version(package)}" for package in packages)
