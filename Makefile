@@ -18,7 +18,7 @@ INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests
 	tests/test_adaptive_recursion.py tests/test_deep_supervision.py tests/test_peers.py \
 	tests/test_autocast.py
 
-.PHONY: demo evidence test test-oldest slow deep check format lint types floors gpu bench static cubins resources native clean
+.PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors gpu bench static cubins resources native clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -30,6 +30,24 @@ evidence: $(READY)
 test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+
+# the tests of others on a hybrid: transformers' of a model, PEFT's of decoders; docs/peers-tests.md
+PEERS := build/peers
+RUN_PEERS = PYTHONPATH=$(PEERS)/site $(PYTEST) -o addopts=--import-mode=importlib -W ignore -q
+
+mixins: $(READY) $(PEERS)/.fetched
+	$(RUN_PEERS) tests/peers/mixins.py $(ARGS)
+
+peers: $(READY) $(PEERS)/.fetched
+	$(RUN_PEERS) tests/peers/mixins.py tests/peers/peft_decoders.py $(ARGS)
+
+# the tests skip, and say so, where a source distribution is not to be had
+$(PEERS)/.fetched: constraints.txt | $(READY)
+	mkdir -p $(PEERS)
+	for package in $$(grep -E '^(transformers|peft)==' constraints.txt); do \
+		$(BIN)/pip download --no-deps --no-binary :all: --no-build-isolation -d $(PEERS) $$package || exit 0; done
+	for archive in $(PEERS)/*.tar.gz; do tar xzf $$archive -C $(PEERS) || exit 0; done
+	$(BIN)/pip install --no-deps --target $(PEERS)/site parameterized && touch $@
 
 slow: $(READY)
 	$(PYTEST) -m slow

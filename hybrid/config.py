@@ -198,6 +198,7 @@ class HybridConfig(PreTrainedConfig):
         for name in kwargs:
             self._refuse_misspelt(name, base_config)
         of_base = {name: kwargs.pop(name) for name in list(kwargs) if self._is_bases_when_given(name)}
+        implementation = kwargs.pop("attn_implementation", None)
         super().__init__(**kwargs)
         for name in _ALWAYS_THE_BASES:  # set by nobody; what reads them has defaults
             if not name.startswith("_"):
@@ -209,6 +210,8 @@ class HybridConfig(PreTrainedConfig):
         for name, value in of_base.items():
             if base_config is None or getattr(base_config, name, self) != value:
                 setattr(self, name, value)
+        if implementation is not None:
+            self._attn_implementation = implementation  # the language model's, where there is one
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass that only declares fields (`extra: int = 3`) is given a constructor that takes them."""

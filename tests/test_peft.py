@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 from hybrid import HybridModel
+from tests.peft_methods import METHODS, STEPS, outcome
 from tests.tiny import tiny_base, tiny_hybrid, tokens
 
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -119,3 +122,23 @@ def test_models_without_a_trm_are_as_before_and_peft_may_be_imported_late():
         "else: raise AssertionError"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+DOCUMENTED = Path(__file__).parents[1] / "docs" / "peers-tests.md"
+
+
+def documented():
+    """method -> its cells in the table of docs/peers-tests.md, of the version of PEFT in its head"""
+    rows = [line.strip("| \n").split(" | ") for line in DOCUMENTED.read_text().splitlines() if "|" in line]
+    head = next(row for row in rows if row[0].startswith("PEFT "))
+    cells = {row[0].strip("`"): row[1:] for row in rows if row[0].startswith("`") and len(row) == len(head)}
+    return head[0].removeprefix("PEFT "), cells
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_does_what_the_documentation_says(method):
+    version, cells = documented()
+    if peft.__version__ != version:
+        pytest.skip(f"the table is of PEFT {version}, and this is {peft.__version__}")
+    got = outcome(method)
+    assert [got[step] or "-" for step in STEPS] == cells[method]

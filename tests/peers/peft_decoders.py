@@ -15,13 +15,18 @@ from tests.peers.sources import import_tests
 from tests.tiny import awaken
 
 import_tests("peft", {})
+
+
+class _NotThere: ...
+
+
 try:
     import diffusers  # noqa: F401  the common tests import it, for tests of images
 except ImportError:
     import sys
     from types import SimpleNamespace
 
-    sys.modules["diffusers"] = SimpleNamespace(StableDiffusionPipeline=None)  # type: ignore[assignment]
+    sys.modules["diffusers"] = SimpleNamespace(StableDiffusionPipeline=_NotThere)  # type: ignore[assignment]
 from peft_tests import test_decoder_models  # noqa: E402
 
 _SIZES = {
@@ -34,7 +39,7 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LLAMA = _SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+_LLAMA = _SIZES | {"intermediate_size": 64, "num_key_value_heads": 4}
 BASES = {
     "trl-internal-testing/tiny-random-LlamaForCausalLM": LlamaConfig(**_LLAMA),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": GPT2Config(**_SIZES),
