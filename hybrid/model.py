@@ -113,8 +113,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
 
         self.llm_model = llm_model
-        # by these trainers decide how to count labels, whom to take for a reference, what a forward takes
-        self.loss_type = llm_model.loss_type
+        # by these trainers decide whom to take for a reference, and what a forward takes
         self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
         if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
             config.name_or_path = llm_model.config.name_or_path or ""
@@ -180,6 +179,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     # Settings
 
+    @property  # type: ignore[misc, override]  # __setattr__ sets it
+    def loss_type(self) -> str:
+        """The language model's, by which trainers decide how to count labels."""
+        loss_type: str = self.llm_model.loss_type
+        return loss_type
+
     @property  # type: ignore[misc]  # __setattr__ sets it
     def loss_function(self) -> Any:
         """The language model's, with which it makes the loss of `labels`; one that is set is set there."""
@@ -187,6 +192,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As a module does; what is the language model's, or the config's, is set there or refused."""
+        if name == "loss_type" and "llm_model" not in self.__dict__.get("_modules", {}):
+            return  # PreTrainedModel's constructor takes it from the class's name
         if name in ("loss_function", "loss_type") and "llm_model" in self.__dict__.get("_modules", {}):
             # a module would be kept as a child, where nothing looks for it
             setattr(self.llm_model, name, value.__call__ if isinstance(value, nn.Module) else value)

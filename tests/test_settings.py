@@ -21,6 +21,7 @@ EFFECTIVE = {
     "injection_strength": 0.3,
     "trm_rms_norm_eps": 0.1,
     "trm_rope_theta": 3.0,
+    "trm_input_norm": True,
 }
 BUILT_IN = {
     "injection_layers": [1],
@@ -31,6 +32,7 @@ BUILT_IN = {
     "trm_intermediate_size": 64,
     "blending_strategy": "gated",
     "trm_dtype": "bfloat16",
+    "lora_rank": 2,
 }
 NOT_SEEN_IN_EVAL = {
     "grad_cycles": None,
@@ -373,6 +375,8 @@ def test_peft_learns_prompts_from_what_it_finds_in_the_config(method):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
+
+
 def test_an_attention_named_to_the_constructor_is_the_bases():
     config = tiny_config(base_config=tiny_base().config, attn_implementation="eager")
     assert config._attn_implementation == config.base_config._attn_implementation == "eager"

@@ -42,6 +42,7 @@ class UntiedStack(nn.Module):
         key_mask: Tensor | None,
         update_cache: None,
         settings: TRMSettings,
+        norms_x: bool = False,
     ) -> Tensor:
         """h' [B, T, D] of an injection point; the arguments are those of TRM's call."""
         n = settings.num_recursion_steps
@@ -51,7 +52,7 @@ class UntiedStack(nn.Module):
                 f"n = {n}."
             )
         w_in, w_out, *gate = injection
-        y = self._answer(injection_in(h, w_in, self.eps), angles, mask, key_mask)
+        y = self._answer(injection_in(h, w_in, self.eps, norms_x=norms_x), angles, mask, key_mask)
         return injection_blend(h, y, w_out, strength, *gate)
 
     def _answer(self, x: Tensor, angles: Angles, mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
