@@ -179,8 +179,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     # Settings
 
-    @property  # type: ignore[misc, override]  # __setattr__ sets it
-    def loss_type(self) -> str:
+    @property  # type: ignore[misc]  # __setattr__ sets it
+    def loss_type(self) -> str:  # type: ignore[override]
         """The language model's, by which trainers decide how to count labels."""
         loss_type: str = self.llm_model.loss_type
         return loss_type
