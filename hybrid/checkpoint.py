@@ -4,57 +4,39 @@ Files are written into a folder beside the old ones and renamed into their place
 leaves the last good checkpoint.
 """
 
+import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from hybrid.config import HybridConfig
-from hybrid.quantized_base import as_it_was, integers, is_quantized, is_quantized_tensor
+from hybrid import base_reference
+from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_values import read_json_object
+from hybrid.local_paths import check_folder
+from hybrid.quantized_base import as_it_was, is_quantized
+
+logger = logging.get_logger(__name__)
 
 # what says where the TRM's files are, and not how the base is to be loaded
 _PLACE_OF_TRM = ("revision", "subfolder")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 DRAWS = "trm_draws"  # among the tensors, [1] int64: how often training drew a number of recursion steps
-_SAMPLES = 16  # values of each tensor of the base that are remembered
 
 
 def is_trm_key(name: str) -> bool:
     """Whether a parameter belongs to a TRM: the training guide's own rule."""
     return "trm" in name.lower()
-
-
-def sample(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """A few values of each tensor, to tell later whether the base is still as it came."""
-    return {name: _few(p) for name, p in parameters if _is_at_hand(p)}
-
-
-def has_changed(
-    before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]], now: Mapping[str, Tensor]
-) -> bool:
-    """Whether a tensor of the base differs from its sample; one that is not at hand counts if trainable."""
-    for name, parameter in parameters:
-        tensor = now.get(name, parameter)
-        if name not in before or not _is_at_hand(tensor):
-            if parameter.requires_grad:
-                return True
-            continue
-        then, few = before[name], _few(tensor)
-        if not is_quantized_tensor(tensor):
-            then = then.to(tensor.dtype).double()
-        if then.shape != few.shape or not torch.equal(then, few):
-            return True
-    return False
 
 
 def save(
@@ -70,6 +52,8 @@ def save(
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")
+    base_reference.refuse_bases_folder(folder, model.config)
+    _refuse_another_model(folder)
     if save_base:
         if is_quantized(model.llm_model):
             raise ValueError(
@@ -77,8 +61,6 @@ def save(
                 "config.base_model_name_or_path says, for a quantized one is not written, got "
                 f"{model.config.base_model_name_or_path!r}; save_base=False writes the TRM alone."
             )
-        if model.config.lora_rank is None:
-            _refuse_adapters(name for name, _ in model.base_named_parameters())
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
     if kwargs.get("push_to_hub"):
@@ -88,6 +70,8 @@ def save(
     beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     reference = model.config.base_model_name_or_path
     model.config.base_model_name_or_path = None if save_base else reference
+    model.config.base_checksums = None if save_base else base_reference.checksums(model)
+    model.config.base_is_frozen = not any(p.requires_grad for _, p in model.base_named_parameters())
     try:
         write(beside, True, state_dict, *args, **kwargs)
         _move(beside, folder)
@@ -108,15 +92,23 @@ def load(
     """HybridModel.from_pretrained: the base by reference and the TRMs' tensors, or the whole model."""
     hub = {name: kwargs[name] for name in (*_PLACE_OF_TRM, *_HUB) if name in kwargs}
     if config is None:
+        check_folder("a saved hybrid", path)
         config = HybridConfig.from_pretrained(path, **hub)
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
+    config.update(fields)
     if llm_model is None:
         if config.base_model_name_or_path is None:
             return _load_whole(load_whole, path, *args, config=config, **kwargs)
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
+        if Path(config.base_model_name_or_path).resolve() == Path(path).resolve():
+            raise ValueError(f"HybridModel: expected the base of {path} elsewhere, got the same folder.")
         try:
-            if "quantization_config" not in of_base:
-                find = {name: of_base[name] for name in (*_HUB, "trust_remote_code") if name in of_base}
-                of_base |= as_it_was(config.base_config, config.base_model_name_or_path, **find)
+            if config.base_gguf_file is None:
+                check_folder("the base model", config.base_model_name_or_path)
+        except ValueError as error:
+            raise ValueError(f"HybridModel: {_first_line(error)}. Pass llm_model= if it has moved.") from None
+        try:
+            of_base |= _reference_of(config, of_base)
             llm_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **of_base)
         except OSError as error:
             raise ValueError(
@@ -126,7 +118,38 @@ def load(
     tensors = _read(path, hub)
     tensors.pop(DRAWS, None)  # a run that resumes reads it; this is a model for a new one
     model = cls(config=config, llm_model=llm_model)
+    base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
     _fill(model, tensors, path)
+    return _as_saved(model, path, config, hub)
+
+
+def _reference_of(config: HybridConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """What from_pretrained has to be told to give the base that was wrapped."""
+    name, found = config.base_model_name_or_path, {}
+    assert name is not None
+    for argument in ("revision", "subfolder", "gguf_file"):
+        if (value := getattr(config, f"base_{argument}")) is not None:
+            found[argument] = value
+    if "quantization_config" not in given:
+        find = {n: given[n] for n in (*_HUB, "trust_remote_code") if n in given}
+        find |= {n: value for n, value in found.items() if n != "gguf_file"}
+        if config.base_gguf_file is None:
+            found |= as_it_was(config.base_config, name, **find)
+    if config.base_gguf_file is None and config.base_config is not None and "config" not in given:
+        # sizes and positions that were chosen when it was loaded are chosen again
+        found["config"] = copy.deepcopy(config.base_config)
+        if "quantization_config" in {**given, **found} and hasattr(found["config"], "quantization_config"):
+            del found["config"].quantization_config
+    return found
+
+
+def _as_saved(model: Any, path: Any, config: HybridConfig, hub: dict[str, Any]) -> Any:
+    """The model in eval mode, with the settings of generation and the frozen base that it was saved with."""
+    with suppress(OSError):  # a folder of before there was one: its base's stay
+        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+    if config.base_is_frozen:
+        model.freeze_base()
+        logger.info("The base is frozen, as it was saved: model.requires_grad_(True) lets it learn.")
     return model.eval()
 
 
@@ -145,6 +168,8 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
             raise ValueError(f"HybridModel: {path}: {len(keys)} tensors are {kind}, the first is {keys[0]}.")
+    if kwargs["config"].base_is_frozen:
+        model.freeze_base()
     return (model, info) if wants_info else model
 
 
@@ -176,7 +201,17 @@ def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:
             raise ValueError(
                 f"HybridModel: {path}: {len(names)} tensors are {kind}, the first is {names[0]}."
             )
+    if of_base := sorted(name for name in tensors if not is_trm_key(name)):
+        raise ValueError(
+            f"HybridModel: {path}: expected tensors of the TRMs alone beside a base that is loaded from "
+            f"elsewhere, got {of_base[0]}."
+        )
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"HybridModel: {path}: {name}: expected floating numbers, got "
+                f"{'some that are none' if tensor.is_floating_point() else tensor.dtype}."
+            )
         if tensor.shape != wanted[name].shape:
             raise ValueError(
                 f"HybridModel: {path}: {name}: "
@@ -199,7 +234,20 @@ def _move(source: Path, target: Path) -> None:
             old.unlink(missing_ok=True)
 
 
-def _refuse_adapters(base_names: Iterable[str]) -> None:
+def _refuse_another_model(folder: Path) -> None:
+    """ValueError where the folder holds a model that is no hybrid."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    kind = read_json_object(config, "a model's fields").get("model_type")
+    if kind != HybridConfig.model_type:
+        raise ValueError(
+            f"save_pretrained: expected an empty folder or one of a saved hybrid, got {folder}, which holds "
+            f"a model of the type {kind!r}."
+        )
+
+
+def refuse_adapters(base_names: Iterable[str]) -> None:
     adapters = [name for name in base_names if ".base_layer." in name or "lora_" in name]
     if adapters:
         raise ValueError(
@@ -207,16 +255,6 @@ def _refuse_adapters(base_names: Iterable[str]) -> None:
             'get_peft_model(hybrid, LoraConfig(..., modules_to_save=["trm"])), and save that; '
             "or save_base=False for the TRM alone."
         )
-
-
-def _is_at_hand(t: Tensor) -> bool:
-    is_known = type(t) in (Tensor, torch.nn.Parameter) or is_quantized_tensor(t)
-    return t.device.type != "meta" and is_known
-
-
-def _few(t: Tensor) -> Tensor:
-    flat = (integers(t) if is_quantized_tensor(t) else t).detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu()
 
 
 def _damaged(path: Any, error: Exception) -> str:

@@ -115,6 +115,9 @@ class HybridConfig(PreTrainedConfig):
                              TRMs; in phase 2 it learns in place of the base; default none
     base_config              the language model's config; HybridModel fills it in
     base_model_name_or_path  where the language model's weights are; None: they are saved with the TRM
+    base_revision, base_subfolder, base_gguf_file   which of what is there; HybridModel fills them in
+    base_checksums           dtype -> checksum of the language model's weights, compared when they are loaded
+    base_is_frozen           whether nothing of the language model required gradients when it was saved
 
     On the config of a HybridModel (`model.config.num_cycles = 3`) a field takes effect with the next
     forward. Those that are built into the weights (injection_layers, blending_strategy, the TRM's sizes and
@@ -157,6 +160,11 @@ class HybridConfig(PreTrainedConfig):
         trm_input_norm: bool = False,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        base_subfolder: str | None = None,
+        base_gguf_file: str | None = None,
+        base_checksums: dict[str, str] | None = None,
+        base_is_frozen: bool = False,
         **kwargs: Any,
     ) -> None:
         self.injection_layers = check_layers(injection_layers)
@@ -195,6 +203,11 @@ class HybridConfig(PreTrainedConfig):
         self.base_model_name_or_path = (
             None if base_model_name_or_path is None else str(base_model_name_or_path)
         )
+        self.base_revision = base_revision
+        self.base_subfolder = base_subfolder
+        self.base_gguf_file = base_gguf_file
+        self.base_checksums = base_checksums
+        self.base_is_frozen = base_is_frozen
         for name in kwargs:
             self._refuse_misspelt(name, base_config)
         of_base = {name: kwargs.pop(name) for name in list(kwargs) if self._is_bases_when_given(name)}

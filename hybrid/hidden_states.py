@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from hybrid import checkpoint, run_folder
+from hybrid import base_checksum, run_folder
 from hybrid.batches import Batch, count, describe_items
 from hybrid.data import TokenStream
 from hybrid.files import beside, remove_left_over, replace_file
@@ -200,20 +200,15 @@ class HiddenStates:
 
 
 def _describe_base(model: HybridModel) -> dict[str, str]:
-    """Checksums of the language model's config, and of a few values of each of its tensors."""
+    """Checksums of the language model's config, and of all of its tensors."""
     base = model.llm_model
     config = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_OF_A_BASE}
-    few = checkpoint.sample(model.base_named_parameters())
-    weights = hashlib.sha256()
-    for name, p in model.base_named_parameters():
-        weights.update(f"{name} {p.dtype} {list(p.shape)}".encode())
-        if name in few:
-            weights.update(few[name].numpy().tobytes())
+    sums = base_checksum.tensor_sums(model.base_named_parameters())
     return {
         "class": type(base).__name__,
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "attention": str(base.config._attn_implementation),
-        "sample of weights": weights.hexdigest(),
+        "weights": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest(),
     }
 
 

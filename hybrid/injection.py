@@ -254,6 +254,19 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
             layer.register_forward_hook(_after_layer)
 
 
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: no hook and no module of ours is left in the language model."""
+    ours = {_before_layer, _after_layer, _for_each_answer}
+    for layer in decoder_layers(model):
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
+        for name in ("trm", "trm_before"):
+            if name in layer._modules:
+                delattr(layer, name)
+
+
 def _check_memory(model: PreTrainedModel, config: HybridConfig, hidden_size: int) -> None:
     """Refuse TRMs that no memory of this machine holds, before any is asked for. Errors: ValueError."""
     device = next(model.parameters()).device

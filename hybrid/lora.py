@@ -28,6 +28,15 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Put the layers back that `add_lora` wrapped."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if ADAPTER in getattr(m, "lora_A", {})]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the layers answer without their adapters, where they have any."""

@@ -31,9 +31,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from hybrid import checkpoint
+from hybrid import base_checksum, base_reference, checkpoint
 from hybrid.backbone import Backbone
 from hybrid.cache import keeps_steps, leave_to_base, make_room
 from hybrid.config import HybridConfig, trm_fields
@@ -52,11 +53,12 @@ from hybrid.injection import (
     InjectionCall,
     attach,
     current_call,
+    detach,
     keep_call_in_checkpoints,
     repeat_for_answers,
     trm_evaluations,
 )
-from hybrid.lora import add_lora, disabled
+from hybrid.lora import add_lora, disabled, remove_lora
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.peft_targets import tell_peft
 from hybrid.quantized_base import keep_gradients
@@ -68,6 +70,9 @@ from trm_kernels.trm import Matrix, TRMSettings
 
 _CONFIGS = frozenset(trm_fields())
 _BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model
+
+
+logger = logging.get_logger(__name__)
 
 
 class HybridModel(PreTrainedModel, GenerationMixin):
@@ -107,7 +112,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             llm_model = _unloaded_base(config)
         _check_base(llm_model)
         config = copy.deepcopy(config)
-        config.base_model_name_or_path = _reference(llm_model) or config.base_model_name_or_path
+        _refer_to(llm_model, config)
         config.base_config = llm_model.config
         config.check_base(llm_model.config)
         super().__init__(config)
@@ -127,6 +132,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._warned_of_float16 = False
         self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
+        self._required_grad = {name: p.requires_grad for name, p in llm_model.named_parameters()}
+        self._is_unwrapped = False
         attach(llm_model, config)
         tell_peft()
         keep_gradients(llm_model)
@@ -136,7 +143,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             add_lora(llm_model, config.lora_rank)
         self.train(llm_model.training)
         config.belongs_to_model()
-        self._base_sample = checkpoint.sample(self.base_named_parameters())
+        # of each base tensor as it came, to tell later whether it is still so
+        self._base_sums = base_checksum.tensor_sums(base_reference.base_tensors(self))
+        self._files_give_base: str | bool | None = True  # not compared yet
 
     # The two kinds of parameters
 
@@ -255,6 +264,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
         when an injection did not happen, or for halting with gradient or under torch.compile.
         """
+        if self._is_unwrapped:
+            raise ValueError("HybridModel: expected a model that is whole, got one that was unwrapped.")
         inputs = _inputs_of(input_ids, inputs_embeds)
         rule = self._rule(halting)
         if isinstance(rule, TokenHalting):
@@ -617,21 +628,48 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         """Write config.json and model.safetensors; beside the old ones first, then renamed.
 
         save_base   None: the TRMs' tensors only, where the base can be had again by its name or path
-                    and is as it came; else the whole model
+                    and is as it came; else the whole model, and a warning says why. False: the TRMs' tensors
+                    only, or an error
 
-        Errors: ValueError when the base carries adapters of its own (LoRA), which a file could not load.
+        Errors: ValueError for the base's own folder and one of another model, when the base carries adapters
+        of its own (LoRA), which a file could not load, and with save_base=False where the reference cannot
+        give this base again.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = base_reference.with_offloaded(self, state_dict)
         if self._draws:  # a resumed run goes on from here
             state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
-        if save_base is None:
-            save_base = self.config.base_model_name_or_path is None or checkpoint.has_changed(
-                self._base_sample, self.base_named_parameters(), state_dict
-            )
-        if is_main_process:
-            checkpoint.save(
-                self, super().save_pretrained, save_directory, save_base, state_dict, *args, **kwargs
-            )
+        if not is_main_process:
+            return
+        if save_base is not False and self.config.lora_rank is None:
+            checkpoint.refuse_adapters(name for name, _ in self.base_named_parameters())
+        if save_base is not True:
+            why = self._why_base_is_lost(state_dict)
+            has_reference = self.config.base_model_name_or_path is not None
+            if why is not None and save_base is False and has_reference:
+                raise ValueError(
+                    "save_pretrained: save_base=False expected a base that can be loaded again from "
+                    f"{self.config.base_model_name_or_path}, but {why}."
+                )
+            if why is not None and save_base is None and has_reference:
+                logger.warning(f"The base is saved with the TRM, for {why}.")
+            save_base = why is not None and save_base is None
+        checkpoint.save(self, super().save_pretrained, save_directory, save_base, state_dict, *args, **kwargs)
+
+    def _why_base_is_lost(self, state_dict: Mapping[str, Tensor]) -> str | None:
+        """Why what the config refers to would not give this base; None: it does, or loading will tell."""
+        if self.config.base_model_name_or_path is None:
+            return "there is no name or folder that it could be loaded from again"
+        name, was_cast = base_reference.changed(self, state_dict, self._base_sums)
+        if name is not None:
+            return f"{name} has changed since it was wrapped"
+        if self._files_give_base is True or was_cast:
+            self._files_give_base = base_reference.compare_with_files(self, state_dict)
+        if isinstance(self._files_give_base, str):
+            return self._files_give_base
+        if was_cast and self._files_give_base is False:
+            return "it was cast since it was wrapped, and its files are not at hand to compare with"
+        return None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -673,6 +711,20 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if all(checkpoint.is_trm_key(name) for name in state_dict):
             keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]
         return keys
+
+    def unwrap(self) -> PreTrainedModel:
+        """Take the TRMs out of the language model and give it back as it came: no hook or module is left.
+
+        Its parameters require gradients as they did before it was wrapped. This model is of no use then.
+        """
+        detach(self.llm_model)
+        remove_lora(self.llm_model)
+        for name, parameter in self.llm_model.named_parameters():
+            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
+        base = self.llm_model
+        self.injection_enabled = False
+        self._is_unwrapped = True
+        return base
 
     # What transformers asks of a model
 
@@ -781,15 +833,17 @@ def _accepts_loss_kwargs(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "accepts_loss_kwargs", takes_any))
 
 
-def _reference(model: PreTrainedModel) -> str | None:
-    """Where the base came from: a hub name, a folder's full path, or None if it was never loaded."""
+def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
+    """Put into the config where the base came from: a hub name and its commit, or a folder's full path."""
     name = model.config.name_or_path
     if not name:
-        return None
-    return os.path.abspath(name) if os.path.isdir(name) else name
+        return
+    reference = os.path.abspath(name) if os.path.isdir(name) else name
+    if reference != config.base_model_name_or_path:  # else what was read from a file says more
+        config.base_subfolder = config.base_gguf_file = config.base_revision = None
+    config.base_model_name_or_path = reference
+    config.base_gguf_file = getattr(model.config, "gguf_file", None) or config.base_gguf_file
 
 
-# Trainer and `transformers serve` know a causal language model by the name of its class
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)

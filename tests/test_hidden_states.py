@@ -414,7 +414,7 @@ def other_tokenizer():
 @pytest.mark.parametrize(
     ("make", "data", "message"),
     [
-        (lambda: model(other_weights(tiny_base())), stream, r"base, .* base.sample of weights was \w+, is"),
+        (lambda: model(other_weights(tiny_base())), stream, r"base, .* base.weights was \w+, is"),
         (lambda: model(other_config(tiny_base())), stream, r"base, .* base.config was \w+, is"),
         (lambda: model(tiny_base().double()), stream, r"base, .* base.[\w ]+ was"),
         (lambda: model(injection_layers=[2], dropout_above=0.0), stream, r"layer, .*: layer was 1, is 2\."),
