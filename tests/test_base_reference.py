@@ -1,0 +1,206 @@
+"""The base that is loaded again is the one that was wrapped, or one sentence says why not."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from hybrid import HybridModel, base_checksum
+from hybrid.base_reference import base_tensors
+from tests.tiny import awaken, tiny_base, tiny_config, tokens
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def loaded(folder, **arguments):
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def wrapped(base):
+    return awaken(HybridModel(llm_model=base, config=tiny_config())).freeze_base().eval()
+
+
+def is_whole(folder):
+    return any("trm" not in name for name in load_file(folder / "model.safetensors"))
+
+
+@torch.no_grad()
+def check_comes_back(hybrid, folder, is_whole_then, ids=None):
+    ids = tokens() if ids is None else ids
+    want = hybrid(ids).logits
+    hybrid.save_pretrained(folder)
+    assert is_whole(folder) == is_whole_then
+    assert torch.equal(loaded(folder)(ids).logits, want)
+
+
+# The checksum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 1000, 2**18 + 5])
+def test_each_value_counts_and_its_place(dtype, size):
+    t = torch.randint(-100, 100, (size,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = base_checksum.tensor_sums([("t", t)])
+    assert base_checksum.tensor_sums([("t", t.clone())]) == before
+    for place in {0, size // 2, size - 1}:
+        other = t.clone()
+        other[place] += 1
+        assert base_checksum.tensor_sums([("t", other)]) != before
+    if size > 1:
+        t[0] = 5
+        t[-1] = 6
+        assert base_checksum.tensor_sums([("t", t.flip(0))]) != base_checksum.tensor_sums([("t", t)])
+
+
+def test_devices_that_have_no_integer_dot_get_the_same_sums():
+    words = torch.arange(3 * 2**17 + 77) * 1_000_003
+    weights = torch.from_numpy(base_checksum._odd_numbers(0, 2**17))
+    whole = (words[: 3 * 2**17].view(-1, 2**17) * weights).sum(1)
+    rest = (words[3 * 2**17 :] * weights[:77]).sum()
+    assert torch.equal(torch.cat(base_checksum._chunk_sums(words)), torch.cat([whole, rest[None]]))
+
+
+# What was done to the base
+
+
+@pytest.mark.parametrize("row", [7, 50, 98])
+def test_one_changed_row_of_an_embedding_is_kept(folder, tmp_path, row):
+    hybrid = wrapped(loaded(folder))
+    with torch.no_grad():
+        hybrid.get_input_embeddings().weight[row] *= 1.5
+    check_comes_back(hybrid, tmp_path / "hybrid", is_whole_then=True, ids=torch.full((1, 4), row))
+
+
+@pytest.mark.parametrize("size", [107, 90])
+def test_embeddings_that_were_resized_before(folder, tmp_path, size):
+    base = loaded(folder)
+    base.resize_token_embeddings(size, mean_resizing=False)
+    check_comes_back(wrapped(base), tmp_path / "hybrid", is_whole_then=True, ids=torch.full((1, 4), size - 1))
+
+
+def test_an_adapter_that_was_merged_before(folder, tmp_path):
+    lora = get_peft_model(loaded(folder), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    check_comes_back(wrapped(lora.merge_and_unload()), tmp_path / "hybrid", is_whole_then=True)
+
+
+def test_what_was_overridden_when_it_was_loaded(folder, tmp_path):
+    check_comes_back(wrapped(loaded(folder, rms_norm_eps=0.5)), tmp_path / "hybrid", is_whole_then=False)
+
+
+def test_only_the_trm_is_asked_for_where_the_base_would_be_lost(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    with torch.no_grad():
+        hybrid.llm_model.lm_head.weight[3, 3] += 1
+    with pytest.raises(ValueError, match=r"save_base=False .* lm_head.weight has changed"):
+        hybrid.save_pretrained(tmp_path / "hybrid", save_base=False)
+    assert not (tmp_path / "hybrid").exists()
+
+
+def test_another_base_in_its_place_is_refused(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"expected the base that this hybrid was saved with .*other weights"
+    ):
+        loaded(tmp_path / "hybrid")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_same_base_in_another_dtype_is_the_same(folder, tmp_path, dtype):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    assert loaded(tmp_path / "hybrid", dtype=dtype).llm_model.dtype == dtype
+
+
+# Where it is saved
+
+
+@pytest.mark.parametrize("place", ["base", "link", "./base", "base/"])
+def test_the_bases_own_folder_is_refused(folder, tmp_path, place, monkeypatch):
+    hybrid = wrapped(loaded(folder))
+    (tmp_path / "link").symlink_to(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    for save_base in (None, True, False):
+        with pytest.raises(ValueError, match="expected another folder than the base's own"):
+            hybrid.save_pretrained(place, save_base=save_base)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_of_another_model_is_refused(folder, tmp_path):
+    tiny_base(seed=3).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds a model of the type 'llama'"):
+        wrapped(loaded(folder)).save_pretrained(tmp_path / "other")
+
+
+# What else comes back
+
+
+def test_settings_of_generation_and_a_frozen_base(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    hybrid.generation_config = GenerationConfig(
+        max_new_tokens=5, repetition_penalty=1.7, eos_token_id=[2, 17]
+    )
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    again = loaded(tmp_path / "hybrid")
+    for name in ("max_new_tokens", "repetition_penalty", "eos_token_id"):
+        assert getattr(again.generation_config, name) == getattr(hybrid.generation_config, name)
+    assert not any(p.requires_grad for _, p in again.base_named_parameters())
+
+
+@pytest.mark.parametrize("save_base", [None, True])
+def test_fields_of_the_config_are_taken_by_from_pretrained(folder, tmp_path, save_base):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid", save_base=save_base)
+    for loader in (HybridModel, AutoModelForCausalLM):
+        again = loader.from_pretrained(tmp_path / "hybrid", num_recursion_steps=5)
+        assert again.config.num_recursion_steps == 5
+
+
+@pytest.mark.parametrize("broken", [lambda t: t * float("nan"), lambda t: t.long(), lambda t: t.bool()])
+def test_tensors_that_are_no_numbers_are_refused(folder, tmp_path, broken):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: broken(tensors[name])}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="expected floating numbers"):
+        loaded(tmp_path / "hybrid")
+
+
+def test_base_tensors_in_a_file_of_the_trm_are_refused(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "model.safetensors"
+    stranger = {"llm_model.lm_head.weight": hybrid.llm_model.lm_head.weight.detach().clone()}
+    save_file(load_file(file) | stranger, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"expected tensors of the TRMs alone .* got llm_model.lm_head.weight"
+    ):
+        loaded(tmp_path / "hybrid")
+
+
+def test_unwrap_gives_the_base_back(folder):
+    base, ids = loaded(folder), tokens()
+    names, want = list(base.state_dict()), base(ids).logits
+    hybrid = awaken(HybridModel(llm_model=base, config=tiny_config())).freeze_base()
+    assert hybrid.unwrap() is base
+    assert list(base.state_dict()) == names
+    assert all(p.requires_grad for p in base.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    assert torch.equal(base(ids).logits, want)
+    with pytest.raises(ValueError, match="got one that was unwrapped"):
+        hybrid(ids)
+    assert torch.equal(HybridModel(llm_model=base, config=tiny_config())(ids).logits, want)
+
+
+def test_every_tensor_of_a_file_is_looked_at(folder):
+    hybrid = wrapped(loaded(folder))
+    assert dict(base_tensors(hybrid)).keys() == load_file(folder / "model.safetensors").keys()
