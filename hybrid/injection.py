@@ -43,6 +43,7 @@ class InjectionCall:
     cache: Cache | None
     settings: TRMSettings  # of this forward, whatever the config is set to before its backward
     strength: float
+    norms_x: bool  # trm_input_norm
     # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
     backend: str
     halting: Halting | None = None
@@ -152,6 +153,7 @@ class Injection(GradientCheckpointingLayer):
         is_token: Tensor | None = None,
         steps: list[tuple[Tensor, Tensor]] | None = None,
         each_cycle: bool = False,
+        norms_x: bool = False,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
@@ -186,9 +188,9 @@ class Injection(GradientCheckpointingLayer):
             given |= {"mask": mask, "key_mask": key_mask, "settings": settings}
             if halting is None and not each_cycle:
                 given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": strength}
-                given["norms_x"] = self.config.trm_input_norm
+                given["norms_x"] = norms_x
                 return self.recursion(h, update_cache=update_cache, **given)
-            x = injection_in(h, w_in, settings.eps, norms_x=self.config.trm_input_norm)
+            x = injection_in(h, w_in, settings.eps, norms_x=norms_x)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:
@@ -385,6 +387,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         None if call.is_token is None else call.is_token.to(h.device),
         call.steps,
         call.answers > 1 and bool(injection.is_last),
+        call.norms_x,
         past_key_values=call.cache,
     )
     if call.added is not None:

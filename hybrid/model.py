@@ -370,6 +370,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 past_key_values,
                 settings,
                 self.config.injection_strength,
+                self.config.trm_input_norm,
                 current_backend(),
                 rule,
             )
