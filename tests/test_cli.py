@@ -105,9 +105,9 @@ def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen, injection_in = [], injection_ops.injection_in
 
-    def spy(*given):
+    def spy(*given, **more):
         chosen.append(current_backend())
-        return injection_in(*given)
+        return injection_in(*given, **more)
 
     monkeypatch.setattr(injection_ops, "injection_in", spy)
     weights = []
@@ -212,6 +212,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_attention": "sdpa",
         "trm_regime": "per_op",
         "trm_quantize": "int8",
+        "trm_input_norm": True,
         "lora_rank": 4,
     }
     assert fields.keys() == set(trm_fields())

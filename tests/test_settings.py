@@ -373,6 +373,8 @@ def test_peft_learns_prompts_from_what_it_finds_in_the_config(method):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
+
+
 def test_an_attention_named_to_the_constructor_is_the_bases():
     config = tiny_config(base_config=tiny_base().config, attn_implementation="eager")
     assert config._attn_implementation == config.base_config._attn_implementation == "eager"

@@ -253,8 +253,8 @@ class Block:
     )
     lora_rank: int | None = _field(
         None,
-        "rank of LoRA on the base's linear layers, learning and saved with the TRMs; in phase 2 in place of the "
-        "base",
+        "rank of LoRA on the base's linear layers, learning and saved with the TRMs; in phase 2 in place of "
+        "the base",
         shown="none",
     )
     trm_input_norm: bool = _field(
