@@ -15,7 +15,6 @@ from bench.report import RESULTS, Measured, ms, read, table
 from bench.workloads import WORKLOADS
 from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
 from hybrid.cli import main
-from hybrid.options import PRESETS
 from hybrid.plan.cards import CARDS
 from hybrid.plan.fit import fit
 from hybrid.plan.guide import LEVEL_HARDWARE
@@ -23,6 +22,7 @@ from hybrid.plan.memory import memory
 from hybrid.plan.run import Run
 from hybrid.plan.table import text_tokens
 from hybrid.plan.work import speed, work
+from hybrid.presets import PRESETS
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES = {level: README.parent / "docs" / f"level-{level}.md" for level in LEVELS}

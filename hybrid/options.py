@@ -1,93 +1,86 @@
-"""HybridConfig on the command line: every field under its own name, a JSON file, or a preset."""
+"""Options of a command line, made from dataclasses: name, type, default and help stand in a field."""
 
 import argparse
-import inspect
-import re
+import dataclasses
 import types
 import typing
 from pathlib import Path
-from typing import Any
-
-from hybrid.config import HybridConfig, trm_fields
-from hybrid.config_values import read_json_object
-from hybrid.presets import PresetConfigs
-
-PRESETS = dict(inspect.getmembers(PresetConfigs, inspect.isfunction))
+from typing import Any, Literal
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """--preset or --config, and one option for every field; a field that is given wins over both."""
-    group = parser.add_argument_group("the recursive block", "the fields of HybridConfig")
-    whole = group.add_mutually_exclusive_group()
-    whole.add_argument("--preset", choices=PRESETS, help="one of the levels")
-    whole.add_argument("--config", type=Path, metavar="FILE", help="a JSON object of the fields below")
-    hints, meanings = typing.get_type_hints(HybridConfig.__init__), _meanings()
-    for name in trm_fields():
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=meanings[name].replace("%", "%%"),
-            **_type_of(hints[name]),
-        )
+def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """A field that is an option as well.
 
-
-def given_fields(arguments: argparse.Namespace) -> list[str]:
-    """The options that say something about the block: fields, --preset and --config."""
-    whole = [name for name in ("preset", "config") if getattr(arguments, name) is not None]
-    return whole + [name for name in trm_fields() if hasattr(arguments, name)]
-
-
-def config_of(arguments: argparse.Namespace) -> HybridConfig:
-    """The config that the options make.
-
-    Errors: ValueError for what cannot be combined, a field that there is not, a file that is no JSON object.
+    more   for the option alone: `flag`, another name than the field's, or several; `shown`, what help says of
+           a default; `cli_default`, where it is not the field's; `is_unset`: a namespace has only what was
+           given; and what argparse takes (metavar, type, nargs, ...)
     """
-    fields: dict[str, Any] = {}
-    if arguments.preset is not None:
-        preset = PRESETS[arguments.preset]()
-        fields = {name: getattr(preset, name) for name in trm_fields()}
-    elif arguments.config is not None:
-        fields = _read(arguments.config)
-    fields |= {name: getattr(arguments, name) for name in trm_fields() if hasattr(arguments, name)}
-    return HybridConfig(**fields)
+    return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The fields in a JSON file; of a saved hybrid's config.json, those that are about the block."""
-    fields = read_json_object(path, "fields of HybridConfig")
-    if fields.get("model_type") == HybridConfig.model_type:
-        return {name: fields[name] for name in trm_fields() if name in fields}
-    if others := [name for name in fields if name not in trm_fields()]:
-        raise ValueError(
-            f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]}."
-        )
-    return fields
+def add_options(parser: Any, options: type, skip: tuple[str, ...] = ()) -> None:
+    """Add one option for every field of the dataclass `options` that has help, but for those in `skip`."""
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if "help" in field.metadata and field.name not in skip:
+            _add_option(parser, field, hints[field.name])
+
+
+def given(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The values that `arguments` have of the fields of `options`."""
+    names = [field.name for field in dataclasses.fields(options)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _add_option(parser: Any, field: dataclasses.Field, hint: Any) -> None:
+    more = dict(field.metadata)
+    text, shown, is_unset = more.pop("help"), more.pop("shown", None), more.pop("is_unset", False)
+    flags = more.pop("flag", flag_of(field.name))
+    default = more.pop("cli_default", field.default)
+    arguments = {**_type_of(hint), **more}
+    if default is dataclasses.MISSING:
+        arguments["required"] = True
+    else:
+        text = f"{text} (default: {shown or _as_text(default)})"
+        arguments["default"] = argparse.SUPPRESS if is_unset else default
+    flags = (flags,) if isinstance(flags, str) else flags
+    parser.add_argument(*flags, dest=field.name, help=text.replace("%", "%%"), **arguments)
+
+
+def _as_text(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _type_of(hint: Any) -> dict[str, Any]:
     """What argparse has to know about a field of this type."""
-    if hint == list[int] | None:
-        return {"type": int, "nargs": "+", "metavar": "N"}
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if may_be_none := typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = kinds[0]
     if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if hint == str | None:
-        return {"type": _name_or_none, "metavar": "NAME"}
-    if isinstance(hint, types.UnionType):
-        return {"type": _whole_number_or_none, "metavar": "N"}
-    return {"type": hint, "metavar": {int: "N", float: "X", str: "NAME"}[hint]}
+        return {"action": "store_true"}
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return {"choices": choices, "type": type(choices[0])}
+    if typing.get_origin(hint) in (list, tuple):
+        kind = typing.get_args(hint)[0]
+        return {"type": kind, "nargs": "+", "metavar": _METAVARS[kind]}
+    if hint not in _METAVARS:
+        return {}  # its own `type` says it
+    return {"type": _or_none(hint) if may_be_none else hint, "metavar": _METAVARS[hint]}
 
 
-def _whole_number_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "FOLDER"}
 
 
-def _name_or_none(text: str) -> str | None:
-    return None if text.lower() == "none" else text
+def _or_none(kind: type) -> Any:
+    def value(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
 
-
-def _meanings() -> dict[str, str]:
-    """Each field's line in HybridConfig's docstring."""
-    doc = inspect.cleandoc(HybridConfig.__doc__ or "")
-    found = re.findall(r"^(\w+) {2,}(.+(?:\n {4,}.+)*)", doc, flags=re.MULTILINE)
-    return {name: " ".join(meaning.split()) for name, meaning in found}
+    value.__name__ = kind.__name__  # argparse names it in its errors
+    return value

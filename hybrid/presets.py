@@ -1,5 +1,7 @@
 """The four levels of the training guide, and a tiny one, as values of HybridConfig."""
 
+import inspect
+
 from hybrid.config import HybridConfig
 
 
@@ -62,3 +64,6 @@ class PresetConfigs:
             num_recursion_steps=8,
             recursion_sampling="uniform",
         )
+
+
+PRESETS = dict(inspect.getmembers(PresetConfigs, inspect.isfunction))

@@ -28,12 +28,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid import curve, fingerprints, run_folder, run_state, shard, trackers
-from hybrid.batches import Batch, LengthCurriculum, Share, batches, count, describe_items
+from hybrid.batches import Batch, Share, batches, count, describe_items
 from hybrid.collate import IGNORED
 from hybrid.config import trm_fields
 from hybrid.data import Tokenize, TokenStream
 from hybrid.evaluate import TextLoss, check_separate, text_loss
-from hybrid.extras import installed
 from hybrid.hidden_states import HiddenStates
 from hybrid.labelled_places import LabelledPlaces
 from hybrid.model import HybridModel
@@ -43,6 +42,7 @@ from hybrid.progress import TrainingDisplay
 from hybrid.quantized_base import is_quantized_tensor
 from hybrid.run_state import Progress
 from hybrid.stop_signals import StopSignals, end_by
+from hybrid.train_settings import TrainSettings
 
 # these say how a run is watched and kept, not what it computes; they may change when it is resumed
 # the last two may as long as a step has as many items as before
@@ -59,136 +59,8 @@ _MAY_CHANGE = (
     "accumulate",
     "shard",
 )
-CACHE_DTYPES = ("float32", "bfloat16")
-KEEP_TARGETS = ("labels", "base")
 _ROUNDING = 1  # beside (seed, step, rank): chance of its own
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train. Counts of steps are optimizer steps.
-
-    output_dir            run.json, metrics.jsonl, curve.png and checkpoint-000123/ go here
-    steps                 in all
-    batch_size            items in one forward, of each process
-    accumulate            forwards of each process in a step
-    learning_rate         AdamW's, at its highest
-    warmup_steps          the rate rises to it linearly
-    weight_decay, betas   AdamW's
-    max_grad_norm         gradients are scaled down to this Euclidean norm
-    final_rate_fraction   the rate falls along a cosine to this fraction of learning_rate
-    seed                  of the data's order and of dropout
-    save_every            steps between checkpoints; None: one at the end
-    eval_every            steps between held-out losses; None: before and after
-    log_every             steps between metrics lines
-    keep_checkpoints      the newest so many stay
-    shard                 split the model among the processes (FSDP2) instead of copying it to each
-    mixed_precision       "bf16": compute in it what is kept in float32; "no"; None: as accelerate says
-    max_skipped_steps     so many in a row whose loss or gradient is NaN or infinite end the run
-    length_curriculum     short items first, see batches.py; None: all items whole in all steps
-    stochastic_rounding   of bfloat16 weights that learn, by torchao's AdamW; else to the nearest
-    keep_ratio            share of a step's items, and of its loss, that train()'s `keep` has
-    keep_target           what of these is learned: "labels", or "base": that a hybrid is its base there. Then
-                          their loss is how much the injections add to a hidden state, |h' - h|^2 / |h|^2
-    cache_hidden_states   a folder: a frozen base's hidden states at the first injection point are kept there
-                          and read from the second pass on (hidden_states.py); None: computed in every step
-    report_to             "tensorboard" (into output_dir), "wandb", ...: accelerate's trackers get the metrics
-    cache_dtype           "bfloat16" or "float32": what they are kept in; None: what they are computed in
-
-    Errors: ValueError, with what was expected and what came.
-    """
-
-    output_dir: Path | str
-    steps: int
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = 1.0
-    final_rate_fraction: float = 0.1
-    seed: int = 0
-    save_every: int | None = None
-    eval_every: int | None = None
-    log_every: int = 10
-    keep_checkpoints: int = 2
-    shard: bool = False
-    mixed_precision: str | None = None
-    max_skipped_steps: int = 5
-    length_curriculum: LengthCurriculum | None = None
-    stochastic_rounding: bool = False
-    keep_ratio: float | None = None
-    keep_target: str = "labels"
-    cache_hidden_states: Path | str | None = None
-    report_to: tuple[str, ...] = ()
-    cache_dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "save_every",
-            "eval_every",
-            "log_every",
-            "keep_checkpoints",
-        ):
-            count = getattr(self, name)
-            if count is None and name in ("save_every", "eval_every"):
-                continue
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(
-                    f"TrainSettings: expected {name} to be a count of at least 1, got {count!r}."
-                )
-        trackers.check(self.report_to)
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(
-                f"TrainSettings: expected warmup_steps in 0..{self.steps} (steps), got {self.warmup_steps!r}."
-            )
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"TrainSettings: expected {name} above 0, got {getattr(self, name)!r}.")
-        if not 0 <= self.final_rate_fraction <= 1:
-            raise ValueError(
-                f"TrainSettings: expected final_rate_fraction in 0..1, got {self.final_rate_fraction!r}."
-            )
-        if self.length_curriculum is not None and self.length_curriculum.steps > self.steps:
-            raise ValueError(
-                f"TrainSettings: expected a length_curriculum within {self.steps} steps (steps), "
-                f"got {self.length_curriculum.steps}."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")
-        if self.keep_target not in KEEP_TARGETS:
-            raise ValueError(
-                f"TrainSettings: expected keep_target to be one of {', '.join(KEEP_TARGETS)}, "
-                f"got {self.keep_target!r}."
-            )
-        if self.keep_target != "labels" and self.keep_ratio is None:
-            raise ValueError(
-                f"TrainSettings: keep_target={self.keep_target!r} expected a keep_ratio, got none."
-            )
-        if self.cache_dtype is not None and self.cache_hidden_states is None:
-            raise ValueError(
-                f"TrainSettings: cache_dtype expected cache_hidden_states, got {self.cache_dtype!r} alone."
-            )
-        if self.cache_dtype not in (None, *CACHE_DTYPES):
-            raise ValueError(
-                f"TrainSettings: expected cache_dtype to be None, {', '.join(CACHE_DTYPES)}, "
-                f"got {self.cache_dtype!r}."
-            )
-        if self.stochastic_rounding:
-            installed("torchao", "stochastic rounding")
-
-    def rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0: a linear rise, then half a cosine."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (self.final_rate_fraction + (1 - self.final_rate_fraction) * cosine)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from hybrid.config import trm_fields
 from hybrid.data import TokenBlocks
 from hybrid.evaluate import text_loss
 from hybrid.injection import Injection
-from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_hybrid
+from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_base, tiny_hybrid
 from trm_kernels.backend import current_backend
 from trm_kernels.ops import injection as injection_ops
 
@@ -105,9 +105,9 @@ def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen, injection_in = [], injection_ops.injection_in
 
-    def spy(*given, **others):
+    def spy(*given, **more):
         chosen.append(current_backend())
-        return injection_in(*given, **others)
+        return injection_in(*given, **more)
 
     monkeypatch.setattr(injection_ops, "injection_in", spy)
     weights = []
@@ -186,9 +186,10 @@ def test_a_config_from_a_file_a_preset_or_a_saved_hybrid(base, texts, trained, t
 
 
 def test_every_field_is_an_option_of_its_own_name_and_type():
-    from hybrid.cli import _parser
-    from hybrid.options import config_of
+    from hybrid.cli.block import config_of
+    from hybrid.cli.parser import parse
 
+    base = tiny_base().config
     fields = {
         "injection_layers": [0, 2],
         "trm_hidden_size": 24,
@@ -215,10 +216,10 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "lora_rank": 4,
     }
     assert fields.keys() == set(trm_fields())
-    config = config_of(_parser().parse_args(["info", *options(fields)]))
+    config = config_of(parse(["info", *options(fields)]), base)
     assert {name: getattr(config, name) for name in fields} == fields
-    assert config_of(_parser().parse_args(["info", "--grad-cycles", "none"])).grad_cycles is None
-    preset = config_of(_parser().parse_args(["info", "--preset", "tiny", "--num-recursion-steps", "2"]))
+    assert config_of(parse(["info", "--grad-cycles", "none"]), base).grad_cycles is None
+    preset = config_of(parse(["info", "--preset", "tiny", "--num-recursion-steps", "2"]), base)
     assert preset.to_dict() == PresetConfigs.tiny().to_dict() | {"num_recursion_steps": 2}
 
 
@@ -464,17 +465,6 @@ def test_version_and_help(capsys):
     assert "--injection-layers" in capsys.readouterr().out
 
 
-def test_importing_hybrid_stays_light():
-    heavy = ("datasets", "matplotlib", "rich.progress", "lm_eval", "hybrid.train")
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel;"
-        "theirs = set(sys.modules); import hybrid, hybrid.cli;"
-        f"print([m for m in {heavy} if m in sys.modules and m not in theirs])"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ended.stdout.strip() == "[]"
-
-
 # What is refused
 
 
@@ -641,7 +631,6 @@ def test_triton_where_it_cannot_run(trained, base, texts, tmp_path, monkeypatch,
         (["info"], "expected --base, a saved hybrid as --model, or the --preset of a level"),
         (["info", "--preset", "tiny", "--config", "x.json"], "not allowed with argument"),
         (["info", "--base", "BASE", "--config", "gone.json"], "gone.json"),
-        (["info", "--base", "BASE"], "expected at least one injection layer"),
     ],
 )
 def test_a_command_that_cannot_be(argv, message, base, trained, capsys):

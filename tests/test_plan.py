@@ -280,10 +280,9 @@ def test_a_base_may_be_a_folder_and_a_block_a_file(tmp_path, capsys):
         (["--level", "1", "--cards", "A100", "--utilisation", "2"], "a utilisation of at most 1, got 2"),
         (["--level", "1", "--cards", "A100", "--batch-size", "0"], "batch_size of at least 1, got 0"),
         (["--level", "1", "--cards", "A100", "--sequence-length", "9999"], "at most 4096 tokens"),
-        (["--level", "1", "--cards", "4xA100", "--shards", "3"], "that divides 4 cards, got 3"),
+        (["--level", "1", "--cards", "4xA100", "--shard", "3"], "that divides 4 cards, got 3"),
         (["--level", "1", "--cards", "A100", "--lora-rank", "0"], "lora_rank to be a count of at least 1"),
-        (["--level", "1", "--cards", "A100", "--phase", "2", "--dtype", "int8"], "got int8"),
-        (["--base", "qwen3-0.6b", "--cards", "A100"], "expected at least one injection layer"),
+        (["--level", "1", "--cards", "A100", "--phase", "2", "--quantize-base", "int8"], "got int8"),
     ],
 )
 def test_a_plan_that_cannot_be(words, message, capsys):

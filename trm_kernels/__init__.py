@@ -1,22 +1,51 @@
-"""Recursive blocks, fast: tensors in, tensors out. Needs neither a GPU nor Triton to be imported."""
+"""Recursive blocks, fast: tensors in, tensors out. Needs neither a GPU nor Triton to be imported.
 
-from trm_kernels.backend import backend
-from trm_kernels.ops.adaptive_recursion import Halting, adaptive_recursion
-from trm_kernels.ops.add_rms_norm import add_rms_norm
-from trm_kernels.ops.decode_attention import decode_attention
-from trm_kernels.ops.injection import trm_injection
-from trm_kernels.ops.injection_blend import injection_blend
-from trm_kernels.ops.injection_in import injection_in
-from trm_kernels.ops.linear_residual import linear_residual
-from trm_kernels.ops.linear_swiglu import linear_swiglu
-from trm_kernels.ops.norm_add import norm_add
-from trm_kernels.ops.recursion import trm_recursion
-from trm_kernels.ops.rope import rope, rope_angles
-from trm_kernels.ops.rope_attention import rope_attention
-from trm_kernels.ops.rstd_from_squares import rstd_from_squares
-from trm_kernels.ops.swiglu_mlp import swiglu_mlp
-from trm_kernels.reference_trm import patch_reference_trm
-from trm_kernels.trm import TRM
+An op is imported when its name is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trm_kernels.backend import backend  # now: its module has the same name
+
+if TYPE_CHECKING:
+    from trm_kernels.ops.adaptive_recursion import Halting, adaptive_recursion
+    from trm_kernels.ops.add_rms_norm import add_rms_norm
+    from trm_kernels.ops.decode_attention import decode_attention
+    from trm_kernels.ops.injection import trm_injection
+    from trm_kernels.ops.injection_blend import injection_blend
+    from trm_kernels.ops.injection_in import injection_in
+    from trm_kernels.ops.linear_residual import linear_residual
+    from trm_kernels.ops.linear_swiglu import linear_swiglu
+    from trm_kernels.ops.norm_add import norm_add
+    from trm_kernels.ops.recursion import trm_recursion
+    from trm_kernels.ops.rope import rope, rope_angles
+    from trm_kernels.ops.rope_attention import rope_attention
+    from trm_kernels.ops.rstd_from_squares import rstd_from_squares
+    from trm_kernels.ops.swiglu_mlp import swiglu_mlp
+    from trm_kernels.reference_trm import patch_reference_trm
+    from trm_kernels.trm import TRM
+
+_WHERE = {
+    "Halting": "trm_kernels.ops.adaptive_recursion",
+    "TRM": "trm_kernels.trm",
+    "adaptive_recursion": "trm_kernels.ops.adaptive_recursion",
+    "add_rms_norm": "trm_kernels.ops.add_rms_norm",
+    "decode_attention": "trm_kernels.ops.decode_attention",
+    "injection_blend": "trm_kernels.ops.injection_blend",
+    "injection_in": "trm_kernels.ops.injection_in",
+    "linear_residual": "trm_kernels.ops.linear_residual",
+    "linear_swiglu": "trm_kernels.ops.linear_swiglu",
+    "norm_add": "trm_kernels.ops.norm_add",
+    "patch_reference_trm": "trm_kernels.reference_trm",
+    "rope": "trm_kernels.ops.rope",
+    "rope_angles": "trm_kernels.ops.rope",
+    "rope_attention": "trm_kernels.ops.rope_attention",
+    "rstd_from_squares": "trm_kernels.ops.rstd_from_squares",
+    "swiglu_mlp": "trm_kernels.ops.swiglu_mlp",
+    "trm_injection": "trm_kernels.ops.injection",
+    "trm_recursion": "trm_kernels.ops.recursion",
+}
 
 __all__ = [
     "TRM",
@@ -39,3 +68,15 @@ __all__ = [
     "trm_injection",
     "trm_recursion",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

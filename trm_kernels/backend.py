@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from trm_kernels.constant import constant_result
 from trm_kernels.launch import is_recording
 from trm_kernels.optional_triton import HAS_TRITON
 
@@ -47,7 +48,7 @@ class backend:  # noqa: N801  used like a function, as torch.no_grad is
         _chosen.reset(self._before)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def current_backend() -> str:
     """The name chosen for this thread. A compiled graph keeps the one in force while it was traced."""
     return _chosen.get()
@@ -95,13 +96,13 @@ def runs_triton(op: str, *tensors: Tensor, has_kernel: bool = True, choice: str 
     raise RuntimeError(f"{op}: the backend 'triton' expects CUDA tensors, got {device} tensors.")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def interpreting() -> bool:
     """Whether Triton's interpreter is on (TRITON_INTERPRET=1): kernels then run on CPU tensors, slowly."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _why_no_triton() -> str | None:
     if not HAS_TRITON:
         return "the package triton is not installed"

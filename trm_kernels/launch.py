@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_kernels.constant import constant_result
+
 _GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, the same on every CUDA device
 
 
@@ -69,7 +71,7 @@ def record(arch: str | None = None) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def is_recording() -> bool:
     """Whether launches are being kept instead of run."""
     return _recording.get() is not None
@@ -80,13 +82,13 @@ def arch_of(t: Tensor) -> str:
     return _recorded_arch() or ("any" if t.device.type != "cuda" else _arch_of_device(t.device.index))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _recorded_arch() -> str | None:
     recording = _recording.get()
     return None if recording is None else recording.arch
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _arch_of_device(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm{major}{minor}"

@@ -13,12 +13,12 @@ import torch
 
 from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
 from hybrid.info import count
-from hybrid.options import PRESETS
 from hybrid.plan.cards import CARDS
 from hybrid.plan.fit import Fit, fit
 from hybrid.plan.memory import memory
 from hybrid.plan.run import Run
 from hybrid.plan.work import BYTES_PER_TOKEN, TOKENS_PER_PARAMETER, Cost, Speed, cost, speed, work
+from hybrid.presets import PRESETS
 
 TRUE, NOT_TRUE = "true", "not true"
 A100 = CARDS["A100-80GB"]

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trm_kernels.constant import constant_result
+
 _BACKENDS = {
     "sdpa": None,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -82,7 +84,7 @@ def _flash_attn(op: str, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Te
     return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _flash_attn_module() -> str | None:
     """The module that has flash_attn_func: version 3's, else version 2's."""
     for name in ("flash_attn_interface", "flash_attn"):

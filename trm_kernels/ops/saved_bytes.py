@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trm_kernels.constant import constant_result
 from trm_kernels.ops.weights import AttentionWeights, LayerWeights
 
 SAVES = ("all", "layer", "step")
@@ -46,7 +47,7 @@ def choose_save(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads
     return "all" if wanted <= SHARE_OF_FREE_MEMORY * _free_bytes(x.device.index) else "step"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _free_bytes(index: int) -> int:
     """What the device has left, and what PyTorch holds of it without using it."""
     free, _ = torch.cuda.mem_get_info(index)

@@ -1,0 +1,36 @@
+"""trm-hybrid generate."""
+
+import argparse
+import sys
+from typing import Any
+
+from hybrid.cli.common import load, steps_taken
+from hybrid.halting import TokenHalting, record_steps
+from hybrid.options import flag_of
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from hybrid.special_tokens import prompt_tokens
+
+    for name in ("top_k", "top_p", "seed"):
+        if arguments.temperature is None and getattr(arguments, name) is not None:
+            raise ValueError(f"generate: expected --temperature with {flag_of(name)}, to sample; got none.")
+    model, tokenizer = load(arguments)
+    inputs = {name: t.to(model.device) for name, t in prompt_tokens(arguments.prompt, tokenizer).items()}
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    if arguments.temperature is not None:
+        from hybrid.processes import seed_everything
+
+        seed_everything(arguments.seed or 0)
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+        options |= {
+            "top_k": 50 if arguments.top_k is None else arguments.top_k,
+            "top_p": 1.0 if arguments.top_p is None else arguments.top_p,
+        }
+    if isinstance(getattr(model, "halting", None), TokenHalting):
+        options["use_cache"] = False
+    with record_steps() as record:
+        print(tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True))
+    if getattr(model, "halting", None) is not None:
+        print(steps_taken(record, model.config), file=sys.stderr)
+    return 0

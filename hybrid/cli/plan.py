@@ -1,0 +1,67 @@
+"""trm-hybrid plan."""
+
+import argparse
+import json
+from typing import Any
+
+from hybrid.cli.common import block
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from hybrid.plan.guide import guide
+    from hybrid.plan.table import as_json, lines, plan
+
+    if arguments.guide:
+        print(guide())
+        return 0
+    made = plan(*_planned(arguments))
+    print(json.dumps(as_json(made), indent=1) if arguments.json else "\n".join(lines(made)))
+    return 0
+
+
+def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(the run, what is asked about it)"""
+    from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
+    from hybrid.loading import load_config
+    from hybrid.plan.cards import parse_cards
+    from hybrid.plan.run import Run
+    from hybrid.plan.table import Wishes, text_tokens
+
+    if arguments.level is not None:
+        if arguments.preset or arguments.config:
+            raise ValueError("plan: expected one of --level, --preset and --config, got two.")
+        arguments.preset = LEVELS[arguments.level]
+    name = arguments.base or PRESET_BASES.get(arguments.preset)
+    if name is None:
+        raise ValueError("plan: expected --base, a saved hybrid as --model, or a --level; got none.")
+    if arguments.cards is None:
+        raise ValueError("plan: expected --cards, such as 8xA100-80GB; got none.")
+    if arguments.dtype and arguments.quantize_base:
+        raise ValueError("plan: expected --dtype or --quantize-base, got both.")
+    number, card = parse_cards(arguments.cards)
+    start = KNOWN_BASES.get(name.lower()) or load_config(name, arguments.trust_remote_code)
+    config, base = block(start, arguments)
+    lora, config.lora_rank = config.lora_rank, None  # counted as adapters of a plan's own
+    learns = arguments.phase == 2 and lora is None
+    run = Run(
+        base_name=name,
+        base=base,
+        config=config,
+        card=card,
+        cards=number,
+        phase=arguments.phase,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        accumulation=arguments.accumulate,
+        shards=arguments.shard or number,
+        dtype=arguments.quantize_base or arguments.dtype or ("float32" if learns else "bfloat16"),
+        lora=lora,
+        checkpointing=arguments.gradient_checkpointing,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    tokens = arguments.tokens
+    if arguments.gigabytes is not None:
+        if tokens is not None:
+            raise ValueError("plan: expected --tokens or --gigabytes, got both.")
+        tokens = text_tokens(arguments.gigabytes, arguments.bytes_per_token)
+    return run, Wishes(tokens, arguments.utilisation, arguments.price, arguments.card_price)

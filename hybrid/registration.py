@@ -1,0 +1,62 @@
+"""`import hybrid` makes transformers' Auto classes know a hybrid, without importing transformers itself.
+
+Registering takes the class, which takes transformers and PyTorch: seconds, for `trm-hybrid --help` as well.
+So it is done now where transformers is there already; else when transformers, or a module of this package
+that needs it, is imported, by whomever.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_LIGHT = ("cli", "extras", "options", "registration", "train_settings", "__main__")  # of this package
+
+
+def register_with_transformers() -> None:
+    """Import hybrid.model, which registers, now or as soon as transformers is imported."""
+    if "transformers" in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _Watch())
+
+
+def _register() -> None:
+    importlib.import_module("hybrid.model")
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Sees the first import for which it is time, and finds nothing itself."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, inside = name.partition(".")
+        if package == "hybrid" and inside.partition(".")[0] not in _LIGHT:
+            sys.meta_path.remove(self)
+            _register()  # before the module: none is half imported
+        elif name == "transformers":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _ThenRegister(spec.loader)
+            return spec
+        return None
+
+
+class _ThenRegister(importlib.abc.Loader):
+    """Another loader, and after it the registration: its package is there, and none of its modules yet."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None, "importlib gives every module one"
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register()
