@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# what packages tell of themselves when transformers or peft imports them, and is not about this run: torchao of
-# libraries for other machines and of an Enum, bitsandbytes of a faster product on a CPU
+# what packages tell of themselves when transformers or peft imports them, and is not about this run: torchao
+# of libraries for other machines and of an Enum, bitsandbytes of a faster product on a CPU
 for name in ("torchao", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(name).setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").addFilter(
