@@ -7,7 +7,7 @@ step before PEFT's `inject_adapter`, through which every method goes that adapts
 TRM the step does nothing. On one with TRMs it
 
 - answers "no" for every module of a TRM that PEFT asks about,
-- refuses targets that are in TRMs alone, or in `modules_to_save` parts of one,
+- refuses targets that are in TRMs alone, in `modules_to_save` parts of one, and a method that cannot work,
 - tells PEFT the language model's own type, by which it knows the usual targets (`LoraConfig()` without any).
 
 A TRM trains next to an adapter as a whole: `modules_to_save=["trm"]`, and `"trm_before"` for point 0.
@@ -63,6 +63,11 @@ def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
     if not of_trms:
         yield
         return
+    if config.peft_type == "SHADOW":
+        raise ValueError(
+            "HybridModel: PEFT's Shadow builds a second model out of the decoder's class, which a hybrid "
+            "does not have: it cannot be used on one."
+        )
     matches = tuner._check_target_module_exists
     of_base = [name for name, _ in model.named_modules() if name not in of_trms]
     _check_modules(config, of_base, of_trms, matches)
