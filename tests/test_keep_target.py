@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from hybrid.cli import main
 from hybrid.phases import enter
 from hybrid.train import train
-from tests.test_train import settings_for
+from tests.test_cli import options, refused
+from tests.test_train import lines_of, settings_for
 from tests.tiny import awaken, tokens
 from tests.tiny import tiny_hybrid as hybrid_of_three_points
-from tests.tiny_text import Counting, tiny_base, tiny_hybrid
+from tests.tiny_text import FIELDS, Counting, save_base, tiny_base, tiny_hybrid
 
 
 class OfTwoLengths(Counting):
@@ -96,3 +98,22 @@ def test_what_cannot_be_asked_for(tmp_path):
             settings_for(tmp_path, keep_ratio=0.5, keep_target="base"),
             keep=Counting(),
         )
+
+
+def test_the_command(tmp_path, capsys):
+    text = tmp_path / "known.txt"
+    text.write_text("one and two and three. " * 40)
+    words = ["train", "--base", save_base(tmp_path / "base"), "--keep", text, "--steps", 8]
+    words += ["--sequence-length", 16, "--learning-rate", 1e-2, *options(FIELDS), "--log-every", 1]
+    losses = {}
+    for target in ("labels", "base"):
+        output = tmp_path / target
+        more = ["--data", text, "--output", output, "--keep-ratio", 0.5, "--keep-target", target]
+        assert main([str(word) for word in (*words, *more)]) == 0
+        losses[target] = [line["loss"] for line in lines_of(output) if "loss" in line]
+    # a fresh hybrid adds nothing: half of the loss is zero
+    assert losses["base"][0] == pytest.approx(losses["labels"][0] / 2, rel=0.1)
+    capsys.readouterr()
+    some = [word for word in words if word not in ("--keep", text)]
+    message = refused(capsys, *some, "--data", text, "--output", tmp_path / "c", "--keep-target", "base")
+    assert "keep_target='base' expected a keep_ratio" in message
