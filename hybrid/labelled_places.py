@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hybrid.collate import IGNORED
 from hybrid.linear_cross_entropy import linear_cross_entropy
+from hybrid.quantized_base import is_quantized_tensor
 
 _LARGE = 2**14  # tokens in a vocabulary; the loss of a smaller one is always made at once
 _MOST_LOGITS = 2**26  # of a forward: 256 MiB in float32, and as much for their gradient
@@ -92,7 +93,9 @@ class LabelledPlaces:
         """Whether the model's logits are what its head answers, and its loss is the usual one."""
         is_offloaded = hasattr(self._head, "_hf_hook")  # its weight is there during its forward only
         has_usual_loss = self._base.loss_function is ForCausalLMLoss
-        if not isinstance(self._head, nn.Linear) or is_offloaded or not has_usual_loss:
+        # an adapter's or a quantized one's class is another
+        is_linear = type(self._head) is nn.Linear and not is_quantized_tensor(self._head.weight)
+        if not is_linear or is_offloaded or not has_usual_loss:
             return False
         found: list[Tensor] = []
         was_training = model.training
