@@ -846,5 +846,6 @@ def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
     config.base_gguf_file = getattr(model.config, "gguf_file", None) or config.base_gguf_file
 
 
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)
