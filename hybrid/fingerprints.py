@@ -5,11 +5,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
+from hybrid.base_checksum import tensor_sums
 from hybrid.model import HybridModel
-from hybrid.quantized_base import integers, is_quantized_tensor
 
 # of a base's config: where it came from, how it is kept and called, but not what it computes
 _NOT_OF_A_BASE = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
@@ -24,17 +23,12 @@ def of_base(model: PreTrainedModel) -> dict[str, Any]:
     named = model.base_named_parameters() if isinstance(model, HybridModel) else model.named_parameters()
     parameters = list(named)
     config = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_OF_A_BASE}
-    weights = hashlib.sha256()
-    for name, p in parameters:
-        weights.update(f"{name} {list(p.shape)}".encode())
-        if p.device.type != "meta":  # offloaded: its values are elsewhere
-            values = integers(p) if is_quantized_tensor(p) else p.detach()
-            weights.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    sums = tensor_sums(parameters)
     found = {
         "class": type(base).__name__,
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for _, p in parameters})),
         "config": config,
-        "weights": weights.hexdigest(),
+        "weights": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest(),
     }
     return json.loads(json.dumps(found, default=str))
 
