@@ -36,7 +36,9 @@ class _Watch(importlib.abc.MetaPathFinder):
         package, _, inside = name.partition(".")
         if package == "hybrid" and inside.partition(".")[0] not in _LIGHT:
             sys.meta_path.remove(self)
-            _register()  # before the module: none is half imported
+            _register()  # before the module itself, so that it is not half imported then
+            if (module := sys.modules.get(name)) is not None:
+                return ModuleSpec(name, _Imported(module))
         elif name == "transformers":
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)
@@ -44,6 +46,19 @@ class _Watch(importlib.abc.MetaPathFinder):
                 spec.loader = _ThenRegister(spec.loader)
             return spec
         return None
+
+
+class _Imported(importlib.abc.Loader):
+    """Of a module that the registration has imported: it is not run a second time."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 class _ThenRegister(importlib.abc.Loader):

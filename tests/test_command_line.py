@@ -252,6 +252,17 @@ def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F8
     assert python("-c", f"{code}; {load}").stdout == "HybridModel\n"
 
 
+@pytest.mark.parametrize("first", ["hybrid.config", "hybrid.model", "hybrid.sources", "hybrid.train"])
+def test_no_module_is_run_twice(first):
+    code = (
+        f"import importlib, sys; module = importlib.import_module({first!r});"
+        "import hybrid.model, hybrid.config;"
+        f"print(module is sys.modules[{first!r}], module.__spec__.origin is not None,"
+        "hybrid.model.HybridConfig is hybrid.config.HybridConfig is hybrid.HybridConfig)"
+    )
+    assert python("-c", code).stdout.split() == ["True", "True", "True"]
+
+
 def test_a_command_says_nothing_of_other_packages(trained, texts):  # noqa: F811
     command = [
         "-m",
