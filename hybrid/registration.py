@@ -28,41 +28,24 @@ def _register() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Sees the first import for which it is time, and finds nothing itself."""
+    """Sees the first import after which it is time: the others find it, and it is loaded as they say."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, inside = name.partition(".")
-        if package == "hybrid" and inside.partition(".")[0] not in _LIGHT:
-            sys.meta_path.remove(self)
-            _register()  # before the module itself, so that it is not half imported then
-            if (module := sys.modules.get(name)) is not None:
-                return ModuleSpec(name, _Imported(module))
-        elif name == "transformers":
-            sys.meta_path.remove(self)
-            spec = importlib.util.find_spec(name)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _ThenRegister(spec.loader)
-            return spec
-        return None
-
-
-class _Imported(importlib.abc.Loader):
-    """Of a module that the registration has imported: it is not run a second time."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module, self._spec = module, module.__spec__
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self._module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        is_ours = package == "hybrid" and inside.partition(".")[0] not in _LIGHT
+        if not is_ours and name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
 
 
 class _ThenRegister(importlib.abc.Loader):
-    """Another loader, and after it the registration: its package is there, and none of its modules yet."""
+    """Another loader, and after it the registration: before, what it loads would be there in half."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
