@@ -8,15 +8,18 @@ A base that is loaded again has to be the one that was wrapped. Three things see
     on loading    the checksum of all tensors that was saved, compared with those that were loaded
 """
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -24,6 +27,7 @@ from hybrid import base_checksum
 from hybrid.quantized_base import is_quantized
 
 _ADAPTED = ".base_layer"  # peft puts it into the name of a module that it has wrapped
+_ROOM_TO_LOAD = 1.2  # times its bytes, of free memory
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,15 +41,6 @@ def base_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             found = _offloaded(base, name)
             t = t if found is None else found
         yield name.replace(_ADAPTED, ""), t
-
-
-def with_offloaded(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the values of tensors that accelerate keeps on the disk or the CPU."""
-    found = dict(state_dict)
-    for name, t in state_dict.items():
-        if t.device.type == "meta" and (value := _offloaded(model, name)) is not None:
-            found[name] = value
-    return found
 
 
 def checksums(model: Any) -> dict[str, str] | None:
@@ -103,21 +98,50 @@ def changed(model: Any, now: Mapping[str, Tensor], before: Mapping[str, Any]) ->
 def compare_with_files(model: Any, now: Mapping[str, Tensor]) -> str | None | bool:
     """Why the files of the reference do not give this base; None: they do; False: nobody can tell by them."""
     config = model.config
-    if config.base_gguf_file or is_quantized(model.llm_model):
+    if is_quantized(model.llm_model):
         return False
     reference, is_of_hub = config.base_model_name_or_path, not Path(config.base_model_name_or_path).is_dir()
     tensors = {name: _gathered(now, name, t) for name, t in base_tensors(model)}
+    if config.base_gguf_file is not None:
+        return _compare_with_loaded(model, tensors)
     why: str | None | bool = False
-    for revision in (config.base_revision, *(_commits(reference) if is_of_hub else ())):
-        files = _files(reference, revision, config.base_subfolder)
+    for revision, subfolder in _places(config, is_of_hub):
+        files = _files(reference, revision, subfolder)
         found = _compare(tensors, files) if files else False
         if found is None:
             config.base_revision = _commit_of(files[0]) if is_of_hub else None
+            config.base_subfolder = subfolder or None
             return None
         why = why or found
     if is_of_hub and not why and not _files(reference, config.base_revision, config.base_subfolder):
         return f"no files of {reference} are in the hub's cache of this machine to compare it with"
-    return why
+    return why or _compare_with_loaded(model, tensors)
+
+
+def folder_of(config: Any, reference: str) -> Path | None:
+    """Where the base's files are on this machine; None where nobody can tell."""
+    if Path(reference).is_dir():
+        return Path(reference, config.base_subfolder or "")
+    files = _files(reference, config.base_revision, config.base_subfolder)
+    return Path(files[0]).parent if files else None
+
+
+def gguf_file_of(base_config: Any) -> str | None:
+    """The GGUF file that a language model was read from."""
+    how = getattr(base_config, "quantization_config", None)
+    named = how.get("gguf_file") if isinstance(how, dict) else getattr(how, "gguf_file", None)
+    return named or getattr(base_config, "gguf_file", None)
+
+
+def _places(config: Any, is_of_hub: bool) -> Iterator[tuple[str | None, str | None]]:
+    """(commit, subfolder), what the config says first: transformers remembers neither of a model."""
+    reference = config.base_model_name_or_path
+    yield config.base_revision, config.base_subfolder
+    roots = {c: _cache(reference) / c for c in _commits(reference)} if is_of_hub else {None: Path(reference)}
+    for commit, root in roots.items():
+        yield commit, None
+        for folder in sorted(path for path in root.iterdir() if (path / "config.json").is_file()):
+            yield commit, folder.name
 
 
 def _compare(tensors: Mapping[str, Tensor], files: list[str]) -> str | None | bool:
@@ -133,6 +157,33 @@ def _compare(tensors: Mapping[str, Tensor], files: list[str]) -> str | None | bo
     return None
 
 
+def _compare_with_loaded(model: Any, tensors: Mapping[str, Tensor]) -> str | None | bool:
+    """The same for files whose tensors transformers transforms: they are loaded a second time."""
+    if psutil.virtual_memory().available < _ROOM_TO_LOAD * sum(t.nbytes for t in tensors.values()):
+        return "there is no memory to load it a second time and compare"
+    config, own = model.config, copy.deepcopy(model.llm_model.config)
+    if config.base_gguf_file is not None and hasattr(own, "quantization_config"):
+        del own.quantization_config
+    named = {name: getattr(config, f"base_{name}") for name in ("revision", "subfolder", "gguf_file")}
+    where = {name: value for name, value in named.items() if value is not None}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            again = AutoModelForCausalLM.from_pretrained(
+                config.base_model_name_or_path,
+                config=own,
+                dtype=model.llm_model.dtype,
+                local_files_only=True,
+                **where,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError):
+        return False
+    there = again.state_dict()
+    for name, t in tensors.items():
+        if name not in there or not torch.equal(there[name].to(t.dtype), t.detach().cpu()):
+            return f"{name} has other values than where it came from"
+    return None
+
+
 def _difference(name: str, t: Tensor, file: str) -> str | None:
     with safe_open(file, "pt") as opened:
         there = opened.get_tensor(name)
@@ -145,8 +196,11 @@ def _difference(name: str, t: Tensor, file: str) -> str | None:
 
 def _commits(reference: str) -> list[str]:
     """Those of which the hub's cache on this machine has files."""
-    place = Path(HF_HUB_CACHE) / f"models--{reference.replace('/', '--')}" / "snapshots"
-    return sorted(path.name for path in place.glob("*"))
+    return sorted(path.name for path in _cache(reference).glob("*"))
+
+
+def _cache(reference: str) -> Path:
+    return Path(HF_HUB_CACHE) / f"models--{reference.replace('/', '--')}" / "snapshots"
 
 
 def _commit_of(file: str) -> str | None:

@@ -1,30 +1,32 @@
 """A hybrid on disk: config.json and model.safetensors, with the TRMs' tensors or with the whole model.
 
-Files are written into a folder beside the old ones and renamed into their place, so a killed run
-leaves the last good checkpoint.
+Files replace those of a former save all at once (saved_folder.py).
 """
 
 import copy
+import difflib
+import inspect
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from hybrid import base_reference
+from hybrid import base_reference, saved_folder
 from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import read_json_object
 from hybrid.local_paths import check_folder
+from hybrid.modeling_file import AUTO_MAP, write_modeling_file
 from hybrid.quantized_base import as_it_was, is_quantized
+from hybrid.saved_tokenizer import copy_tokenizer, has_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -63,21 +65,84 @@ def save(
             )
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", folder.name)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     reference = model.config.base_model_name_or_path
     model.config.base_model_name_or_path = None if save_base else reference
-    model.config.base_checksums = None if save_base else base_reference.checksums(model)
+    model.config.base_checksums = None if save_base else _digests(model)
     model.config.base_is_frozen = not any(p.requires_grad for _, p in model.base_named_parameters())
+    push = kwargs.pop("push_to_hub", False)
+    hub = {name: kwargs.pop(name) for name in _OF_UPLOAD if name in kwargs}
+    is_own_code = not model.config.auto_map  # a subclass of the user's may have another
+    tokenizer_of = [] if has_tokenizer(folder) else _places_of_tokenizer(model.config, reference)
+
+    def write_all(place: Path) -> None:
+        if is_own_code:
+            write_modeling_file(place)
+        copy_tokenizer(tokenizer_of, place)
+        _write(model, write, place, state_dict, *args, **kwargs)
+
+    if is_own_code:
+        model.config.auto_map = AUTO_MAP
     try:
-        write(beside, True, state_dict, *args, **kwargs)
-        _move(beside, folder)
+        saved_folder.replace(folder, write_all)
     finally:
         model.config.base_model_name_or_path = reference
-        shutil.rmtree(beside, ignore_errors=True)
+        if is_own_code:
+            del model.config.auto_map
+    if push:
+        _push(model, hub.pop("repo_id", folder.name), save_base, hub, kwargs)
+
+
+def _digests(model: Any) -> dict[str, str] | None:
+    """The base's checksums, made once: before each save it is compared with what it was."""
+    known = model.__dict__.setdefault("_base_digests", {})
+    if model.config.base_model_name_or_path is None:  # with nothing
+        known.clear()
+    dtype = model.llm_model.dtype
+    if dtype not in known:
+        known[dtype] = base_reference.checksums(model)
+    found: dict[str, str] | None = known[dtype]
+    return found
+
+
+_OF_UPLOAD = ("repo_id", "commit_message", "create_pr", "private", "token", "revision", "tags")
+
+
+def _push(model: Any, repo_id: str, is_whole: bool, hub: dict[str, Any], others: dict[str, Any]) -> None:
+    """transformers saves once more, into a folder of its own, and uploads all of that; as this save was."""
+    sizes = {"max_shard_size": others["max_shard_size"]} if "max_shard_size" in others else {}
+    model.save_pretrained = partial(model.save_pretrained, save_base=is_whole)
+    try:
+        model.push_to_hub(repo_id, **hub, **sizes)
+    finally:
+        del model.save_pretrained
+
+
+def _write(
+    model: Any,
+    write: Callable[..., None],
+    place: Path,
+    state_dict: Mapping[str, Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """transformers' save_pretrained, told that it has to fetch the tensors that are offloaded."""
+    is_offloaded = any(t.device.type == "meta" for t in state_dict.values())
+    if is_offloaded:
+        model.hf_device_map = {"": "disk"}
+    try:
+        write(place, True, dict(state_dict), *args, **kwargs)
+    finally:
+        if is_offloaded:
+            del model.hf_device_map
+
+
+def _places_of_tokenizer(config: HybridConfig, reference: str | None) -> list[tuple[Path, str | None]]:
+    """The hybrid's own folder, where it was loaded from one; then the language model's."""
+    own = Path(config.name_or_path or "nowhere")
+    places: list[tuple[Path, str | None]] = [(own, None)] if own.is_dir() else []
+    if reference is not None and (folder := base_reference.folder_of(config, reference)) is not None:
+        places.append((folder, config.base_gguf_file))
+    return places
 
 
 def load(
@@ -90,20 +155,35 @@ def load(
     **kwargs: Any,
 ) -> Any:
     """HybridModel.from_pretrained: the base by reference and the TRMs' tensors, or the whole model."""
+    with saved_folder.as_saved(path) as place:
+        return _load(cls, load_whole, place, *args, config=config, llm_model=llm_model, **kwargs)
+
+
+def _load(
+    cls: Any,
+    load_whole: Callable[..., Any],
+    path: str,
+    *args: Any,
+    config: HybridConfig | None,
+    llm_model: Any,
+    **kwargs: Any,
+) -> Any:
     hub = {name: kwargs[name] for name in (*_PLACE_OF_TRM, *_HUB) if name in kwargs}
     if config is None:
         check_folder("a saved hybrid", path)
         config = HybridConfig.from_pretrained(path, **hub)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
     config.update(fields)
+    _take_settings(config, kwargs)
     if llm_model is None:
         if config.base_model_name_or_path is None:
+            _refuse_no_numbers(_read(path, hub, is_trm_key), path)  # which would be cast without a word
             return _load_whole(load_whole, path, *args, config=config, **kwargs)
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
         if Path(config.base_model_name_or_path).resolve() == Path(path).resolve():
             raise ValueError(f"HybridModel: expected the base of {path} elsewhere, got the same folder.")
         try:
-            if config.base_gguf_file is None:
+            if config.base_gguf_file is None and config.base_subfolder is None:
                 check_folder("the base model", config.base_model_name_or_path)
         except ValueError as error:
             raise ValueError(f"HybridModel: {_first_line(error)}. Pass llm_model= if it has moved.") from None
@@ -116,7 +196,6 @@ def load(
                 f"{_first_line(error)}. Pass llm_model= if it has moved."
             ) from error
     tensors = _read(path, hub)
-    tensors.pop(DRAWS, None)  # a run that resumes reads it; this is a model for a new one
     model = cls(config=config, llm_model=llm_model)
     base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
     _fill(model, tensors, path)
@@ -135,12 +214,68 @@ def _reference_of(config: HybridConfig, given: dict[str, Any]) -> dict[str, Any]
         find |= {n: value for n, value in found.items() if n != "gguf_file"}
         if config.base_gguf_file is None:
             found |= as_it_was(config.base_config, name, **find)
-    if config.base_gguf_file is None and config.base_config is not None and "config" not in given:
+    if config.base_config is not None and "config" not in given:
         # sizes and positions that were chosen when it was loaded are chosen again
         found["config"] = copy.deepcopy(config.base_config)
-        if "quantization_config" in {**given, **found} and hasattr(found["config"], "quantization_config"):
+        is_gguf = config.base_gguf_file is not None
+        if is_gguf and given.get("dtype", given.get("torch_dtype")) in (None, "auto"):
+            found["dtype"] = config.base_config.dtype  # else the file's own
+        if (is_gguf or "quantization_config" in {**given, **found}) and hasattr(
+            found["config"], "quantization_config"
+        ):
             del found["config"].quantization_config
     return found
+
+
+def _take_settings(config: HybridConfig, kwargs: dict[str, Any]) -> None:
+    """Settings of the language model among the keywords (use_cache=False) are set, strange ones refused."""
+    known = _ARGUMENTS | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    for name in [name for name in kwargs if name not in known and not name.startswith("_")]:
+        if hasattr(config, name):
+            setattr(config, name, kwargs.pop(name))
+            continue
+        near = difflib.get_close_matches(name, [*trm_fields(type(config)), *sorted(known)], n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"HybridModel.from_pretrained: there is no field or argument {name!r}{hint}")
+
+
+# what transformers' from_pretrained takes (5.17 to 5.23), besides its signature
+_ARGUMENTS = {
+    "adapter_kwargs",
+    "adapter_name",
+    "allow_all_kernels",
+    "attn_implementation",
+    "code_revision",
+    "device_map",
+    "device_mesh",
+    "disable_mmap",
+    "distributed_config",
+    "dtype",
+    "experts_implementation",
+    "fusion_config",
+    "generation_config",
+    "gguf_file",
+    "kernel_config",
+    "key_mapping",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "mirror",
+    "offload_buffers",
+    "offload_folder",
+    "offload_state_dict",
+    "output_loading_info",
+    "proxies",
+    "quantization_config",
+    "state_dict",
+    "subfolder",
+    "torch_dtype",
+    "tp_plan",
+    "tp_size",
+    "tqdm_class",
+    "trust_remote_code",
+    "use_kernels",
+    "variant",
+}
 
 
 def _as_saved(model: Any, path: Any, config: HybridConfig, hub: dict[str, Any]) -> Any:
@@ -173,8 +308,11 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
     return (model, info) if wants_info else model
 
 
-def _read(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, or of the shards that an index names."""
+def _read(
+    path: str | os.PathLike[str], hub: dict[str, Any], is_wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """Tensors of one safetensors file, or of the shards that an index names; but for the number of
+    draws, which a run that resumes reads: this is a model for a new one."""
     find = {**hub, "_raise_exceptions_for_missing_entries": False}
     if file := cached_file(path, SAFE_WEIGHTS_NAME, **find):
         files = [file]
@@ -185,7 +323,9 @@ def _read(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            tensors |= load_file(file)
+            with safe_open(file, "pt") as opened:
+                names = [n for n in opened.keys() if n != DRAWS and is_wanted(n)]  # noqa: SIM118  no dict
+                tensors |= {name: opened.get_tensor(name) for name in names}
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(_damaged(file, error)) from error
     return tensors
@@ -206,12 +346,8 @@ def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:
             f"HybridModel: {path}: expected tensors of the TRMs alone beside a base that is loaded from "
             f"elsewhere, got {of_base[0]}."
         )
+    _refuse_no_numbers(tensors, path)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(
-                f"HybridModel: {path}: {name}: expected floating numbers, got "
-                f"{'some that are none' if tensor.is_floating_point() else tensor.dtype}."
-            )
         if tensor.shape != wanted[name].shape:
             raise ValueError(
                 f"HybridModel: {path}: {name}: "
@@ -220,18 +356,13 @@ def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def _move(source: Path, target: Path) -> None:
-    """Rename every file of `source` into `target`, the config last, and drop weights of a former save."""
-    names = sorted((p.name for p in source.iterdir()), key=lambda name: name == "config.json")
-    for name in names:
-        os.replace(source / name, target / name)
-    for old in (
-        *target.glob("model-*-of-*.safetensors"),
-        target / SAFE_WEIGHTS_INDEX_NAME,
-        target / SAFE_WEIGHTS_NAME,
-    ):
-        if old.name not in names:
-            old.unlink(missing_ok=True)
+def _refuse_no_numbers(tensors: Mapping[str, Tensor], path: Any) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(
+                f"HybridModel: {path}: {name}: expected floating numbers, got "
+                f"{'some that are none' if tensor.is_floating_point() else tensor.dtype}."
+            )
 
 
 def _refuse_another_model(folder: Path) -> None:

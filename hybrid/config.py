@@ -20,6 +20,7 @@ from hybrid.config_values import (
     read_json_object,
     short,
 )
+from hybrid.modeling_file import AUTO_MAP
 from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
 from trm_kernels.ops.saved_bytes import SAVES
 from trm_kernels.quantize import QUANTIZE
@@ -208,6 +209,8 @@ class HybridConfig(PreTrainedConfig):
         self.base_gguf_file = base_gguf_file
         self.base_checksums = base_checksums
         self.base_is_frozen = base_is_frozen
+        if kwargs.get("auto_map") == AUTO_MAP:  # says to others where this class is
+            del kwargs["auto_map"]
         for name in kwargs:
             self._refuse_misspelt(name, base_config)
         of_base = {name: kwargs.pop(name) for name in list(kwargs) if self._is_bases_when_given(name)}
@@ -377,6 +380,10 @@ class HybridConfig(PreTrainedConfig):
 
     # As dictionaries and files
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: transformers would copy this file beside each saved model; see modeling_file.py."""
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, and beside them the language model's (`hidden_size`, ...), which tools look up there.
 
@@ -407,6 +414,7 @@ class HybridConfig(PreTrainedConfig):
     def check_base(self, base_config: PreTrainedConfig) -> None:
         """Refuse a base that has no place for the injection points."""
         num_layers = base_config.get_text_config(decoder=True).num_hidden_layers
+        check_steps("HybridConfig", "num_hidden_layers of the base", num_layers)
         if not self.injection_layers:
             raise ValueError("HybridConfig: expected at least one injection layer, got injection_layers=[].")
         if self.injection_layers[-1] > num_layers:

@@ -35,11 +35,16 @@ def remove_left_over(folder: Path, names: str) -> None:
 
     names   of the files that it would have been, as a regular expression
     """
-    left = re.compile(rf"{re.escape(f'{SAVING}{platform.node()}-')}(\d+)-(?:{names})")
+    left = re.compile(rf"{re.escape(SAVING)}.*-\d+-(?:{names})")
     for path in folder.glob(f"{SAVING}*"):
-        found = left.fullmatch(path.name)
-        if found and not psutil.pid_exists(int(found[1])):
+        if left.fullmatch(path.name) and has_ended(path.name):
             path.unlink(missing_ok=True)
+
+
+def has_ended(name: str) -> bool:
+    """Whether a name that `beside` gave is of a process of this machine that has ended."""
+    found = re.match(rf"{re.escape(f'{SAVING}{platform.node()}-')}(\d+)-", name)
+    return found is not None and not psutil.pid_exists(int(found[1]))
 
 
 def sync_folder(folder: Path) -> None:

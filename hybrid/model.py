@@ -35,6 +35,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from hybrid import base_checksum, base_reference, checkpoint
+from hybrid.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.backbone import Backbone
 from hybrid.cache import keeps_steps, leave_to_base, make_room
 from hybrid.config import HybridConfig, trm_fields
@@ -111,6 +112,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         if llm_model is None:
             llm_model = _unloaded_base(config)
         _check_base(llm_model)
+        came = AsItCame.of(llm_model)
         config = copy.deepcopy(config)
         _refer_to(llm_model, config)
         config.base_config = llm_model.config
@@ -132,8 +134,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._warned_of_float16 = False
         self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
-        self._required_grad = {name: p.requires_grad for name, p in llm_model.named_parameters()}
-        self._is_unwrapped = False
+        self._came = came
         attach(llm_model, config)
         tell_peft()
         keep_gradients(llm_model)
@@ -264,8 +265,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
         when an injection did not happen, or for halting with gradient or under torch.compile.
         """
-        if self._is_unwrapped:
-            raise ValueError("HybridModel: expected a model that is whole, got one that was unwrapped.")
         inputs = _inputs_of(input_ids, inputs_embeds)
         rule = self._rule(halting)
         if isinstance(rule, TokenHalting):
@@ -637,7 +636,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         give this base again.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        state_dict = base_reference.with_offloaded(self, state_dict)
         if self._draws:  # a resumed run goes on from here
             state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
         if not is_main_process:
@@ -698,6 +696,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: transformers would copy this file beside each saved model; see modeling_file.py."""
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -716,15 +718,16 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def unwrap(self) -> PreTrainedModel:
         """Take the TRMs out of the language model and give it back as it came: no hook or module is left.
 
-        Its parameters require gradients as they did before it was wrapped. This model is of no use then.
+        Its config and loss are those of before, and its parameters require gradients as they did. What was
+        trained of them stays. This model is of no use then: whatever it is asked is a ValueError.
         """
-        detach(self.llm_model)
-        remove_lora(self.llm_model)
-        for name, parameter in self.llm_model.named_parameters():
-            parameter.requires_grad_(self._required_grad.get(name, parameter.requires_grad))
-        base = self.llm_model
-        self.injection_enabled = False
-        self._is_unwrapped = True
+        base: Any = self.llm_model
+        detach(base)
+        remove_lora(base)
+        if has_checkpoints(base) and not self._came.has_checkpoints:
+            base.gradient_checkpointing_disable()
+        self._came.restore(base)
+        self._modules["llm_model"] = GivenBack()
         return base
 
     # What transformers asks of a model
@@ -843,7 +846,7 @@ def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
     if reference != config.base_model_name_or_path:  # else what was read from a file says more
         config.base_subfolder = config.base_gguf_file = config.base_revision = None
     config.base_model_name_or_path = reference
-    config.base_gguf_file = getattr(model.config, "gguf_file", None) or config.base_gguf_file
+    config.base_gguf_file = base_reference.gguf_file_of(model.config) or config.base_gguf_file
 
 
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hybrid import HybridModel, base_checksum
+from hybrid import HybridConfig, HybridModel, base_checksum
 from hybrid.base_reference import base_tensors
 from tests.tiny import awaken, tiny_base, tiny_config, tokens
 
@@ -59,10 +59,24 @@ def test_each_value_counts_and_its_place(dtype, size):
 
 def test_devices_that_have_no_integer_dot_get_the_same_sums():
     words = torch.arange(3 * 2**17 + 77) * 1_000_003
-    weights = torch.from_numpy(base_checksum._odd_numbers(0, 2**17))
-    whole = (words[: 3 * 2**17].view(-1, 2**17) * weights).sum(1)
-    rest = (words[3 * 2**17 :] * weights[:77]).sum()
-    assert torch.equal(torch.cat(base_checksum._chunk_sums(words)), torch.cat([whole, rest[None]]))
+    low, high = base_checksum._weights(words.device)
+    whole, rest = words[: 3 * 2**17].view(-1, 2**17), words[3 * 2**17 :]
+    of_whole = (whole * low + (whole >> 32) * high).sum(1)
+    of_rest = (rest * low[:77] + (rest >> 32) * high[:77]).sum()
+    found = torch.cat(base_checksum._chunk_sums(words))
+    assert torch.equal(found, torch.cat([of_whole, of_rest[None]]))
+
+
+@pytest.mark.parametrize("column", [0, 1, 6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_column_of_turned_signs_is_seen(column, dtype):
+    """All changes are in the same bits of their words, the uppermost of them for some columns."""
+    t = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = base_checksum.tensor_sums([("t", t)])
+    for change in (-1, 2):
+        other = t.clone()
+        other[:, column] *= change
+        assert base_checksum.tensor_sums([("t", other)]) != before
 
 
 # What was done to the base
@@ -92,6 +106,14 @@ def test_what_was_overridden_when_it_was_loaded(folder, tmp_path):
     check_comes_back(wrapped(loaded(folder, rms_norm_eps=0.5)), tmp_path / "hybrid", is_whole_then=False)
 
 
+def test_a_change_after_a_save_is_noticed(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    check_comes_back(hybrid, tmp_path / "hybrid", is_whole_then=False)
+    with torch.no_grad():
+        hybrid.llm_model.lm_head.weight[:, 1].neg_()
+    check_comes_back(hybrid, tmp_path / "hybrid", is_whole_then=True)
+
+
 def test_only_the_trm_is_asked_for_where_the_base_would_be_lost(folder, tmp_path):
     hybrid = wrapped(loaded(folder))
     with torch.no_grad():
@@ -118,6 +140,51 @@ def test_another_base_in_its_place_is_refused(folder, tmp_path):
 def test_the_same_base_in_another_dtype_is_the_same(folder, tmp_path, dtype):
     wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
     assert loaded(tmp_path / "hybrid", dtype=dtype).llm_model.dtype == dtype
+
+
+# Where it came from
+
+
+def test_a_subfolder_is_found(folder, tmp_path):
+    tiny_base(seed=1).save_pretrained(folder / "second")
+    hybrid = wrapped(loaded(folder, subfolder="second"))
+    check_comes_back(hybrid, tmp_path / "hybrid", is_whole_then=False)
+    assert HybridConfig.from_pretrained(tmp_path / "hybrid").base_subfolder == "second"
+    (folder / "config.json").unlink()  # the other one is not needed
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(loaded(tmp_path / "hybrid")(tokens()).logits, hybrid(tokens()).logits)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_files_that_are_no_safetensors_are_loaded_again(folder, tmp_path, is_changed):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    base = loaded(folder)
+    if is_changed:
+        with torch.no_grad():
+            base.model.norm.weight[3] += 1
+    check_comes_back(wrapped(base), tmp_path / "hybrid", is_whole_then=is_changed)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_gguf_file_is_read_again(tmp_path, is_changed):
+    pytest.importorskip("gguf", reason="the extra trm-hybrid[gguf] is not installed")
+    from tests.test_gguf_base import WORDS, tiny_llama, write_gguf
+
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    base = loaded(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    if is_changed:
+        with torch.no_grad():
+            base.model.norm.weight[3] += 1
+    hybrid = awaken(HybridModel(llm_model=base, config=tiny_config(injection_layers=[1]))).eval()
+    check_comes_back(hybrid, tmp_path / "hybrid", is_changed, tokens() % len(WORDS))
+
+
+def test_without_memory_to_load_it_again_it_is_saved(folder, tmp_path, monkeypatch):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr("hybrid.base_reference._ROOM_TO_LOAD", 1e15)
+    check_comes_back(wrapped(loaded(folder)), tmp_path / "hybrid", is_whole_then=True)
 
 
 # Where it is saved

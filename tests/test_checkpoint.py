@@ -238,7 +238,7 @@ model.save_pretrained({str(folder)!r})
 
 def test_no_pickle_is_read_or_written(saved):
     _, folder = saved
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".safetensors", ".py"}
 
 
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
