@@ -409,6 +409,20 @@ def test_eval_runs_tasks_of_lm_eval(trained, monkeypatch, capsys):
     assert calls["pretrained"].config.num_recursion_steps == 2
 
 
+def test_a_task_that_lm_eval_does_not_have_is_named(trained, monkeypatch, capsys):
+    def evaluate(model, tasks):
+        raise KeyError(f"Missing task {tasks[0]!r}")
+
+    harness = types.ModuleType("lm_eval")
+    harness.simple_evaluate = evaluate
+    models, huggingface = types.ModuleType("lm_eval.models"), types.ModuleType("lm_eval.models.huggingface")
+    huggingface.HFLM = lambda **given: None
+    for module in (harness, models, huggingface):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["eval", "--model", str(trained), "--tasks", "piqqa"]) == 2
+    assert "expected --tasks that lm-eval has, got 'piqqa'" in capsys.readouterr().err
+
+
 def counts_of(out):
     rows = re.findall(r"^(\S.*?) {2,}([\d,]+)$", out, flags=re.MULTILINE)
     return {name: int(number.replace(",", "")) for name, number in rows}
