@@ -63,8 +63,8 @@ def check_loaded(model: Any, expected: Mapping[str, str] | None, reference: str)
         return  # another process has the values, and compares them
     own = str(model.llm_model.dtype).removeprefix("torch.")
     dtype = own if own in expected else next(iter(expected))
-    if own not in expected and model.llm_model.dtype.itemsize < getattr(torch, dtype).itemsize:
-        return  # in a narrow dtype of which nothing was kept
+    if own not in expected and model.llm_model.dtype.itemsize <= getattr(torch, dtype).itemsize:
+        return  # in a dtype of which nothing was kept, and from which that of the save cannot be had
     if base_checksum.digest(base_tensors(model), getattr(torch, dtype)) != expected[dtype]:
         raise ValueError(
             f"HybridModel: expected the base that this hybrid was saved with ({reference}, checksum "
@@ -79,20 +79,24 @@ def changed(model: Any, now: Mapping[str, Tensor], before: Mapping[str, Any]) ->
     now      the model's state dict, where it was gathered from several processes
     before   base_checksum.tensor_sums of when it was wrapped
     """
-    was_cast = False
+    was_cast, seen = False, set()
     for name, parameter in base_tensors(model):
         t = _gathered(now, name, parameter)
-        if name not in before or t.device.type == "meta":
-            if t.requires_grad or parameter.requires_grad:
+        seen.add(name)
+        if t.device.type == "meta":
+            if parameter.requires_grad:
                 return name, was_cast
             continue
+        if name not in before:  # a bias that was added, a head that was untied
+            return name, was_cast
         ((_, found),) = base_checksum.tensor_sums([(name, t)]).items()
         if found != before[name]:
             is_cast = found[0] != before[name][0] and found[1] == before[name][1]
             if not is_cast:
                 return name, was_cast
             was_cast = True
-    return None, was_cast
+    gone = sorted(before.keys() - seen)  # a layer that was taken out, a head that was tied
+    return (gone[0] if gone else None), was_cast
 
 
 def compare_with_files(model: Any, now: Mapping[str, Tensor]) -> str | None | bool:

@@ -7,8 +7,8 @@ import copy
 import difflib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,20 @@ import safetensors
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hybrid import base_reference, saved_folder
 from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import read_json_object
 from hybrid.local_paths import check_folder
+from hybrid.lora import is_merged
 from hybrid.modeling_file import AUTO_MAP, write_modeling_file
 from hybrid.quantized_base import as_it_was, is_quantized
 from hybrid.saved_tokenizer import copy_tokenizer, has_tokenizer
@@ -33,6 +40,7 @@ logger = logging.get_logger(__name__)
 # what says where the TRM's files are, and not how the base is to be loaded
 _PLACE_OF_TRM = ("revision", "subfolder")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+SAVING = threading.RLock()  # one save at a time in a process
 DRAWS = "trm_draws"  # among the tensors, [1] int64: how often training drew a number of recursion steps
 
 
@@ -50,12 +58,16 @@ def save(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Write `model` into `folder` by transformers' own save_pretrained, then rename into place."""
+    """Write `model` into `folder` by transformers' own save_pretrained, then rename into place.
+
+    Under SAVING: what is being saved stands in the model's config while it is written.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")
     base_reference.refuse_bases_folder(folder, model.config)
     _refuse_another_model(folder)
+    _check_complete(model, state_dict, save_base, kwargs)
     if save_base:
         if is_quantized(model.llm_model):
             raise ValueError(
@@ -68,6 +80,7 @@ def save(
     reference = model.config.base_model_name_or_path
     model.config.base_model_name_or_path = None if save_base else reference
     model.config.base_checksums = None if save_base else _digests(model)
+    model.llm_model.config.dtype = model.llm_model.dtype  # as it is now, for the next load
     model.config.base_is_frozen = not any(p.requires_grad for _, p in model.base_named_parameters())
     push = kwargs.pop("push_to_hub", False)
     hub = {name: kwargs.pop(name) for name in _OF_UPLOAD if name in kwargs}
@@ -190,7 +203,9 @@ def _load(
         try:
             of_base |= _reference_of(config, of_base)
             llm_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **of_base)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "mismatched" not in str(error):
+                raise  # else tensors of other sizes than the config's
             raise ValueError(
                 f"HybridModel: expected the base model at {config.base_model_name_or_path!r}, got: "
                 f"{_first_line(error)}. Pass llm_model= if it has moved."
@@ -280,8 +295,10 @@ _ARGUMENTS = {
 
 def _as_saved(model: Any, path: Any, config: HybridConfig, hub: dict[str, Any]) -> Any:
     """The model in eval mode, with the settings of generation and the frozen base that it was saved with."""
-    with suppress(OSError):  # a folder of before there was one: its base's stay
-        model.generation_config = GenerationConfig.from_pretrained(path, **hub)
+    file = cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if file is not None:  # a folder of before there was one: its base's stay
+        settings = read_json_object(file, "settings of generation")
+        model.generation_config = GenerationConfig.from_dict(settings)
     if config.base_is_frozen:
         model.freeze_base()
         logger.info("The base is frozen, as it was saved: model.requires_grad_(True) lets it learn.")
@@ -358,7 +375,7 @@ def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:
 
 def _refuse_no_numbers(tensors: Mapping[str, Tensor], path: Any) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():  # as it is cast, at most
             raise ValueError(
                 f"HybridModel: {path}: {name}: expected floating numbers, got "
                 f"{'some that are none' if tensor.is_floating_point() else tensor.dtype}."
@@ -368,13 +385,43 @@ def _refuse_no_numbers(tensors: Mapping[str, Tensor], path: Any) -> None:
 def _refuse_another_model(folder: Path) -> None:
     """ValueError where the folder holds a model that is no hybrid."""
     config = folder / "config.json"
-    if not config.is_file():
+    if config.is_file():
+        fields = read_json_object(config, "a model's fields")
+        if fields.get("model_type") == HybridConfig.model_type or "trm_hidden_size" in fields:  # a subclass's
+            return
+        what = f"a model of the type {fields.get('model_type')!r}"
+    elif weights := sorted(path.name for end in _WEIGHTS for path in folder.glob(end)):
+        what = f"{weights[0]} without a hybrid's config.json"
+    else:
         return
-    kind = read_json_object(config, "a model's fields").get("model_type")
-    if kind != HybridConfig.model_type:
+    raise ValueError(
+        f"save_pretrained: expected an empty folder or one of a saved hybrid, got {folder}, which holds "
+        f"{what}."
+    )
+
+
+_WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin")
+
+
+def _check_complete(model: Any, state_dict: Mapping[str, Tensor], save_base: bool, given: Any) -> None:
+    """ValueError where what would be written could not be loaded again; nothing was written then."""
+    if given.get("variant") is not None:
         raise ValueError(
-            f"save_pretrained: expected an empty folder or one of a saved hybrid, got {folder}, which holds "
-            f"a model of the type {kind!r}."
+            f"save_pretrained: expected no variant, got {given['variant']!r}: a hybrid is looked for in "
+            f"{SAFE_WEIGHTS_NAME}."
+        )
+    if is_merged(model.llm_model):
+        raise ValueError(
+            "save_pretrained: expected LoRA beside the base's weights (lora_rank), got some that is merged "
+            "into them: unmerge() first, or it would be counted twice."
+        )
+    wanted = [name for name in model.state_dict() if is_trm_key(name)]
+    if save_base:
+        wanted += [f"llm_model.{name}" for name, _ in base_reference.base_tensors(model)]
+    of_adapted = {name.replace(".base_layer", "") for name in state_dict}
+    if missing := [n for n in wanted if n not in state_dict and n not in of_adapted]:
+        raise ValueError(
+            f"save_pretrained: expected a state_dict with all tensors, got one without {missing[0]}."
         )
 
 

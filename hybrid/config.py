@@ -209,6 +209,7 @@ class HybridConfig(PreTrainedConfig):
         self.base_gguf_file = base_gguf_file
         self.base_checksums = base_checksums
         self.base_is_frozen = base_is_frozen
+        self._check_reference()
         if kwargs.get("auto_map") == AUTO_MAP:  # says to others where this class is
             del kwargs["auto_map"]
         for name in kwargs:
@@ -421,6 +422,26 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"HybridConfig: expected injection_layers in 0..{num_layers} for a base of {num_layers} "
                 f"layers, got {self.injection_layers}."
+            )
+
+    def _check_reference(self) -> None:
+        """What a file says of the base."""
+        for name in ("base_revision", "base_subfolder", "base_gguf_file"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be a name or None, got {short(getattr(self, name))}."
+                )
+        sums = self.base_checksums
+        is_sums = isinstance(sums, dict) and all(
+            key in TRM_DTYPES | {"float64": torch.float64} and isinstance(value, str)
+            for key, value in sums.items()
+        )
+        if sums is not None and not is_sums:
+            raise ValueError(f"HybridConfig: expected base_checksums to be text by dtype, got {short(sums)}.")
+        if not isinstance(self.base_is_frozen, bool):
+            raise ValueError(
+                "HybridConfig: expected base_is_frozen to be True or False, "
+                f"got {short(self.base_is_frozen)}."
             )
 
     def _check(self) -> None:

@@ -28,9 +28,16 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter's product is in the weights of a layer at the moment, as peft's merge() puts it."""
+    return any(ADAPTER in getattr(m, "merged_adapters", ()) for m in model.modules())
+
+
 def remove_lora(model: nn.Module) -> None:
-    """Put the layers back that `add_lora` wrapped."""
+    """Put the layers back that `add_lora` wrapped, without what was merged into them."""
     for name, layer in [(n, m) for n, m in model.named_modules() if ADAPTER in getattr(m, "lora_A", {})]:
+        if layer.merged:
+            layer.unmerge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
     if hasattr(model, "peft_config"):

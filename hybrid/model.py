@@ -640,20 +640,27 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
         if not is_main_process:
             return
-        if save_base is not False and self.config.lora_rank is None:
+        with checkpoint.SAVING:
+            save_base = self._saves_base(save_base, state_dict)
+            write = super().save_pretrained
+            checkpoint.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
+
+    def _saves_base(self, asked: bool | None, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether the base is saved with the TRM. Errors: see save_pretrained."""
+        if asked is not False and self.config.lora_rank is None:
             checkpoint.refuse_adapters(name for name, _ in self.base_named_parameters())
-        if save_base is not True:
-            why = self._why_base_is_lost(state_dict)
-            has_reference = self.config.base_model_name_or_path is not None
-            if why is not None and save_base is False and has_reference:
-                raise ValueError(
-                    "save_pretrained: save_base=False expected a base that can be loaded again from "
-                    f"{self.config.base_model_name_or_path}, but {why}."
-                )
-            if why is not None and save_base is None and has_reference:
-                logger.warning(f"The base is saved with the TRM, for {why}.")
-            save_base = why is not None and save_base is None
-        checkpoint.save(self, super().save_pretrained, save_directory, save_base, state_dict, *args, **kwargs)
+        if asked is True:
+            return True
+        why = self._why_base_is_lost(state_dict)
+        has_reference = self.config.base_model_name_or_path is not None
+        if why is not None and asked is False and has_reference:
+            raise ValueError(
+                "save_pretrained: save_base=False expected a base that can be loaded again from "
+                f"{self.config.base_model_name_or_path}, but {why}."
+            )
+        if why is not None and asked is None and has_reference:
+            logger.warning(f"The base is saved with the TRM, for {why}.")
+        return why is not None and asked is None
 
     def _why_base_is_lost(self, state_dict: Mapping[str, Tensor]) -> str | None:
         """Why what the config refers to would not give this base; None: it does, or loading will tell."""

@@ -86,7 +86,15 @@ def _is_cut(ready: Path) -> bool:
 
 
 def _names(ready: Path) -> list[str]:
-    found = json.loads((ready / _NAMES).read_text(encoding="utf-8"))
+    try:
+        found = json.loads((ready / _NAMES).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            f"expected the list of a save's files in {ready / _NAMES}, got something else. Without the "
+            f"folder {ready.name} that save is gone, and others can be made."
+        )
     return [name for name in found if name != _CONFIG and Path(name).name == name]
 
 

@@ -1,5 +1,8 @@
 """The base that is loaded again is the one that was wrapped, or one sentence says why not."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -271,3 +274,129 @@ def test_unwrap_gives_the_base_back(folder):
 def test_every_tensor_of_a_file_is_looked_at(folder):
     hybrid = wrapped(loaded(folder))
     assert dict(base_tensors(hybrid)).keys() == load_file(folder / "model.safetensors").keys()
+
+
+def add_a_bias(base):
+    base.lm_head.bias = torch.nn.Parameter(torch.randn(base.lm_head.out_features), requires_grad=False)
+
+
+def tie(base):
+    base.lm_head.weight = base.model.embed_tokens.weight
+
+
+def take_a_norm_out(base):
+    base.model.norm = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("change", [add_a_bias, tie, take_a_norm_out])
+def test_a_tensor_that_came_or_went_after_a_save(folder, tmp_path, change):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    change(hybrid.llm_model)
+    with pytest.raises(ValueError, match="has changed since it was wrapped"):
+        hybrid.save_pretrained(tmp_path / "hybrid", save_base=False)
+    hybrid.save_pretrained(tmp_path / "whole")
+    assert is_whole(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("save_base", [None, True])
+@pytest.mark.parametrize("lack", ["all", "trm"])
+def test_a_state_dict_that_lacks_tensors_is_refused_and_nothing_lost(folder, tmp_path, save_base, lack):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    before = (tmp_path / "hybrid" / "model.safetensors").read_bytes()
+    some = {} if lack == "all" else {n: t for n, t in hybrid.state_dict().items() if "trm" not in n}
+    with pytest.raises(ValueError, match="expected a state_dict with all tensors"):
+        hybrid.save_pretrained(tmp_path / "hybrid", state_dict=some, save_base=save_base)
+    with pytest.raises(ValueError, match="expected no variant, got 'x'"):
+        hybrid.save_pretrained(tmp_path / "hybrid", variant="x")
+    assert (tmp_path / "hybrid" / "model.safetensors").read_bytes() == before
+
+
+def test_weights_without_a_config_are_not_overwritten(folder, tmp_path):
+    (tmp_path / "hybrid").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "hybrid" / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"which holds model-00001-of-00002.safetensors without a hybrid's"):
+        wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+
+
+@torch.no_grad()
+def test_threads_that_save_one_model_do_not_meet(folder, tmp_path):
+    hybrid = wrapped(loaded(folder))
+    want = hybrid(tokens()).logits
+    reference = hybrid.config.base_model_name_or_path
+
+    def save(i):
+        hybrid.save_pretrained(tmp_path / str(i % 4), save_base=True if i % 2 else None)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(save, range(16)))
+    assert hybrid.config.base_model_name_or_path == reference
+    for i in range(4):
+        assert is_whole(tmp_path / str(i)) == bool(i % 2)
+        assert torch.equal(loaded(tmp_path / str(i))(tokens()).logits, want)
+
+
+@torch.no_grad()
+def test_lora_that_is_merged_would_count_twice(folder, tmp_path):
+    base, ids = loaded(folder), tokens()
+    want = base(ids).logits
+    hybrid = HybridModel(llm_model=base, config=tiny_config(lora_rank=2)).eval()
+    for name, p in hybrid.named_parameters():
+        if "lora_B" in name:
+            p.normal_()
+    for module in hybrid.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    with pytest.raises(ValueError, match="got some that is merged"):
+        hybrid.save_pretrained(tmp_path / "hybrid")
+    assert not (tmp_path / "hybrid").exists()
+    torch.testing.assert_close(hybrid.unwrap()(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_that_was_cast_comes_back_in_its_dtype(folder, tmp_path):
+    check_comes_back(wrapped(loaded(folder)).bfloat16(), tmp_path / "hybrid", is_whole_then=False)
+
+
+def test_a_base_in_a_dtype_that_cannot_be_compared_is_no_other_base(folder, tmp_path):
+    wrapped(loaded(folder, dtype=torch.bfloat16)).save_pretrained(tmp_path / "hybrid")
+    assert loaded(tmp_path / "hybrid", dtype=torch.float16).llm_model.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_checksums": ["a"]},
+        {"base_checksums": {"float32": 5}},
+        {"base_checksums": {"nope": "a"}},
+        {"base_subfolder": ["x"]},
+        {"base_gguf_file": 5},
+        {"base_revision": {}},
+        {"base_is_frozen": "no"},
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_the_base_is_checked(folder, tmp_path, fields):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match=f"expected {next(iter(fields))}"):
+        loaded(tmp_path / "hybrid")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000], ids=["list", "cut", "deep"])
+def test_settings_of_generation_that_are_none_are_named(folder, tmp_path, content):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    (tmp_path / "hybrid" / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config.json: expected a JSON object"):
+        loaded(tmp_path / "hybrid")
+
+
+def test_a_number_too_large_for_its_dtype_is_refused(folder, tmp_path):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    file = tmp_path / "hybrid" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].double() + 1e300}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="expected floating numbers"):
+        loaded(tmp_path / "hybrid")
