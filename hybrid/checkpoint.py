@@ -49,6 +49,42 @@ def is_trm_key(name: str) -> bool:
     return "trm" in name.lower()
 
 
+def not_kept(model: Any) -> list[str]:
+    """What the model is now and the loaded one will not be, or the other way round; a sentence each."""
+    now, then = model.llm_model.config.to_dict(), model._base_config_then
+    built_in = [name for name in now if name not in _READ_AT_EACH_CALL and now[name] != then.get(name)]
+    said = [
+        f"The base's config.{name} was set to {now[name]!r} after its modules were made: it takes effect "
+        "when the hybrid is loaded."
+        for name in built_in
+    ]
+    if not model.injection_enabled:
+        said.append("The injection is switched off (injection_enabled=False): a loaded hybrid has it on.")
+    return said
+
+
+# of a language model's config: what is no part of its modules
+_READ_AT_EACH_CALL = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "quantization_config",
+        "return_dict",
+        "tie_word_embeddings",
+        "transformers_version",
+        "use_cache",
+        "vocab_size",
+    }
+)
+
+
 def save(
     model: Any,
     write: Callable[..., None],

@@ -144,6 +144,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             add_lora(llm_model, config.lora_rank)
         self.train(llm_model.training)
         config.belongs_to_model()
+        self._base_config_then = llm_model.config.to_dict()
         # of each base tensor as it came, to tell later whether it is still so
         self._base_sums = base_checksum.tensor_sums(base_reference.base_tensors(self))
         self._files_give_base: str | bool | None = True  # not compared yet
@@ -642,6 +643,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             return
         with checkpoint.SAVING:
             save_base = self._saves_base(save_base, state_dict)
+            for line in checkpoint.not_kept(self):
+                logger.warning(line)
             write = super().save_pretrained
             checkpoint.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
 

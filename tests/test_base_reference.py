@@ -400,3 +400,16 @@ def test_a_number_too_large_for_its_dtype_is_refused(folder, tmp_path):
     save_file(tensors | {name: tensors[name].double() + 1e300}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="expected floating numbers"):
         loaded(tmp_path / "hybrid")
+
+
+def test_what_will_be_otherwise_when_it_is_loaded_is_said(folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hybrid.model.logger.warning", said.append)
+    hybrid = wrapped(loaded(folder))
+    hybrid.config.use_cache = False
+    hybrid.save_pretrained(tmp_path / "a")
+    assert said == []
+    hybrid.config.rms_norm_eps = 0.5
+    hybrid.injection_enabled = False
+    hybrid.save_pretrained(tmp_path / "b")
+    assert ["config.rms_norm_eps was set to 0.5" in said[0], "switched off" in said[1]] == [True, True]
