@@ -58,7 +58,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["trm_kernels*", "hybrid*", "bench*"]),
+    packages=find_packages(include=["trm_kernels*", "hybrid*"]),
+    package_data={"trm_kernels": ["py.typed"], "hybrid": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",

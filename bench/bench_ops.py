@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import OP_PEERS, Op
-from trm_kernels.cases import CASES, Case, Shape
+from trm_kernels.testing.cases import CASES, Case, Shape
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid.plan.kept import nbytes as nbytes
 from hybrid.plan.kept import storages_kept as storages_kept
-from trm_kernels.launch import LAUNCHERS
+from trm_kernels.runtime.launch import LAUNCHERS
 
 _ROOM = re.compile(r"(new_)?empty(_like|_strided)?")
 _VIEWS = ("_unsafe_view", "_reshape_alias")  # which no schema calls so

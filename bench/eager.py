@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights
-from trm_kernels.precision import wide
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights
+from trm_kernels.runtime.precision import wide
 
 
 class Recursion(NamedTuple):

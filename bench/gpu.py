@@ -303,7 +303,7 @@ def _sanitizer(store: Store) -> int:
 
 def _small_cases(device: str) -> int:
     """Each op forward and, where it has one, backward, once; to be watched by another tool."""
-    from trm_kernels.cases import CASES
+    from trm_kernels.testing.cases import CASES
 
     for case in CASES:
         dtype = torch.bfloat16

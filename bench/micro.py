@@ -17,12 +17,12 @@ from torch import Tensor
 
 from bench.store import Store
 from bench.timing import Run, Timer, captured, spread
-from trm_kernels.backend import backend
-from trm_kernels.launch import launch
+from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.ops.linear_residual import linear_residual
 from trm_kernels.ops.linear_swiglu import linear_swiglu
-from trm_kernels.ops.rope_attention import rope_attention
-from trm_kernels.optional_triton import tl, triton
+from trm_kernels.runtime.backend import backend
+from trm_kernels.runtime.launch import launch
+from trm_kernels.runtime.optional_triton import tl, triton
 
 Row = dict[str, Any]
 

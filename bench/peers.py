@@ -18,16 +18,16 @@ from torch import Tensor
 from bench import eager as plain
 from bench.eager import PAPER, PLAIN, Cache, Parts, Recursion
 from bench.workloads import ROPE_THETA, Block, Solver, Workload
-from trm_kernels.backend import backend
-from trm_kernels.cases import CASES
-from trm_kernels.ops import library_attention
-from trm_kernels.ops.injection import trm_injection
+from trm_kernels.ops.attention import library as library_attention
+from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
-from trm_kernels.ops.one_launch.recursion import CacheRoom
-from trm_kernels.ops.recursion import trm_recursion
-from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import InjectionWeights, LayerWeights, map_weights
+from trm_kernels.recursion.injection import trm_injection
+from trm_kernels.recursion.one_launch.launchers import CacheRoom
+from trm_kernels.recursion.recursion import trm_recursion
+from trm_kernels.recursion.weights import InjectionWeights, LayerWeights, map_weights
+from trm_kernels.runtime.backend import backend
+from trm_kernels.testing.cases import CASES
 
 Op = Callable[..., Any]
 
@@ -102,7 +102,7 @@ def compiled_graph() -> Solver:
 
 
 def compiled_with_library_attention(name: str) -> Solver:
-    """SDPA held to one backend, or flash-attn; see trm_kernels/ops/library_attention.py."""
+    """SDPA held to one backend, or flash-attn; see trm_kernels/ops/attention/library.py."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         return library_attention.attend("bench", name, q, k, v, None, is_causal)
@@ -333,7 +333,7 @@ def sdpa_op(library: str, name: str) -> Op | None:
     if name not in ("rope_attention", "rope_attention_causal"):
         return None
     H, G = (8, 8) if name == "rope_attention" else (16, 4)
-    from trm_kernels.ops.rope_attention import rope_attention
+    from trm_kernels.ops.attention.rope_attention import rope_attention
 
     return partial(_attend_by, rope_attention, library, H, G, name == "rope_attention_causal")
 

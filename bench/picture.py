@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.counting import Counting
 from bench.eager import PAPER, Recursion
-from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.attention.rope import Angles
 
 FILE = Path(__file__).parents[1] / "docs" / "fused-recursion.png"
 _OURS, _CUBLAS, _EAGER = "#2b6ca3", "#d08a2e", "#e3e3e3"

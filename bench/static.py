@@ -26,12 +26,12 @@ from hybrid import HybridModel
 from hybrid.bases import KNOWN_BASES, PRESET_BASES
 from hybrid.info import on_meta, parts
 from hybrid.presets import PresetConfigs
-from trm_kernels.backend import backend
-from trm_kernels.launch import record
-from trm_kernels.ops.recursion import trm_recursion
-from trm_kernels.ops.rope import Angles, rope_angles
-from trm_kernels.ops.saved_bytes import SAVES
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.ops.attention.rope import Angles, rope_angles
+from trm_kernels.recursion.recursion import trm_recursion
+from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.runtime.backend import backend
+from trm_kernels.runtime.launch import record
 
 FOLDER = Path(__file__).parent / "results" / "static"
 

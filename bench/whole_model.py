@@ -22,7 +22,7 @@ from hybrid import HybridConfig, HybridModel
 from hybrid.bases import KNOWN_BASES
 from hybrid.injection import Injection
 from hybrid.presets import PresetConfigs
-from trm_kernels.backend import backend
+from trm_kernels.runtime.backend import backend
 
 PEERS = ("base alone", "ours", "eager")
 LIMIT = 0.05  # relative difference of logits, bfloat16 through 32 layers of random weights

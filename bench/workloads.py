@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bench.eager import Cache, Recursion
-from trm_kernels.ops.rope import Angles, rope_angles
-from trm_kernels.ops.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.ops.attention.rope import Angles, rope_angles
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 
 CARDS = ("rtx4090", "a100", "h100", "h200")
 # as nvidia-smi names them, by a part of the name

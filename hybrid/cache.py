@@ -5,7 +5,7 @@ layer. transformers reorders, crops and repeats a cache by looping over its laye
 assisted generation carry the TRM along. How many layers there are says with which number of
 recursion steps the cache was filled.
 
-Where tokens stop early (trm_kernels/ops/adaptive_recursion.py) there are layers for every step up to the last
+Where tokens stop early (trm_kernels/recursion/adaptive.py) there are layers for every step up to the last
 that is allowed, in which those that stopped have their last keys again. Where the answer is watched, it has
 layers in each step. Where later tokens wait for earlier ones, one layer more a TRM keeps the numbers of
 steps, as keys [B, 1, S, num_cycles].
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from trm_kernels.ops.adaptive_recursion import Halting
-from trm_kernels.ops.one_launch.recursion import CacheRoom
+from trm_kernels.recursion.adaptive import Halting
+from trm_kernels.recursion.one_launch.launchers import CacheRoom
 
 
 class GrowingLayer(DynamicLayer):

@@ -21,11 +21,11 @@ from hybrid.config_values import (
     short,
 )
 from hybrid.modeling_file import AUTO_MAP
-from trm_kernels.ops.rope_attention import IMPLEMENTATIONS
-from trm_kernels.ops.saved_bytes import SAVES
-from trm_kernels.quantize import QUANTIZE
-from trm_kernels.trm import TRMSettings, check_sizes
-from trm_kernels.tuning import REGIMES
+from trm_kernels.modules.trm import TRMSettings, check_sizes
+from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
+from trm_kernels.recursion.quantize import QUANTIZE
+from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.runtime.tuning import REGIMES
 
 BLENDING_STRATEGIES = ("linear", "gated")
 RECURSION_SAMPLINGS = ("fixed", "uniform")
@@ -105,13 +105,14 @@ class HybridConfig(PreTrainedConfig):
     trm_dtype                of the TRM's parameters: "float32", "bfloat16" or "float16"; it computes in the
                              base's dtype all the same
     trm_save                 what the TRMs keep for backward: "auto", "all", "layer" or "step"; see
-                             trm_kernels/ops/fused_recursion.py
+                             trm_kernels/recursion/fused_recursion.py
     trm_attention            who computes the TRM's attention: "auto", "triton", "sdpa", "reference", ...; see
-                             trm_kernels/ops/rope_attention.py; one that is not there is an error when it runs
+                             trm_kernels/ops/attention/rope_attention.py; one that is not there is an error
+                             when it runs
     trm_regime               how the TRMs are launched without gradient: "auto", "per_op", "one_launch" or
-                             "per_phase"; see trm_kernels/ops/one_launch/recursion.py
+                             "per_phase"; see trm_kernels/recursion/one_launch/launchers.py
     trm_quantize             the TRMs' matrices in 8 bits for inference: "int8" or "fp8"; default none; see
-                             trm_kernels/quantize.py
+                             trm_kernels/recursion/quantize.py
     lora_rank                rank of LoRA on the language model's linear layers, learning and saved with the
                              TRMs; in phase 2 it learns in place of the base; default none
     base_config              the language model's config; HybridModel fills it in

@@ -7,7 +7,7 @@
         model.generate(ids, halting=Halting(threshold=0.2))
     record.mean_steps, record.mean_evaluations
 
-Halting is decided in each TRM: trm_kernels/ops/adaptive_recursion.py says what a token that has stopped is to
+Halting is decided in each TRM: trm_kernels/recursion/adaptive.py says what a token that has stopped is to
 the others, and why a cache gives the same. TokenHalting needs the layers above, so it is a loop around whole
 forwards: n = 1, 2, ..., and for each token the logits of the first n at which its top token has stayed. It
 costs the sum of these forwards, and takes no cache, for each n would need its own.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.adaptive_recursion import Halting, Order, check_count
+from trm_kernels.recursion.adaptive import Halting, Order, check_count
 
 __all__ = ["ForwardSteps", "Halting", "StepRecord", "TokenHalting", "record_steps"]
 

@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from hybrid.config import HybridConfig
 from hybrid.injection import Injection
 from hybrid.model import HybridModel
-from trm_kernels.ops.saved_bytes import saved_bytes
+from trm_kernels.recursion.saved_bytes import saved_bytes
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.config_values import count_parameters
 from hybrid.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
-from trm_kernels.autocast import compute_dtype
-from trm_kernels.backend import backend
-from trm_kernels.ops.adaptive_recursion import Halting, adaptive_evaluations
-from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import InjectionWeights
-from trm_kernels.trm import Matrix, TRMSettings
+from trm_kernels.modules.trm import Matrix, TRMSettings
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.recursion.adaptive import Halting, adaptive_evaluations
+from trm_kernels.recursion.weights import InjectionWeights
+from trm_kernels.runtime.autocast import compute_dtype
+from trm_kernels.runtime.backend import backend
 
 
 @dataclass
@@ -159,7 +159,7 @@ class Injection(GradientCheckpointingLayer):
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
         settings, strength  how the TRM runs, and the factor of what is added
-        halting, is_token   see trm_kernels/ops/adaptive_recursion.py
+        halting, is_token   see trm_kernels/recursion/adaptive.py
         steps               with halting, is added to: the call's (steps, evaluations)
         each_cycle   h' [C B, T, D] with the answers of the C cycles that pass gradients, the last at the end
 

@@ -32,7 +32,7 @@ _BOOLEAN_MASK._attn_implementation = "sdpa"
 class Visible(NamedTuple):
     """What a TRM may look at: `mask`, which says it all, or the past, as far as `key_mask` is True.
 
-    mask       general, see trm_kernels/ops/rope_attention.py
+    mask       general, see trm_kernels/ops/attention/rope_attention.py
     key_mask   [B, S] bool
     num_keys   so many of the cache's slots are keys; None: all that it hands back
     """

@@ -63,11 +63,12 @@ from hybrid.lora import add_lora, disabled, remove_lora
 from hybrid.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.peft_targets import tell_peft
 from hybrid.quantized_base import keep_gradients
-from trm_kernels import TRM, tuning
-from trm_kernels.backend import current_backend
-from trm_kernels.launch import arch_of
-from trm_kernels.ops.rope import Angles, rope_angles
-from trm_kernels.trm import Matrix, TRMSettings
+from trm_kernels import TRM
+from trm_kernels.modules.trm import Matrix, TRMSettings
+from trm_kernels.ops.attention.rope import Angles, rope_angles
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import current_backend
+from trm_kernels.runtime.launch import arch_of
 
 _CONFIGS = frozenset(trm_fields())
 _BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model

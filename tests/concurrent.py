@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from trm_kernels import tuning
-from trm_kernels.ops.one_launch import recursion
-from trm_kernels.ops.one_launch.addresses import distances
+from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch.addresses import distances
+from trm_kernels.runtime import tuning
 
 
 class Hang(AssertionError):

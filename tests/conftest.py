@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from trm_kernels.backend import backend, interpreting
+from trm_kernels.runtime.backend import backend, interpreting
 
 if interpreting():
     from tests.interpreter import mend

@@ -24,7 +24,7 @@ from hybrid.phases import enter
 from hybrid.plan.cards import CARDS
 from hybrid.plan.memory import memory, units
 from hybrid.plan.run import Run
-from trm_kernels.backend import backend
+from trm_kernels.runtime.backend import backend
 
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 199}
 _MLP = _SIZES | {"intermediate_size": 168, "num_key_value_heads": 4}

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from trm_kernels import TRM, Halting
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.ops import adaptive_recursion as module
-from trm_kernels.ops.adaptive_recursion import adaptive_evaluations
-from trm_kernels.ops.rope import rope_angles, rope_ref
+from trm_kernels.ops.attention.rope import rope_angles, rope_ref
+from trm_kernels.recursion import adaptive as module
+from trm_kernels.recursion.adaptive import adaptive_evaluations
+from trm_kernels.runtime.backend import backend, interpreting
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -11,14 +11,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.static import changes
-from trm_kernels import aot, tuning
-from trm_kernels.aot import SHARED_LIMIT, MainLoop, calls_of, compile_for, jobs, launches_of
-from trm_kernels.backend import interpreting
-from trm_kernels.cases import CASES, _by_names
-from trm_kernels.launch import Launch, record
+from trm_kernels.export import check as aot
+from trm_kernels.export.check import SHARED_LIMIT, MainLoop, calls_of, compile_for, jobs, launches_of
 from trm_kernels.ops.add_rms_norm import _add_rms_norm_fwd_kernel
-from trm_kernels.ops.one_launch.grid_barrier import grid_barrier
-from trm_kernels.ops.recursion import trm_recursion
+from trm_kernels.recursion.one_launch.grid_barrier import grid_barrier
+from trm_kernels.recursion.recursion import trm_recursion
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import interpreting
+from trm_kernels.runtime.launch import Launch, record
+from trm_kernels.testing.cases import CASES, _by_names
 
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)

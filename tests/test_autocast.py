@@ -21,8 +21,8 @@ from tests import tiny_text
 from tests.test_ops import kernels_run
 from tests.tiny import tiny_base, tiny_hybrid, tokens
 from trm_kernels import TRM, backend
-from trm_kernels.backend import interpreting
-from trm_kernels.ops.weights import InjectionWeights
+from trm_kernels.recursion.weights import InjectionWeights
+from trm_kernels.runtime.backend import interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 BACKENDS = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=kernels_run)])

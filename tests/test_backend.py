@@ -10,8 +10,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from trm_kernels.backend import backend, current_backend, describe, interpreting, runs_triton
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
+from trm_kernels.runtime.backend import backend, current_backend, describe, interpreting, runs_triton
 
 ROOT = Path(__file__).parents[1]
 no_kernel_can_run = pytest.mark.skipif(
@@ -121,7 +121,7 @@ def test_importing_needs_no_triton():
         """
 import sys
 sys.modules["triton"] = None  # import triton now fails as if it were not installed
-import torch, trm_kernels, trm_kernels.cases, trm_kernels.aot
+import torch, trm_kernels, trm_kernels.testing.cases, trm_kernels.export.check
 x = torch.ones(2, 4)
 assert trm_kernels.add_rms_norm(x, x).shape == (2, 4)
 try:
@@ -135,7 +135,7 @@ except RuntimeError as error:
 
 def test_importing_touches_no_gpu():
     said = run_python(
-        "import torch, trm_kernels, trm_kernels.cases; print(torch.cuda.is_initialized())",
+        "import torch, trm_kernels, trm_kernels.testing.cases; print(torch.cuda.is_initialized())",
         CUDA_VISIBLE_DEVICES="",
     )
     assert said == "False"

@@ -17,8 +17,8 @@ from bench.roofline import Card, Kernel, floors, kernels_of, layer_forward
 from bench.store import TRIES, Store, read
 from bench.timing import ratios, spread
 from bench.workloads import CARDS, WORKLOADS, card_of
-from trm_kernels.backend import interpreting
-from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.runtime.backend import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="no kernel runs here, which needs no interpreter")
 

@@ -5,8 +5,8 @@ import torch
 
 from bench import picture, static, tables
 from bench.__main__ import main
-from trm_kernels.backend import interpreting
-from trm_kernels.ops import fused_layer, fused_recursion
+from trm_kernels.recursion import fused_layer, fused_recursion
+from trm_kernels.runtime.backend import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")
 

@@ -4,15 +4,17 @@ import importlib.util
 import inspect
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.test_ops import check_closeness, kernels_run
-from trm_kernels import tuning
-from trm_kernels.backend import interpreting
-from trm_kernels.cases import CASES
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import interpreting
+from trm_kernels.testing.cases import CASES
 
+ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in CASES}
 
 # case, file and kernel (or what kernels share), what stands there, what a slip would make of it
@@ -94,7 +96,8 @@ BUGS = [
 @pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
 def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):
     file, part = place.rsplit(".", 1)
-    op_file = importlib.import_module(f"trm_kernels.ops.{file}")
+    (found,) = (ROOT / "trm_kernels").rglob(f"{file.replace('.', '/')}.py")
+    op_file = importlib.import_module(".".join(found.relative_to(ROOT).with_suffix("").parts))
     kernel = part if hasattr(op_file, part) else f"_{file}_{part}_kernel"
     function = getattr(op_file, kernel).fn
     source, home = inspect.getsource(function), sys.modules[function.__module__]

@@ -19,8 +19,8 @@ from hybrid.data import TokenBlocks
 from hybrid.evaluate import text_loss
 from hybrid.injection import Injection
 from tests.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_base, tiny_hybrid
-from trm_kernels.backend import current_backend
-from trm_kernels.ops import injection as injection_ops
+from trm_kernels.recursion import injection as injection_ops
+from trm_kernels.runtime.backend import current_backend
 
 ROOT = Path(__file__).parents[1]
 

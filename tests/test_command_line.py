@@ -21,8 +21,8 @@ from hybrid.rows import LOSS_ON
 from hybrid.train_settings import TrainSettings
 from tests.test_cli import base, options, refused, texts, train_command, trained  # noqa: F401  fixtures
 from tests.tiny_text import FIELDS, save_base
-from trm_kernels.backend import NAMES
-from trm_kernels.ops.adaptive_recursion import WATCHED
+from trm_kernels.recursion.adaptive import WATCHED
+from trm_kernels.runtime.backend import NAMES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "numpy", "datasets", "torchao", "accelerate", "matplotlib", "rich")

@@ -9,11 +9,13 @@ import torch
 
 from tests.test_ops import kernels_run
 from tests.test_recursion import DEVICE, make
-from trm_kernels import trm_recursion, tuning
-from trm_kernels.backend import backend
-from trm_kernels.ops.one_launch import cooperative, grid_barrier, recursion
-from trm_kernels.ops.one_launch.cooperative import Impossible
-from trm_kernels.ops.one_launch.kernel import count_phases
+from trm_kernels import trm_recursion
+from trm_kernels.recursion.one_launch import cooperative, grid_barrier
+from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch.cooperative import Impossible
+from trm_kernels.recursion.one_launch.kernel import count_phases
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import backend
 
 
 class Calls:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from trm_kernels import tuning
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.ops.decode_attention import decode_attention, decode_attention_ref
+from trm_kernels.ops.attention.decode_attention import decode_attention, decode_attention_ref
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.launch import record
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -9,8 +9,8 @@ from hybrid.train import train
 from tests import tiny, tiny_text
 from tests.test_train import Stopped, assert_equal, enter, lines_of, settings_for, stop_after
 from trm_kernels import TRM
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.trm import TRMSettings
+from trm_kernels.modules.trm import TRMSettings
+from trm_kernels.runtime.backend import backend, interpreting
 
 CYCLES = 3
 

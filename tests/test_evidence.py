@@ -13,7 +13,7 @@ from evidence.training import count_flops, trained
 from evidence.untied import UntiedStack
 
 from trm_kernels import TRM, rope_angles
-from trm_kernels.ops.weights import InjectionWeights
+from trm_kernels.recursion.weights import InjectionWeights
 
 TINY = {"steps": 2, "batch_size": 4, "base_steps": 2, "games": 8, "rows": 4}
 

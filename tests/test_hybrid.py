@@ -24,9 +24,9 @@ from transformers import T5ForConditionalGeneration as T5
 
 from hybrid import CombinedTRMLLM, HybridModel
 from tests.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
-from trm_kernels.backend import backend, current_backend, interpreting
-from trm_kernels.ops import injection as injection_ops
-from trm_kernels.ops import library_attention
+from trm_kernels.ops.attention import library as library_attention
+from trm_kernels.recursion import injection as injection_ops
+from trm_kernels.runtime.backend import backend, current_backend, interpreting
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -8,9 +8,9 @@ from hybrid.info import saved_by_injection
 from hybrid.injection import Injection
 from hybrid.masks import Visible
 from tests.tiny import WIDTH, tiny_config, tiny_hybrid, tokens
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.ops.rope import Angles
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.launch import record
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -6,8 +6,8 @@ import torch
 from hybrid import HybridConfig
 from hybrid.halting import Halting
 from tests.tiny import awaken, tiny_hybrid, tokens
-from trm_kernels.backend import backend, interpreting
 from trm_kernels.ops.injection_in import injection_in
+from trm_kernels.runtime.backend import backend, interpreting
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trm_kernels.backend import interpreting
+from trm_kernels.runtime.backend import interpreting
 
 if not interpreting():
     pytest.skip("Triton's interpreter is off: TRITON_INTERPRET=1 turns it on", allow_module_level=True)

@@ -6,9 +6,9 @@ from threading import Barrier
 import pytest
 import torch
 
-from trm_kernels import tuning
-from trm_kernels.launch import arch_of, is_recording, launch, record
 from trm_kernels.ops.add_rms_norm import add_rms_norm
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.launch import arch_of, is_recording, launch, record
 
 
 class Kernel:

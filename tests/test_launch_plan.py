@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.native import read_variants
-from trm_kernels.plan import (
+from trm_kernels.export.launch_plan import (
     _PROBES,
     CALLS,
     Address,
@@ -24,8 +21,11 @@ from trm_kernels.plan import (
     sizes_of,
     term,
 )
-from trm_kernels.precision import wide
-from trm_kernels.warmup import module_of
+from trm_kernels.export.native import read_variants
+from trm_kernels.export.warmup import module_of
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.launch import record
+from trm_kernels.runtime.precision import wide
 
 DECLARED = Path(__file__).parents[1] / "native" / "variants.toml"
 TINY = Variant(

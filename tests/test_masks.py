@@ -5,14 +5,14 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers import masking_utils as theirs
 
-import trm_kernels.ops.injection
-import trm_kernels.trm
+import trm_kernels.modules.trm
+import trm_kernels.recursion.injection
 from hybrid import masks
 from hybrid.cache import make_room
 from tests.tiny import FAMILIES, LAYERS, tiny_base, tiny_hybrid, tokens
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.ops import decode_attention, rope_attention
-from trm_kernels.ops.rope_attention import visibility
+from trm_kernels.ops.attention import decode_attention, rope_attention
+from trm_kernels.ops.attention.rope_attention import visibility
+from trm_kernels.runtime.backend import backend, interpreting
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
@@ -46,14 +46,14 @@ def fill(cache, tokens):
 @pytest.fixture
 def told(monkeypatch):
     """What every call of the recursion was told: (mask, key_mask, query_offset)."""
-    seen, recursion = [], trm_kernels.trm.trm_recursion
+    seen, recursion = [], trm_kernels.modules.trm.trm_recursion
 
     def spy(x, *others, **options):
         assert options["causal"]
         seen.append(tuple(options[name] for name in ("mask", "key_mask", "query_offset")))
         return recursion(x, *others, **options)
 
-    for module in (trm_kernels.trm, trm_kernels.ops.injection):
+    for module in (trm_kernels.modules.trm, trm_kernels.recursion.injection):
         monkeypatch.setattr(module, "trm_recursion", spy)
     return seen
 

@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.tiny import tiny_hybrid
-from trm_kernels.aot import SHARED_LIMIT
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.native import main, read_variants, source_of_arch, weights_of
-from trm_kernels.plan import (
+from trm_kernels.export.check import SHARED_LIMIT
+from trm_kernels.export.launch_plan import (
     DTYPES,
     Address,
     CopyStep,
@@ -24,7 +22,9 @@ from trm_kernels.plan import (
     plan,
     sizes_of,
 )
-from trm_kernels.warmup import module_of
+from trm_kernels.export.native import main, read_variants, source_of_arch, weights_of
+from trm_kernels.export.warmup import module_of
+from trm_kernels.runtime.backend import backend, interpreting
 
 ROOT = Path(__file__).parents[1]
 GPU = f"sm{''.join(map(str, torch.cuda.get_device_capability()))}" if torch.cuda.is_available() else "none"

@@ -14,8 +14,8 @@ from torch import Tensor
 from bench.timing import captured
 from tests.tiny import FAMILIES, tiny_hybrid, tokens
 from trm_kernels import TRM
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.cases import CASES, Case
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.testing.cases import CASES, Case
 
 needs_cuda = pytest.mark.skipif(interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device")
 every_family = pytest.mark.parametrize("family", FAMILIES)

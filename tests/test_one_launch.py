@@ -11,13 +11,15 @@ from torch import Tensor
 
 from tests.test_ops import error, kernels_run
 from tests.test_recursion import DEVICE, make
-from trm_kernels import TRM, rope_angles, trm_recursion, tuning
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.ops.one_launch import grid_barrier, kernel, recursion
-from trm_kernels.ops.one_launch.kernel import count_phases
-from trm_kernels.ops.one_launch.recursion import CacheRoom, one_launch_recursion
-from trm_kernels.quantize import quantize
+from trm_kernels import TRM, rope_angles, trm_recursion
+from trm_kernels.recursion.one_launch import grid_barrier, kernel
+from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch.kernel import count_phases
+from trm_kernels.recursion.one_launch.launchers import CacheRoom, one_launch_recursion
+from trm_kernels.recursion.quantize import quantize
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.launch import record
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 

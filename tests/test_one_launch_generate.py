@@ -9,8 +9,8 @@ from hybrid.cache import GrowingLayer, InjectionCache
 from tests.test_ops import kernels_run
 from tests.test_recursion import DEVICE
 from tests.tiny import tiny_hybrid, tokens
-from trm_kernels.backend import backend
-from trm_kernels.ops.one_launch import recursion
+from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.runtime.backend import backend
 
 SMALL = {
     "injection_layers": [0, 2],

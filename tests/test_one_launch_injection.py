@@ -7,14 +7,15 @@ from torch import Tensor
 from tests.test_ops import error, kernels_run
 from tests.test_recursion import DEVICE, make
 from trm_kernels import rope_angles
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.ops.injection import trm_injection
-from trm_kernels.ops.one_launch import grid_barrier, kernel, recursion
-from trm_kernels.ops.one_launch.kernel import count_phases
-from trm_kernels.ops.one_launch.recursion import CacheRoom, one_launch_injection
-from trm_kernels.ops.rope import cos_and_sin
-from trm_kernels.ops.weights import InjectionWeights
-from trm_kernels.optional_triton import tl, triton
+from trm_kernels.ops.attention.rope import cos_and_sin
+from trm_kernels.recursion.injection import trm_injection
+from trm_kernels.recursion.one_launch import grid_barrier, kernel
+from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch.kernel import count_phases
+from trm_kernels.recursion.one_launch.launchers import CacheRoom, one_launch_injection
+from trm_kernels.recursion.weights import InjectionWeights
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.optional_triton import tl, triton
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None)}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.cases import CASES, Case
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm_ref
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.testing.cases import CASES, Case
 
 DEVICE = "cpu" if interpreting() else "cuda"
 kernels_run = pytest.mark.skipif(
@@ -176,7 +176,7 @@ def test_custom_ops_keep_their_promises(case, monkeypatch):
     """Schema and fake agree with what the launchers do: those a case calls, on what it calls them with."""
     called = []
     for name, op_file in sorted(sys.modules.items()):
-        for key, op in list(vars(op_file).items()) if name.startswith("trm_kernels.ops.") else ():
+        for key, op in list(vars(op_file).items()) if name.startswith("trm_kernels.") else ():
             if isinstance(op, CustomOpDef):
 
                 def kept(*args, op=op):

@@ -6,7 +6,7 @@ import torch
 from bench.measure import Judge
 from bench.peers import PEERS, peers_of
 from bench.workloads import WORKLOADS
-from trm_kernels.backend import interpreting
+from trm_kernels.runtime.backend import interpreting
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -24,8 +24,8 @@ from hybrid.plan.work import cost, from_scratch, speed, work
 from tests.real_training import _TRM, CASES
 from tests.test_cli import refused
 from tests.tiny import FAMILIES, tiny_base, tiny_config
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.ops.saved_bytes import SAVES
+from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.runtime.backend import backend, interpreting
 
 ROOT = guide.__file__.rsplit("/hybrid/", 1)[0]
 pytestmark = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")

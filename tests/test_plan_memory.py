@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.real_training import CASES, Bytes, as_rank, measured, planned, run_of
-from trm_kernels.backend import interpreting
+from trm_kernels.runtime.backend import interpreting
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.02

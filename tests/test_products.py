@@ -17,11 +17,11 @@ from trm_kernels import (
     swiglu_mlp,
     tuning,
 )
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.cases import CASES
-from trm_kernels.launch import record
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.products import are_aligned, tile_of_program
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.gemm_common import are_aligned, tile_of_program
+from trm_kernels.runtime.launch import record
+from trm_kernels.runtime.optional_triton import tl, triton
+from trm_kernels.testing.cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
 

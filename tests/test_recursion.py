@@ -13,13 +13,13 @@ from torch import Tensor
 from bench.counting import Counting, nbytes, storages_kept
 from tests.test_ops import error, kernels_run, rms
 from trm_kernels import TRM, trm_recursion
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.ops.fused_layer import Setting
-from trm_kernels.ops.fused_recursion import Loop, recursion_forward
-from trm_kernels.ops.saved_bytes import SAVES, saved_bytes
-from trm_kernels.ops.weights import map_weights
-from trm_kernels.products import add_weight_gradient
+from trm_kernels.recursion.fused_layer import Setting
+from trm_kernels.recursion.fused_recursion import Loop, recursion_forward
+from trm_kernels.recursion.saved_bytes import SAVES, saved_bytes
+from trm_kernels.recursion.weights import map_weights
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.gemm_common import add_weight_gradient
+from trm_kernels.runtime.launch import record
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 without_interpreter = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")
@@ -269,7 +269,7 @@ def test_with_a_cache_as_without():
 @contextmanager
 def watch_fused():
     """Names the way each call of trm_recursion takes."""
-    from trm_kernels.ops import recursion
+    from trm_kernels.recursion import recursion
 
     ran = []
     ways = {
@@ -440,7 +440,7 @@ def test_the_reference_honours_the_policies(save):
 
 @without_interpreter
 def test_auto_keeps_all_where_it_fits(monkeypatch):
-    from trm_kernels.ops import saved_bytes as file
+    from trm_kernels.recursion import saved_bytes as file
 
     _, weights, rows, _ = rows_on_meta()
     x = rows.view(3, 97, -1)

@@ -9,7 +9,8 @@ from torch import nn
 
 from tests.reference_forks import REFUSED, SERVED, GatedFromZero
 from tests.reference_trm import Act, config
-from trm_kernels import patch_reference_trm, reference_trm
+from trm_kernels import patch_reference_trm
+from trm_kernels.modules import reference_trm
 
 VARIANTS = [
     pytest.param({}, id="classic"),

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.backend import backend, interpreting
-from trm_kernels.launch import record
-from trm_kernels.ops import library_attention
-from trm_kernels.ops import rope as rope_file
-from trm_kernels.ops import rope_attention as op_file
-from trm_kernels.ops.rope import rope, rope_angles, rope_ref
-from trm_kernels.ops.rope_attention import rope_attention
+from trm_kernels.ops.attention import library as library_attention
+from trm_kernels.ops.attention import rope as rope_file
+from trm_kernels.ops.attention import rope_attention as op_file
+from trm_kernels.ops.attention.rope import rope, rope_angles, rope_ref
+from trm_kernels.ops.attention.rope_attention import rope_attention
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.launch import record
 
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from hybrid import HybridConfig, HybridModel
 from hybrid.config import trm_fields
 from tests.tiny import tiny_base, tiny_config, tiny_hybrid, tokens
-from trm_kernels.backend import backend, current_backend
-from trm_kernels.ops import recursion as recursion_ops
+from trm_kernels.recursion import recursion as recursion_ops
+from trm_kernels.runtime.backend import backend, current_backend
 
 EFFECTIVE = {
     "num_recursion_steps": 4,

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trm_kernels import TRM, injection_blend, injection_in, trm_recursion
-from trm_kernels.trm import default_intermediate_size
+from trm_kernels.modules.trm import default_intermediate_size
 
 
 def make(dtype=torch.float64, **changes):

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from trm_kernels.backend import interpreting
-from trm_kernels.launch import record
-from trm_kernels.plan import Variant
-from trm_kernels.warmup import launches_of, main, module_of
+from trm_kernels.export.launch_plan import Variant
+from trm_kernels.export.warmup import launches_of, main, module_of
+from trm_kernels.runtime.backend import interpreting
+from trm_kernels.runtime.launch import record
 
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -30,9 +30,9 @@ RUN = """
 import sys
 from pathlib import Path
 import torch, triton
-from trm_kernels.launch import record
-from trm_kernels.native import read_variants
-from trm_kernels.warmup import compile_as_launched, module_of
+from trm_kernels.runtime.launch import record
+from trm_kernels.export.native import read_variants
+from trm_kernels.export.warmup import compile_as_launched, module_of
 
 hits = []
 triton.knobs.compilation.listener = lambda cache_hit, **more: hits.append(cache_hit)

@@ -6,45 +6,45 @@ An op is imported when its name is asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trm_kernels.backend import backend  # now: its module has the same name
+from trm_kernels.runtime.backend import backend  # now: its module has the same name
 
 if TYPE_CHECKING:
-    from trm_kernels.ops.adaptive_recursion import Halting, adaptive_recursion
+    from trm_kernels.modules.reference_trm import patch_reference_trm
+    from trm_kernels.modules.trm import TRM
     from trm_kernels.ops.add_rms_norm import add_rms_norm
-    from trm_kernels.ops.decode_attention import decode_attention
-    from trm_kernels.ops.injection import trm_injection
+    from trm_kernels.ops.attention.decode_attention import decode_attention
+    from trm_kernels.ops.attention.rope import rope, rope_angles
+    from trm_kernels.ops.attention.rope_attention import rope_attention
     from trm_kernels.ops.injection_blend import injection_blend
     from trm_kernels.ops.injection_in import injection_in
     from trm_kernels.ops.linear_residual import linear_residual
     from trm_kernels.ops.linear_swiglu import linear_swiglu
     from trm_kernels.ops.norm_add import norm_add
-    from trm_kernels.ops.recursion import trm_recursion
-    from trm_kernels.ops.rope import rope, rope_angles
-    from trm_kernels.ops.rope_attention import rope_attention
     from trm_kernels.ops.rstd_from_squares import rstd_from_squares
     from trm_kernels.ops.swiglu_mlp import swiglu_mlp
-    from trm_kernels.reference_trm import patch_reference_trm
-    from trm_kernels.trm import TRM
+    from trm_kernels.recursion.adaptive import Halting, adaptive_recursion
+    from trm_kernels.recursion.injection import trm_injection
+    from trm_kernels.recursion.recursion import trm_recursion
 
 _WHERE = {
-    "Halting": "trm_kernels.ops.adaptive_recursion",
-    "TRM": "trm_kernels.trm",
-    "adaptive_recursion": "trm_kernels.ops.adaptive_recursion",
+    "Halting": "trm_kernels.recursion.adaptive",
+    "TRM": "trm_kernels.modules.trm",
+    "adaptive_recursion": "trm_kernels.recursion.adaptive",
     "add_rms_norm": "trm_kernels.ops.add_rms_norm",
-    "decode_attention": "trm_kernels.ops.decode_attention",
+    "decode_attention": "trm_kernels.ops.attention.decode_attention",
     "injection_blend": "trm_kernels.ops.injection_blend",
     "injection_in": "trm_kernels.ops.injection_in",
     "linear_residual": "trm_kernels.ops.linear_residual",
     "linear_swiglu": "trm_kernels.ops.linear_swiglu",
     "norm_add": "trm_kernels.ops.norm_add",
-    "patch_reference_trm": "trm_kernels.reference_trm",
-    "rope": "trm_kernels.ops.rope",
-    "rope_angles": "trm_kernels.ops.rope",
-    "rope_attention": "trm_kernels.ops.rope_attention",
+    "patch_reference_trm": "trm_kernels.modules.reference_trm",
+    "rope": "trm_kernels.ops.attention.rope",
+    "rope_angles": "trm_kernels.ops.attention.rope",
+    "rope_attention": "trm_kernels.ops.attention.rope_attention",
     "rstd_from_squares": "trm_kernels.ops.rstd_from_squares",
     "swiglu_mlp": "trm_kernels.ops.swiglu_mlp",
-    "trm_injection": "trm_kernels.ops.injection",
-    "trm_recursion": "trm_kernels.ops.recursion",
+    "trm_injection": "trm_kernels.recursion.injection",
+    "trm_recursion": "trm_kernels.recursion.recursion",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from evidence.training import train, trained
 from hybrid.processes import seed_everything
 from trm_kernels import TRM, add_rms_norm, swiglu_mlp
-from trm_kernels.ops.weights import SwiGLUWeights
+from trm_kernels.recursion.weights import SwiGLUWeights
 
 BOX = (2, 3)
 _HELD_OUT_SEED = 1_000_000

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import add_rms_norm, injection_blend, injection_in, rope_attention, swiglu_mlp
-from trm_kernels.ops.rope import Angles
-from trm_kernels.ops.weights import InjectionWeights
-from trm_kernels.trm import TRMLayer, TRMSettings
+from trm_kernels.modules.trm import TRMLayer, TRMSettings
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.recursion.weights import InjectionWeights
 
 
 class UntiedStack(nn.Module):

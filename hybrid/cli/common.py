@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from hybrid.cli.block import config_of, given_fields  # noqa: E402
 from hybrid.config import HybridConfig  # noqa: E402
 from hybrid.halting import Halting, StepRecord, TokenHalting  # noqa: E402
-from trm_kernels.backend import backend  # noqa: E402
+from trm_kernels.runtime.backend import backend  # noqa: E402
 
 
 @contextmanager

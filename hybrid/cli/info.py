@@ -10,7 +10,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hybrid.info import count, count_trained, on_meta, parts, saved_by_token
     from hybrid.loading import load_config
     from hybrid.phases import enter
-    from trm_kernels.ops.saved_bytes import SAVES
+    from trm_kernels.recursion.saved_bytes import SAVES
 
     name = arguments.base or PRESET_BASES.get(arguments.preset)
     if name is None:

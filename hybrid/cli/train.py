@@ -23,7 +23,7 @@ from hybrid.phases import PHASES, Phase, enter
 from hybrid.processes import seed_everything, this_process
 from hybrid.run_folder import held
 from hybrid.train import TrainResult, TrainSettings, train
-from trm_kernels.backend import describe
+from trm_kernels.runtime.backend import describe
 
 _HELD_OUT_BLOCKS = 64
 

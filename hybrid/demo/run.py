@@ -28,7 +28,7 @@ from hybrid.model import HybridModel
 from hybrid.presets import PresetConfigs
 from hybrid.processes import this_process
 from hybrid.train import TrainResult, TrainSettings, seed_everything, train
-from trm_kernels.backend import describe
+from trm_kernels.runtime.backend import describe
 
 _ROW = 64  # characters in a row of text
 _BATCH_SIZE = 32  # games, or rows to pre-train on

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybrid.injection import Injection
 from hybrid.model import HybridModel
-from trm_kernels.launch import record
+from trm_kernels.runtime.launch import record
 
 ATTENTION = "trm_plan"
 # older transformers (5.17) checkpoint a layer together with its hooks, so with the TRM after it

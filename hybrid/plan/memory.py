@@ -26,7 +26,7 @@ from torch import nn
 from hybrid import checkpoint
 from hybrid.injection import Injection, decoder_layers
 from hybrid.plan.run import Run, linear_layers
-from trm_kernels.ops.saved_bytes import SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
+from trm_kernels.recursion.saved_bytes import SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
 
 CUDA_BYTES = 1.0e9  # assumed: of the context and of cuBLAS, 0.5 to 1 GB are seen
 _STEP_BYTES = 4  # AdamW's float32 count of steps, a tensor each

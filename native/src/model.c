@@ -106,7 +106,7 @@ static trm_status load_weights(trm_model *model, const trm_safetensors *file, co
     return status;
 }
 
-/* RoPE's table, as rope_angles in trm_kernels/ops/rope.py makes it: float32 angles. */
+/* RoPE's table, as rope_angles in trm_kernels/ops/attention/rope.py makes it: float32 angles. */
 static trm_status load_angles(trm_model *model, trm_error *error) {
     const trm_variant *variant = model->program->variant;
     int64_t half = variant->hidden_size / variant->num_heads / 2;

@@ -1,4 +1,4 @@
-/* Plans as trm_kernels/native.py generates them from trm_kernels/plan.py, where everything here is explained. */
+/* Plans as trm_kernels/export/native.py generates them from launch_plan.py beside it, which explains everything here. */
 #ifndef TRM_PLAN_H
 #define TRM_PLAN_H
 

@@ -1,0 +1,1 @@
+"""Single ops, a file each: meaning, kernels, launchers, gradient, public function."""

@@ -23,12 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.autocast import as_autocast
-from trm_kernels.launch import arch_of, launch, launcher
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.precision import wide
-from trm_kernels.products import (
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.autocast import as_autocast
+from trm_kernels.runtime.gemm_common import (
     are_aligned,
     check_devices,
     check_dtypes,
@@ -40,6 +37,9 @@ from trm_kernels.products import (
     tile_of_program,
     weight_gradient,
 )
+from trm_kernels.runtime.launch import arch_of, launch, launcher
+from trm_kernels.runtime.optional_triton import tl, triton
+from trm_kernels.runtime.precision import wide
 
 
 def injection_blend_ref(

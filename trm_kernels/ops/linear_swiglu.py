@@ -17,12 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.autocast import as_autocast
-from trm_kernels.launch import arch_of, launch, launcher
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.precision import wide
-from trm_kernels.products import (
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.autocast import as_autocast
+from trm_kernels.runtime.gemm_common import (
     are_aligned,
     as_wide_as,
     check_devices,
@@ -36,6 +33,9 @@ from trm_kernels.products import (
     wants_gradient,
     weight_gradient,
 )
+from trm_kernels.runtime.launch import arch_of, launch, launcher
+from trm_kernels.runtime.optional_triton import tl, triton
+from trm_kernels.runtime.precision import wide
 
 
 def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = None) -> Tensor:

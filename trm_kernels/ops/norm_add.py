@@ -13,14 +13,14 @@ Source   "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019, eq. 4
 import torch
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.autocast import as_widest
-from trm_kernels.backend import runs_triton
-from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.add_rms_norm import rms_norm_ref
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.precision import wide
-from trm_kernels.products import check_devices, check_dtypes, rows_of
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.autocast import as_widest
+from trm_kernels.runtime.backend import runs_triton
+from trm_kernels.runtime.gemm_common import check_devices, check_dtypes, rows_of
+from trm_kernels.runtime.launch import arch_of, launch, launcher
+from trm_kernels.runtime.optional_triton import tl, triton
+from trm_kernels.runtime.precision import wide
 
 
 def norm_add_ref(h: Tensor, r: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -12,11 +12,11 @@ Source   "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019, eq. 4
 import torch
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.backend import runs_triton
-from trm_kernels.launch import arch_of, launch, launcher
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.products import rows_of
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import runs_triton
+from trm_kernels.runtime.gemm_common import rows_of
+from trm_kernels.runtime.launch import arch_of, launch, launcher
+from trm_kernels.runtime.optional_triton import tl, triton
 
 
 def rstd_from_squares_ref(squares: Tensor, N: int, eps: float = 1e-5) -> Tensor:

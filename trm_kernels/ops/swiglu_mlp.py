@@ -16,17 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_kernels import tuning
-from trm_kernels.autocast import as_autocast
-from trm_kernels.launch import arch_of, launch, launcher
 from trm_kernels.ops.linear_swiglu import (
     _linear_swiglu_bwd,
     _linear_swiglu_fwd,
     _swiglu_gradient,
     linear_swiglu_ref,
 )
-from trm_kernels.optional_triton import tl, triton
-from trm_kernels.products import (
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.autocast import as_autocast
+from trm_kernels.runtime.gemm_common import (
     are_aligned,
     check_devices,
     check_dtypes,
@@ -39,6 +37,8 @@ from trm_kernels.products import (
     wants_gradient,
     weight_gradient,
 )
+from trm_kernels.runtime.launch import arch_of, launch, launcher
+from trm_kernels.runtime.optional_triton import tl, triton
 
 
 def swiglu_mlp_ref(v: Tensor, gate_up: Tensor, down: Tensor, row_scale: Tensor | None = None) -> Tensor:

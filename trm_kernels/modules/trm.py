@@ -1,0 +1,541 @@
+"""TRM, the module: the weights of the recursive block under the names of the TRM paper's code.
+
+Classic TRM (puzzles): not causal, `y` and `z` passed in and returned, `mlp_t` if wanted. Inside a
+language model: causal, with positions, a mask and a cache. The loop itself is `recursion/recursion.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
+from trm_kernels.recursion.adaptive import Halting, adaptive_evaluations, adaptive_recursion
+from trm_kernels.recursion.injection import trm_injection
+from trm_kernels.recursion.quantize import QUANTIZE, dequantize_layers, quantize_layers
+from trm_kernels.recursion.recursion import (
+    EvaluationCache,
+    trm_recursion,
+)
+from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.recursion.weights import AttentionWeights, InjectionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.runtime.autocast import compute_dtype
+from trm_kernels.runtime.gemm_common import wants_gradient
+from trm_kernels.runtime.tuning import REGIMES
+
+# TRM's own code pads the inner width of an MLP to a multiple of this
+_INNER_MULTIPLE = 256
+
+
+def default_intermediate_size(width: int) -> int:
+    """The MLP's inner width: 8/3 of the width it works on, rounded up to a multiple of 256."""
+    return -(-round(8 / 3 * width) // _INNER_MULTIPLE) * _INNER_MULTIPLE
+
+
+class Matrix(nn.Module):
+    """One weight [out, in]. Calling it gives the weight: that is where offloading and sharding hooks act.
+
+    It is no nn.Linear because the kernels need the matrix itself: a library that swaps the forward of
+    an nn.Linear (LoRA, quantisation) would be bypassed without a word. Here it cannot find one.
+    """
+
+    def __init__(self, out_features: int, in_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal, with a standard deviation that keeps the scale of a normalised input."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class Attention(nn.Module):
+    """The attention's two matrices; the queries', keys' and values' projections are stacked in that order."""
+
+    def __init__(self, width: int, heads: int, key_value_heads: int, **factory: Any) -> None:
+        super().__init__()
+        self.qkv_proj = Matrix((heads + 2 * key_value_heads) * (width // heads), width, **factory)
+        self.o_proj = Matrix(width, width, **factory)
+
+    def forward(self, dtype: torch.dtype) -> AttentionWeights:
+        return AttentionWeights(self.qkv_proj().to(dtype), self.o_proj().to(dtype))
+
+
+class SwiGLU(nn.Module):
+    """The MLP's two matrices; the gate's rows come before the up-projection's."""
+
+    def __init__(self, width: int, intermediate_size: int, **factory: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = Matrix(2 * intermediate_size, width, **factory)
+        self.down_proj = Matrix(width, intermediate_size, **factory)
+
+    def forward(self, dtype: torch.dtype) -> SwiGLUWeights:
+        return SwiGLUWeights(self.gate_up_proj().to(dtype), self.down_proj().to(dtype))
+
+
+class TRMLayer(nn.Module):
+    """The weights of one layer: `self_attn` or, over a fixed number of tokens, `mlp_t`; and `mlp`."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_value_heads: int,
+        intermediate_size: int,
+        seq_len: int | None,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        if seq_len is None:
+            self.self_attn = Attention(width, heads, key_value_heads, **factory)
+        else:
+            self.mlp_t = SwiGLU(seq_len, default_intermediate_size(seq_len), **factory)
+        self.mlp = SwiGLU(width, intermediate_size, **factory)
+
+    def forward(self, dtype: torch.dtype) -> LayerWeights:
+        """The layer's matrices in `dtype`; gradients flow back to the parameters."""
+        mixer = self.mlp_t if hasattr(self, "mlp_t") else self.self_attn
+        return LayerWeights(mixer(dtype), self.mlp(dtype))
+
+
+class TRMSettings(NamedTuple):
+    """How a TRM runs its weights: what may differ from call to call. The fields are TRM's, see there."""
+
+    num_recursion_steps: int
+    num_cycles: int
+    grad_cycles: int | None
+    rope_theta: float | None
+    eps: float
+    attention: str
+    save: str
+    regime: str
+    quantize: str | None
+
+
+class TRM(nn.Module):
+    """A Tiny Recursive Model: `num_layers` post-norm layers, applied to their own state again and again.
+
+    hidden_size            D, the width of x, y and z
+    num_heads              H; D must be a multiple of it
+    num_key_value_heads    G; H must be a multiple of it; default H
+    intermediate_size      the MLP's inner width; default 8/3 D rounded up to a multiple of 256
+    num_recursion_steps    n, updates of z in a cycle (the paper's L_cycles); a call may choose another
+    num_cycles             T, updates of y (the paper's H_cycles)
+    grad_cycles            the last cycles that pass gradients; None = all
+    causal                 no token looks at a later one
+    rope_theta             RoPE's base; None for no positions
+    mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
+    seq_len                tokens in every input, with mlp_t only
+    attention              who computes it: one of ops/attention/rope_attention.py's implementations
+    save                   what is kept for backward, "auto", "all", "layer" or "step": see
+                           recursion/recursion.py
+    regime                 how a call without gradient is launched, "auto", "per_op", "one_launch" or
+                           "per_phase": see recursion/recursion.py; one with a gradient is launched per op
+    quantize               None, or "int8" or "fp8": the matrices in 8 bits, see quantize.py; for calls
+                           without gradient only. Copies are made anew when a matrix has changed
+
+    Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
+    Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_layers: int = 2,
+        *,
+        num_key_value_heads: int | None = None,
+        intermediate_size: int | None = None,
+        num_recursion_steps: int = 6,
+        num_cycles: int = 1,
+        grad_cycles: int | None = 1,
+        causal: bool = False,
+        rope_theta: float | None = 10000.0,
+        mlp_t: bool = False,
+        seq_len: int | None = None,
+        eps: float = 1e-5,
+        attention: str = "auto",
+        save: str = "auto",
+        regime: str = "auto",
+        quantize: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
+        if mlp_t != (seq_len is not None):
+            raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
+        if mlp_t and causal:
+            raise ValueError(
+                "TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both."
+            )
+        if attention not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
+            )
+        if save not in ("auto", *SAVES):
+            raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
+        if regime not in ("auto", *REGIMES):
+            raise ValueError(f"TRM: expected regime to be auto, {', '.join(REGIMES)}, got {regime!r}.")
+        if quantize not in (None, *QUANTIZE):
+            raise ValueError(f"TRM: expected quantize to be None, {', '.join(QUANTIZE)}, got {quantize!r}.")
+
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_key_value_heads = key_value_heads
+        self.num_recursion_steps = num_recursion_steps
+        self.num_cycles = num_cycles
+        self.grad_cycles = grad_cycles
+        self.causal = causal
+        self.rope_theta = rope_theta
+        self.seq_len = seq_len
+        self.eps = eps
+        self.attention = attention
+        self.save = save
+        self.regime = regime
+        self.quantize = quantize
+        self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None  # (of what, ...)
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = intermediate_size or default_intermediate_size(hidden_size)
+        self.layers = nn.ModuleList(
+            TRMLayer(hidden_size, num_heads, key_value_heads, inner, seq_len, **factory)
+            for _ in range(num_layers)
+        )
+        self.y_init = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.z_init = nn.Parameter(torch.empty(hidden_size, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial state of unit size, like everything a norm gives out. The matrices reset themselves."""
+        nn.init.normal_(self.y_init)
+        nn.init.normal_(self.z_init)
+
+    @property
+    def settings(self) -> TRMSettings:
+        """What the attributes say now: those of a call that is given no others."""
+        return TRMSettings(*(getattr(self, name) for name in TRMSettings._fields))
+
+    def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
+        """Evaluations of a layer in one call, the most: the key/value slabs that a cache has to keep."""
+        n = num_recursion_steps or self.num_recursion_steps
+        return adaptive_evaluations(len(self.layers), n, self.num_cycles, halting)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        query_offset: int | None = None,
+        update_cache: EvaluationCache | None = None,
+        num_recursion_steps: int | None = None,
+        angles: Angles | None = None,
+        halting: Halting | None = None,
+        is_token: Tensor | None = None,
+        steps_before: Tensor | None = None,
+        report_steps: Callable[[Tensor, Tensor], None] | None = None,
+        injection: InjectionWeights | None = None,
+        strength: float = 1.0,
+        settings: TRMSettings | None = None,
+        norms_x: bool = False,
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
+
+        With `injection` the call is a whole injection point, see recursion/injection.py: x is the language
+        model's hidden state, and comes back as h'. It starts from y_init and z_init, and halts nowhere.
+
+        x                     [B, T, D]
+        y, z                  the state to go on from; None starts from y_init and z_init
+        positions             [B, T] or [1, T] for RoPE, in tokens; None counts from 0
+        mask, key_mask, query_offset   what each token may look at, see ops/attention/rope_attention.py
+        update_cache          keeps keys and values, see recursion/recursion.py
+        num_recursion_steps   n for this call; None takes the module's
+        angles                rope_angles of the positions, for a caller with more than one call
+        halting               when a token stops before n, see recursion/adaptive.py, which also has
+                              is_token and steps_before; None: never
+        report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
+        injection, strength   the projections and the gate, in x's dtype, and the factor of what is added
+        settings              of this call; None takes the module's attributes
+        norms_x               with injection: whether its x is normed, see ops/injection_in.py
+
+        Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
+        under torch.compile.
+        """
+        settings = self.settings if settings is None else settings
+        if num_recursion_steps is not None:
+            settings = settings._replace(num_recursion_steps=num_recursion_steps)
+        if injection is not None:
+            assert y is z is halting is query_offset is None and positions is not None
+            given: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "angles": angles}
+            given |= {"positions": positions, "update_cache": update_cache, "norms_x": norms_x}
+            return self._inject(x, injection, strength, settings, **given)
+        if halting is None:
+            return self._cycles(
+                settings,
+                x,
+                y,
+                z,
+                positions=positions,
+                mask=mask,
+                key_mask=key_mask,
+                query_offset=query_offset,
+                update_cache=update_cache,
+                angles=angles,
+            )
+        if settings.regime not in ("auto", "per_op"):
+            raise ValueError(
+                f"TRM: halting expected regime auto or per_op, got {settings.regime!r}: one launch cannot "
+                "ask after every step who goes on."
+            )
+        y, z = self._start(x, y, z)
+        layers, scales = self._weights(
+            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
+        )
+        adapted = adaptive_recursion(
+            x,
+            y,
+            z,
+            layers if scales is None else dequantize_layers(layers, scales, compute_dtype(x)),
+            halting=halting,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            num_recursion_steps=settings.num_recursion_steps,
+            num_cycles=settings.num_cycles,
+            positions=positions,
+            mask=mask,
+            causal=self.causal,
+            rope_theta=settings.rope_theta,
+            eps=settings.eps,
+            update_cache=update_cache,
+            key_mask=key_mask,
+            query_offset=query_offset,
+            attention=settings.attention,
+            angles=angles,
+            is_token=is_token,
+            steps_before=steps_before,
+        )
+        if report_steps is not None:
+            report_steps(adapted.steps, adapted.evaluations)
+        return adapted.y, adapted.z
+
+    def each_cycle(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        *,
+        num_recursion_steps: int | None = None,
+        settings: TRMSettings | None = None,
+        **arguments: Any,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(y, z) after each of the cycles that pass gradients, which flow on from one to the next.
+
+        The last are what a call returns, but for rounding; a loss may be taken after each of them.
+
+        arguments   of a call, but for update_cache
+        """
+        settings = self.settings if settings is None else settings
+        if num_recursion_steps is not None:
+            settings = settings._replace(num_recursion_steps=num_recursion_steps)
+        num_cycles, passing = settings.num_cycles, settings.grad_cycles
+        passing = num_cycles if passing is None else passing
+        until_first = settings._replace(num_cycles=num_cycles - passing + 1, grad_cycles=1)
+        y, z = self._cycles(until_first, x, y, z, **arguments)
+        yield y, z
+        for _ in range(passing - 1):
+            y, z = self._cycles(settings._replace(num_cycles=1, grad_cycles=1), x, y, z, **arguments)
+            yield y, z
+
+    def supervision_steps(
+        self,
+        x: Tensor | Callable[[], Tensor],
+        steps: int,
+        y: Tensor | None = None,
+        z: Tensor | None = None,
+        **arguments: Any,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(y, z) after each of `steps` calls; every call goes on from the y and z before, without gradient.
+
+        Deep supervision as in the paper's figure 3: a loss, a backward and an optimizer step after each.
+
+            for y, z in trm.supervision_steps(lambda: embed(puzzle), 16):
+                loss(y).backward(); optimizer.step(); optimizer.zero_grad()
+
+        x           [B, T, D]; a function makes it anew for each call, as it has to be where its own
+                    parameters learn and the losses are not summed for one backward
+        arguments   of a call, but for update_cache
+        """
+        for _ in range(steps):
+            y, z = self(x if isinstance(x, Tensor) else x(), y, z, **arguments)
+            yield y, z
+            y, z = y.detach(), z.detach()
+
+    def _cycles(
+        self, settings: TRMSettings, x: Tensor, y: Tensor | None, z: Tensor | None, **arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The cycles of `settings` with the module's weights; `arguments` as trm_recursion takes them."""
+        y, z = self._start(x, y, z)
+        layers, scales = self._weights(
+            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
+        )
+        return trm_recursion(
+            x,
+            y,
+            z,
+            layers,
+            scales=scales,
+            **self._of_call(settings, wants_gradient(x, y, z, *self.parameters())),
+            **arguments,
+        )
+
+    def _inject(
+        self, h: Tensor, injection: InjectionWeights, strength: float, settings: TRMSettings, **arguments: Any
+    ) -> Tensor:
+        """h' of an injection point with the module's weights; `arguments` as trm_injection takes them."""
+        has_gradient = wants_gradient(h, *self.parameters(), *injection)
+        dtype = compute_dtype(h)
+        layers, scales = self._weights(dtype, has_gradient, settings.quantize)
+        size = (*h.shape[:2], self.hidden_size)
+        return trm_injection(
+            h,
+            injection,
+            strength,
+            self.y_init.to(dtype).expand(size),
+            self.z_init.to(dtype).expand(size),
+            layers,
+            scales=scales,
+            **self._of_call(settings, has_gradient),
+            **arguments,
+        )
+
+    def _of_call(self, settings: TRMSettings, has_gradient: bool) -> dict[str, Any]:
+        """Arguments of trm_recursion and trm_injection: those of the weights, and the settings."""
+        of_call = settings._asdict()
+        del of_call["quantize"]  # seen in the weights
+        of_weights = {name: getattr(self, name) for name in ("num_heads", "num_key_value_heads", "causal")}
+        return of_weights | of_call | ({"regime": "per_op"} if has_gradient else {})
+
+    def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The state to go on from. Errors: ValueError for an x of other sizes."""
+        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
+        if self.seq_len is not None and x.shape[1] != self.seq_len:
+            raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+        return (
+            self.y_init.to(compute_dtype(x)).expand_as(x) if y is None else y,
+            self.z_init.to(compute_dtype(x)).expand_as(x) if z is None else z,
+        )
+
+    def _weights(
+        self, dtype: torch.dtype, has_gradient: bool, quantize: str | None
+    ) -> tuple[list[LayerWeights], list[LayerWeights] | None]:
+        """The matrices in `dtype`; or in 8 bits, and their scales."""
+        if quantize is None:
+            return [layer(dtype) for layer in self.layers], None
+        if has_gradient:
+            raise RuntimeError(
+                f"TRM: quantize={quantize!r} expected a call without gradient (torch.no_grad()), got "
+                "one with: rounded weights cannot be trained."
+            )
+        known = self._in_8_bits
+        if torch.compiler.is_compiling():
+            if known is None or known[0][0] != quantize:
+                raise RuntimeError(
+                    f"TRM: quantize={quantize!r} expected one call before torch.compile, in which the "
+                    "copies in 8 bits are made."
+                )
+            return known[1], known[2]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.layers.parameters()]
+        state = (quantize, versions)
+        if known is None or known[0] != state:
+            layers = [layer(next(layer.parameters()).dtype) for layer in self.layers]
+            self._in_8_bits = known = (state, *quantize_layers(layers, quantize))
+        return known[1], known[2]
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
+        """Load a state dict of the TRM paper's code; returns the keys it left alone (embeddings, heads).
+
+        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and
+        `z_init`, whatever stands before them (`model.inner.`, `_orig_mod.`).
+
+        Errors: ValueError when a weight is missing, comes twice or has another shape; nothing is loaded then.
+        """
+        ours, left_alone = {}, []
+        for key, tensor in state_dict.items():
+            name = _reference_name(key)
+            if name is None:
+                left_alone.append(key)
+            elif name in ours:
+                raise ValueError(f"load_reference_state_dict: expected {name} once, got it twice ({key}).")
+            else:
+                ours[name] = tensor
+        wanted = self.state_dict()
+        for name in wanted.keys() | ours.keys():
+            got = tuple(ours[name].shape) if name in ours else "no such tensor"
+            expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
+            if got != expected:
+                raise ValueError(f"load_reference_state_dict: {name}: expected {expected}, got {got}.")
+        self.load_state_dict(ours)
+        return sorted(left_alone)
+
+
+def _reference_name(key: str) -> str | None:
+    """Our name of a tensor of the TRM paper's code; None for one that is not part of the recursion."""
+    if found := re.search(r"(?:^|\.)L_level\.(layers\..+)$", key):
+        return found[1]
+    if found := re.search(r"(?:^|\.)(H|L)_init$", key):
+        return {"H": "y_init", "L": "z_init"}[found[1]]
+    return None
+
+
+def check_sizes(
+    who: str,
+    hidden_size: int,
+    num_heads: int,
+    num_key_value_heads: int,
+    num_layers: int,
+    uses_rope: bool,
+    prefix: str = "",
+) -> None:
+    """Refuse sizes that make no attention: ValueError with what was expected and what came.
+
+    prefix   what stands before the names where the caller's caller set them
+    """
+    counts = {
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_layers": num_layers,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{who}: expected {prefix}{name} of at least 1, got {count}.")
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"{who}: expected {prefix}hidden_size to be a multiple of {prefix}num_heads, "
+            f"got {hidden_size} and {num_heads}."
+        )
+    if num_heads % num_key_value_heads:
+        raise ValueError(
+            f"{who}: expected {prefix}num_heads to be a multiple of {prefix}num_key_value_heads, "
+            f"got {num_heads} and {num_key_value_heads}."
+        )
+    if uses_rope and hidden_size // num_heads % 2:
+        raise ValueError(
+            f"{who}: RoPE expected an even head width, got {hidden_size // num_heads} "
+            f"(hidden_size {hidden_size} over {num_heads} heads)."
+        )

@@ -1,0 +1,1 @@
+"""Attention and rotary positions: our kernels, and libraries' beside them."""

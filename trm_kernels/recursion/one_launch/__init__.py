@@ -1,0 +1,1 @@
+"""The recursion, or a whole injection point, in one cooperative launch."""

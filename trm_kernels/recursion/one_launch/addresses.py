@@ -1,0 +1,58 @@
+"""Where the tensors of a list lie, as numbers that a kernel reads: a list's length is no part of a signature.
+
+A kernel is given the first tensor of each list, and of every other its distance to the first, in steps of 16
+bytes: so Triton knows that the others are as well aligned as the first. The table depends on the addresses
+alone; it is copied to the device when one of them is new, as when a cache makes room, and not once a call.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from trm_kernels.runtime.launch import is_recording
+from trm_kernels.runtime.optional_triton import tl, triton
+
+_STEP = 16  # bytes
+
+
+@triton.jit
+def of_list(first_ptr, distances_ptr, index):
+    """The pointer to a tensor of a list, `index` being the place of its distance; of no list, None."""
+    ptr = first_ptr
+    if first_ptr is not None:
+        ELEMENTS: tl.constexpr = 128 // first_ptr.dtype.element_ty.primitive_bitwidth
+        ptr += tl.load(distances_ptr + index) * ELEMENTS
+    return ptr
+
+
+def distances(lists: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The table of some lists of tensors, one list after the other, [tensors] int64 on their device."""
+    device = lists[0][0].device
+    if is_recording():
+        return torch.empty(sum(map(len, lists)), dtype=torch.int64, device=device)
+    found: list[int] = []
+    for tensors in filter(None, lists):
+        first = tensors[0].data_ptr()
+        assert all((t.data_ptr() - first) % _STEP == 0 for t in tensors), "checked by the caller"
+        found += ((t.data_ptr() - first) // _STEP for t in tensors)
+    return _table(device, tuple(found))
+
+
+def are_in_step(tensors: Sequence[Tensor]) -> bool:
+    """Whether `distances` can say where they lie; where no memory is behind them it is taken for granted."""
+    if not tensors or is_recording() or torch.compiler.is_compiling():
+        return True
+    return all((t.data_ptr() - tensors[0].data_ptr()) % _STEP == 0 for t in tensors)
+
+
+@lru_cache(maxsize=1024)
+def _table(device: torch.device, found: tuple[int, ...]) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "trm_recursion: the regime 'one_launch' expected weights and caches that lie where they lay in a "
+            "call before the CUDA graph is captured, got others. Weights that are cast for the call do not: "
+            "keep them in the dtype that is computed in."
+        )
+    return torch.tensor(found, dtype=torch.int64).to(device)

@@ -1,0 +1,54 @@
+"""What the fused recursion keeps for backward, in bytes, and which policy `save="auto"` takes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights
+from trm_kernels.runtime.constant import constant_result
+
+SAVES = ("all", "layer", "step")
+
+# "auto" keeps all where that takes at most this share of the memory that is free: the language model's own
+# layers, and the injections that follow, need room too
+SHARE_OF_FREE_MEMORY = 0.25
+
+
+def saved_bytes(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads: int) -> int:
+    """Bytes that one f keeps of a state x [B, T, D] under a policy of recursion/fused_recursion.py.
+
+    Only shapes and dtypes are read: x and the weights may be on the "meta" device.
+    """
+    B, T, D = x.shape
+    h2 = B * T * D * x.element_size()
+    if save != "all":
+        return h2 if save == "step" else h2 * len(weights)
+    total = 0
+    for w in weights:
+        rows = 2 * D + w.mlp.gate_up_proj.shape[0]  # h2 and h; g and u
+        elements, statistics = B * T * rows, 0
+        if isinstance(w.mixer, AttentionWeights):
+            elements += B * T * (w.mixer.qkv_proj.shape[0] + w.mixer.o_proj.shape[1])
+            statistics = B * T * (num_heads + 1)  # of the softmax, of the norm
+        else:
+            elements += B * D * w.mixer.gate_up_proj.shape[0]
+        total += elements * x.element_size() + 4 * statistics
+    return total
+
+
+def choose_save(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads: int, num_f: int) -> str:
+    """`save` or, for "auto", what the free memory of x's device allows for num_f evaluations of f."""
+    if save != "auto":
+        return save
+    if x.device.type != "cuda":
+        return "all"
+    wanted = num_f * saved_bytes("all", x, weights, num_heads)
+    return "all" if wanted <= SHARE_OF_FREE_MEMORY * _free_bytes(x.device.index) else "step"
+
+
+@constant_result
+def _free_bytes(index: int) -> int:
+    """What the device has left, and what PyTorch holds of it without using it."""
+    free, _ = torch.cuda.mem_get_info(index)
+    return free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)

@@ -1,0 +1,1 @@
+"""What every op stands on: the backend's choice, launches, their settings, dtypes."""

@@ -1,0 +1,117 @@
+"""The one door to the device: every kernel launch passes through `launch`.
+
+`record()` keeps launches instead of running them. Given tensors on the "meta" device, an op then tells
+without a GPU which kernels it would start, on what grid and with which arguments.
+
+A launcher (the function of an op file that allocates and launches) becomes visible to `torch.compile`
+and `torch.export` by `@launcher`. The custom op it turns into needs a fake: a function from shapes to
+shapes. A launcher whose launches are kept and thrown away is just that, so it is its own fake.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_kernels.runtime.constant import constant_result
+
+_GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, the same on every CUDA device
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one kernel launch was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Recording:
+    arch: str | None
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("trm_kernels_recording", default=None)
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each custom op runs, by the op's name
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Start `kernel` on the device its tensors live on, or keep the launch while recording."""
+    recording = _recording.get()
+    if recording is not None:
+        recording.launches.append(Launch(kernel, grid, args, meta))
+        return
+    assert all(n <= limit for n, limit in zip(grid, _GRID_LIMITS, strict=False)), f"grid too large: {grid}"
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    # Triton starts kernels on the current device, which need not be the one that holds the tensors
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
+
+
+@contextmanager
+def record(arch: str | None = None) -> Iterator[list[Launch]]:
+    """Keep launches, choosing settings as if the tensors lived on `arch`, such as "sm90".
+
+    Without an arch each tensor's own device decides. Holds for the thread (the context) that entered.
+    """
+    recording = _Recording(arch)
+    token = _recording.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _recording.reset(token)
+
+
+@constant_result
+def is_recording() -> bool:
+    """Whether launches are being kept instead of run."""
+    return _recording.get() is not None
+
+
+def arch_of(t: Tensor) -> str:
+    """The name under which `tuning` knows the device of `t`: "sm90", or "any" where it is no GPU."""
+    return _recorded_arch() or ("any" if t.device.type != "cuda" else _arch_of_device(t.device.index))
+
+
+@constant_result
+def _recorded_arch() -> str | None:
+    recording = _recording.get()
+    return None if recording is None else recording.arch
+
+
+@constant_result
+def _arch_of_device(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm{major}{minor}"
+
+
+def launcher(
+    function: Callable[..., Any] | None = None, *, mutates_args: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    """Register a launcher as the custom op `trm_kernels::<its name>`.
+
+    Every parameter and the result need annotations, from which PyTorch reads the op's schema.
+
+    mutates_args   the parameters that it writes to: tensors, or lists of them
+    """
+    if function is None:
+        return partial(launcher, mutates_args=mutates_args)
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if is_recording() else record():
+            return function(*args, **kwargs)
+
+    name = function.__name__.lstrip("_")
+    LAUNCHERS[name] = function
+    op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=mutates_args)
+    op.register_fake(fake)
+    return op
