@@ -15,8 +15,8 @@ from trm_kernels import (
     linear_swiglu,
     rstd_from_squares,
     swiglu_mlp,
-    tuning,
 )
+from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import are_aligned, tile_of_program
 from trm_kernels.runtime.launch import record
