@@ -11,12 +11,12 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 # kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
-INTERPRETED := tests/test_ops.py tests/test_products.py tests/test_bugs.py tests/test_interpreter.py \
-	tests/test_backend.py tests/test_rope_attention.py tests/test_decode_attention.py tests/test_masks.py \
-	tests/test_recursion.py tests/test_injection.py tests/test_launch_plan.py tests/test_one_launch.py \
-	tests/test_one_launch_injection.py tests/test_one_launch_generate.py tests/test_cooperative.py \
-	tests/test_adaptive_recursion.py tests/test_deep_supervision.py tests/test_peers.py \
-	tests/test_autocast.py
+INTERPRETED := tests/trm_kernels/ops/test_ops.py tests/trm_kernels/ops/test_products.py tests/trm_kernels/ops/test_bugs.py tests/trm_kernels/runtime/test_interpreter.py \
+	tests/trm_kernels/runtime/test_backend.py tests/trm_kernels/ops/test_rope_attention.py tests/trm_kernels/ops/test_decode_attention.py tests/hybrid/model/test_masks.py \
+	tests/trm_kernels/recursion/test_recursion.py tests/trm_kernels/recursion/test_injection.py tests/trm_kernels/export/test_launch_plan.py tests/trm_kernels/recursion/test_one_launch.py \
+	tests/trm_kernels/recursion/test_one_launch_injection.py tests/trm_kernels/recursion/test_one_launch_generate.py tests/trm_kernels/recursion/test_cooperative.py \
+	tests/trm_kernels/recursion/test_adaptive_recursion.py tests/trm_kernels/recursion/test_deep_supervision.py tests/bench/test_peers.py \
+	tests/trm_kernels/ops/test_autocast.py
 
 .PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors gpu bench static cubins resources native clean
 
@@ -54,7 +54,7 @@ slow: $(READY)
 
 # the recursion at its full depth, in the interpreter
 deep: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/test_recursion.py
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/trm_kernels/recursion/test_recursion.py
 
 check: lint types floors test
 

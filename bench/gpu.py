@@ -42,22 +42,22 @@ RESULTS, LOG = "results.json", "log.txt"
 RESTARTS = 3  # of a stage whose device broke
 # what most hangs on first
 TESTS = (
-    "tests/test_ops.py",
-    "tests/test_recursion.py",
-    "tests/test_injection.py",
-    "tests/test_on_device.py",
-    "tests/test_rope_attention.py",
-    "tests/test_decode_attention.py",
-    "tests/test_one_launch.py",
-    "tests/test_one_launch_injection.py",
-    "tests/test_products.py",
-    "tests/test_masks.py",
-    "tests/test_one_launch_generate.py",
-    "tests/test_cooperative.py",
-    "tests/test_adaptive_recursion.py",
-    "tests/test_peers.py",
-    "tests/test_backend.py",
-    "tests/test_warmup.py",
+    "tests/trm_kernels/ops/test_ops.py",
+    "tests/trm_kernels/recursion/test_recursion.py",
+    "tests/trm_kernels/recursion/test_injection.py",
+    "tests/trm_kernels/test_on_device.py",
+    "tests/trm_kernels/ops/test_rope_attention.py",
+    "tests/trm_kernels/ops/test_decode_attention.py",
+    "tests/trm_kernels/recursion/test_one_launch.py",
+    "tests/trm_kernels/recursion/test_one_launch_injection.py",
+    "tests/trm_kernels/ops/test_products.py",
+    "tests/hybrid/model/test_masks.py",
+    "tests/trm_kernels/recursion/test_one_launch_generate.py",
+    "tests/trm_kernels/recursion/test_cooperative.py",
+    "tests/trm_kernels/recursion/test_adaptive_recursion.py",
+    "tests/bench/test_peers.py",
+    "tests/trm_kernels/runtime/test_backend.py",
+    "tests/trm_kernels/export/test_warmup.py",
 )
 DRY_TESTS = ("tests/test_floors.py",)  # quick ones
 _DRY_PEERS = ("ours", "eager", "TRM paper's eager")

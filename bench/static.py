@@ -4,7 +4,7 @@
     python -m bench static --check    count, and print what differs from those files; exit code 1 if it does
 
 Registers, stack and shared memory of every kernel are in the same folder; `python -m trm_kernels.aot --write`
-makes that file, and tests/test_aot.py compares it by `changes` below.
+makes that file, and tests/trm_kernels/export/test_aot.py compares it by `changes` below.
 """
 
 import json

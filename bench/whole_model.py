@@ -20,7 +20,7 @@ from bench.store import Store
 from bench.timing import Run, Timer, card_state, peak_bytes, ratios, spread
 from hybrid import HybridConfig, HybridModel
 from hybrid.bases import KNOWN_BASES
-from hybrid.injection import Injection
+from hybrid.model.injection import Injection
 from hybrid.presets import PresetConfigs
 from trm_kernels.runtime.backend import backend
 

@@ -11,19 +11,19 @@ from hybrid.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
-    from hybrid.halting import Halting, StepRecord, TokenHalting, record_steps
-    from hybrid.model import CombinedTRMLLM, HybridModel
+    from hybrid.model.halting import Halting, StepRecord, TokenHalting, record_steps
+    from hybrid.model.hybrid_model import CombinedTRMLLM, HybridModel
     from hybrid.presets import PresetConfigs
 
 _WHERE = {
-    "CombinedTRMLLM": "hybrid.model",
-    "Halting": "hybrid.halting",
+    "CombinedTRMLLM": "hybrid.model.hybrid_model",
+    "Halting": "hybrid.model.halting",
     "HybridConfig": "hybrid.config",
-    "HybridModel": "hybrid.model",
+    "HybridModel": "hybrid.model.hybrid_model",
     "PresetConfigs": "hybrid.presets",
-    "StepRecord": "hybrid.halting",
-    "TokenHalting": "hybrid.halting",
-    "record_steps": "hybrid.halting",
+    "StepRecord": "hybrid.model.halting",
+    "TokenHalting": "hybrid.model.halting",
+    "record_steps": "hybrid.model.halting",
 }
 
 __all__ = [

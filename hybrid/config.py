@@ -20,7 +20,7 @@ from hybrid.config_values import (
     read_json_object,
     short,
 )
-from hybrid.modeling_file import AUTO_MAP
+from hybrid.saving.modeling_file import AUTO_MAP
 from trm_kernels.modules.trm import TRMSettings, check_sizes
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.quantize import QUANTIZE

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hybrid.config import HybridConfig
-from hybrid.injection import Injection
-from hybrid.model import HybridModel
+from hybrid.model.hybrid_model import HybridModel
+from hybrid.model.injection import Injection
 from trm_kernels.recursion.saved_bytes import saved_bytes
 
 

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_LIGHT = ("cli", "extras", "options", "registration", "train_settings", "__main__")  # of this package
+# modules of this package that need none of it, with what is inside them; of `training` only these
+_LIGHT = ("cli", "extras", "options", "registration", "training.settings", "__main__")
+_FACES = ("training",)  # the package itself, without what is inside
 
 
 def register_with_transformers() -> None:
-    """Import hybrid.model, which registers, now or as soon as transformers is imported."""
+    """Import hybrid.model.hybrid_model, which registers, now or as soon as transformers is imported."""
     if "transformers" in sys.modules:
         _register()
     else:
@@ -24,7 +26,7 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("hybrid.model")
+    importlib.import_module("hybrid.model.hybrid_model")
 
 
 class _Watch(importlib.abc.MetaPathFinder):
@@ -34,8 +36,8 @@ class _Watch(importlib.abc.MetaPathFinder):
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, inside = name.partition(".")
-        is_ours = package == "hybrid" and inside.partition(".")[0] not in _LIGHT
-        if not is_ours and name != "transformers":
+        is_light = inside in _FACES or any(f"{inside}.".startswith(f"{light}.") for light in _LIGHT)
+        if (package != "hybrid" or is_light) and name != "transformers":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -8,7 +8,7 @@ import torch
 from trm_kernels.runtime.backend import backend, interpreting
 
 if interpreting():
-    from tests.interpreter import mend
+    from tests.support.interpreter import mend
 
     mend()
 

@@ -17,7 +17,7 @@ import transformers
 from evidence import picture, tables
 from evidence.results import Results, Run
 from evidence.tasks import TASKS
-from hybrid.files import replace_file
+from hybrid.saving.files import replace_file
 
 FOLDER = Path("build/evidence")
 SEEDS = (0, 1, 2)

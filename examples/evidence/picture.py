@@ -12,7 +12,7 @@ from evidence.results import Results
 from evidence.shell_game import SWAPS
 from evidence.tables import ANSWERS, GAME, MOST, RANDOM
 from hybrid.demo.shell_game import CUPS
-from hybrid.files import replace_file
+from hybrid.saving.files import replace_file
 
 _SHOWN = (
     RANDOM,

@@ -30,8 +30,8 @@ from evidence.shell_game import pretrained_base
 from evidence.training import train, trained
 from hybrid import HybridConfig, HybridModel
 from hybrid.demo.base import LanguageModel
-from hybrid.evaluate import IGNORED
-from hybrid.processes import seed_everything
+from hybrid.training.evaluate import IGNORED
+from hybrid.training.processes import seed_everything
 
 EDGES = 6
 NODES = EDGES + 2

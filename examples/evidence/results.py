@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybrid.files import replace_file
+from hybrid.saving.files import replace_file
 
 
 class Run(NamedTuple):

@@ -24,14 +24,14 @@ from transformers import LlamaForCausalLM
 from evidence.training import count_flops, train, trained
 from evidence.untied import UntiedStack
 from hybrid import HybridConfig, HybridModel
-from hybrid.data import TokenBlocks
+from hybrid.data.stream import TokenBlocks
 from hybrid.demo.base import LanguageModel, make_base
 from hybrid.demo.pretraining import Pretraining
 from hybrid.demo.shell_game import ShellGame, accuracy_by_swaps, adaptive_by_swaps
 from hybrid.demo.texts import english_prose
-from hybrid.evaluate import IGNORED, text_loss
-from hybrid.halting import Halting
-from hybrid.processes import seed_everything
+from hybrid.model.halting import Halting
+from hybrid.training.evaluate import IGNORED, text_loss
+from hybrid.training.processes import seed_everything
 
 SWAPS = 16  # the most in training
 _LONGER = 24  # swaps, in the held-out games

@@ -25,7 +25,7 @@ from tiny_recursive_models import Settings as ModelSettings
 from torch import Tensor, nn
 
 from evidence.training import train, trained
-from hybrid.processes import seed_everything
+from hybrid.training.processes import seed_everything
 from trm_kernels import TRM, add_rms_norm, swiglu_mlp
 from trm_kernels.recursion.weights import SwiGLUWeights
 

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from hybrid.cli.block import config_of, given_fields  # noqa: E402
 from hybrid.config import HybridConfig  # noqa: E402
-from hybrid.halting import Halting, StepRecord, TokenHalting  # noqa: E402
+from hybrid.model.halting import Halting, StepRecord, TokenHalting  # noqa: E402
 from trm_kernels.runtime.backend import backend  # noqa: E402
 
 
@@ -47,9 +47,9 @@ def running(arguments: argparse.Namespace) -> Iterator[None]:
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) for inference: on the accelerator if there is one, recursing as was asked for."""
-    from hybrid.loading import load_model, load_tokenizer
-    from hybrid.model import HybridModel
-    from hybrid.processes import this_process
+    from hybrid.model.hybrid_model import HybridModel
+    from hybrid.saving.loading import load_model, load_tokenizer
+    from hybrid.training.processes import this_process
 
     halting = _halting(arguments)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
@@ -106,7 +106,7 @@ def read_blocks(
     sources: list[str], tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace
 ) -> Any:
     """TokenBlocks or Examples whose tokens the model has, no longer than it can read."""
-    from hybrid.data import read_rows
+    from hybrid.data.stream import read_rows
 
     return read_rows(
         sources_of(sources, arguments),
@@ -118,7 +118,7 @@ def read_blocks(
 
 
 def sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
-    from hybrid.sources import Sources
+    from hybrid.data.sources import Sources
 
     return Sources(names, arguments.field, arguments.loss_on)
 

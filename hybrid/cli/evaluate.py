@@ -3,13 +3,13 @@
 import argparse
 
 from hybrid.cli.common import load, read_blocks, sources_of, steps_taken
-from hybrid.halting import record_steps
+from hybrid.model.halting import record_steps
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from hybrid.data import unused_columns
-    from hybrid.evaluate import task_results, text_loss
-    from hybrid.labelled import Examples
+    from hybrid.data.labelled import Examples
+    from hybrid.data.stream import unused_columns
+    from hybrid.training.evaluate import task_results, text_loss
 
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("eval: expected --data or --tasks, got neither.")

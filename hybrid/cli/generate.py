@@ -5,12 +5,12 @@ import sys
 from typing import Any
 
 from hybrid.cli.common import load, steps_taken
-from hybrid.halting import TokenHalting, record_steps
+from hybrid.model.halting import TokenHalting, record_steps
 from hybrid.options import flag_of
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from hybrid.special_tokens import prompt_tokens
+    from hybrid.data.special_tokens import prompt_tokens
 
     for name in ("top_k", "top_p", "seed"):
         if arguments.temperature is None and getattr(arguments, name) is not None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = {name: t.to(model.device) for name, t in prompt_tokens(arguments.prompt, tokenizer).items()}
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:
-        from hybrid.processes import seed_everything
+        from hybrid.training.processes import seed_everything
 
         seed_everything(arguments.seed or 0)
         options |= {"do_sample": True, "temperature": arguments.temperature}

@@ -8,8 +8,8 @@ from hybrid.cli.common import block
 def run(arguments: argparse.Namespace) -> int:
     from hybrid.bases import KNOWN_BASES, PRESET_BASES
     from hybrid.info import count, count_trained, on_meta, parts, saved_by_token
-    from hybrid.loading import load_config
-    from hybrid.phases import enter
+    from hybrid.saving.loading import load_config
+    from hybrid.training.phases import enter
     from trm_kernels.recursion.saved_bytes import SAVES
 
     name = arguments.base or PRESET_BASES.get(arguments.preset)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from hybrid.cli import options
 from hybrid.options import add_options
-from hybrid.train_settings import TrainSettings
+from hybrid.training.settings import TrainSettings
 
 _BLOCK = "the recursive block"
 

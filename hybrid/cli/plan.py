@@ -22,10 +22,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(the run, what is asked about it)"""
     from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
-    from hybrid.loading import load_config
     from hybrid.plan.cards import parse_cards
     from hybrid.plan.run import Run
     from hybrid.plan.table import Wishes, text_tokens
+    from hybrid.saving.loading import load_config
 
     if arguments.level is not None:
         if arguments.preset or arguments.config:

@@ -11,18 +11,18 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from hybrid.batches import LengthCurriculum
 from hybrid.cli.common import block, read_blocks, sequence_length, sources_of
 from hybrid.config import HybridConfig
-from hybrid.data import TokenStream, unused_columns
+from hybrid.data.stream import TokenStream, unused_columns
 from hybrid.info import count, count_trained
-from hybrid.loading import load_config, load_model, load_on_first, load_tokenizer
-from hybrid.model import HybridModel
+from hybrid.model.hybrid_model import HybridModel
 from hybrid.options import given
-from hybrid.phases import PHASES, Phase, enter
-from hybrid.processes import seed_everything, this_process
-from hybrid.run_folder import held
-from hybrid.train import TrainResult, TrainSettings, train
+from hybrid.saving.loading import load_config, load_model, load_on_first, load_tokenizer
+from hybrid.training.batches import LengthCurriculum
+from hybrid.training.loop import TrainResult, TrainSettings, train
+from hybrid.training.phases import PHASES, Phase, enter
+from hybrid.training.processes import seed_everything, this_process
+from hybrid.training.run_folder import held
 from trm_kernels.runtime.backend import describe
 
 _HELD_OUT_BLOCKS = 64

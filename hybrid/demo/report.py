@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hybrid.demo.shell_game import CUPS, SWAPS, follow
-from hybrid.files import replace_file
+from hybrid.saving.files import replace_file
 
 REPORT = "report.md"
 BY_SWAPS = "accuracy_by_swaps.png"

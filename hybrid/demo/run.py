@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hybrid import phases, run_folder
-from hybrid.data import TokenBlocks
+from hybrid.data.stream import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import LanguageModel, make_base, make_tokenizer
 from hybrid.demo.pretraining import Pretraining
@@ -24,10 +23,11 @@ from hybrid.demo.report import Findings, GameResult, TextResult
 from hybrid.demo.shell_game import ShellGame, accuracy_by_swaps, answers
 from hybrid.demo.texts import english_prose, python_sources
 from hybrid.info import count, count_trained
-from hybrid.model import HybridModel
+from hybrid.model.hybrid_model import HybridModel
 from hybrid.presets import PresetConfigs
-from hybrid.processes import this_process
-from hybrid.train import TrainResult, TrainSettings, seed_everything, train
+from hybrid.training import phases, run_folder
+from hybrid.training.loop import TrainResult, TrainSettings, seed_everything, train
+from hybrid.training.processes import this_process
 from trm_kernels.runtime.backend import describe
 
 _ROW = 64  # characters in a row of text

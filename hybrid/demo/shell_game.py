@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hybrid.demo.base import LanguageModel, encode
-from hybrid.halting import Halting, TokenHalting, record_steps
-from hybrid.model import HybridModel
+from hybrid.model.halting import Halting, TokenHalting, record_steps
+from hybrid.model.hybrid_model import HybridModel
 
 CUPS = 3
 SWAPS = {"a": (0, 1), "b": (0, 2), "c": (1, 2)}

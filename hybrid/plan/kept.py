@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybrid.injection import Injection
-from hybrid.model import HybridModel
+from hybrid.model.hybrid_model import HybridModel
+from hybrid.model.injection import Injection
 from trm_kernels.runtime.launch import record
 
 ATTENTION = "trm_plan"

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hybrid import checkpoint
-from hybrid.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection, decoder_layers
 from hybrid.plan.run import Run, linear_layers
+from hybrid.saving import checkpoint
 from trm_kernels.recursion.saved_bytes import SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
 
 CUDA_BYTES = 1.0e9  # assumed: of the context and of cuBLAS, 0.5 to 1 GB are seen

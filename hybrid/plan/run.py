@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
 from hybrid.info import on_meta, saved_by_injection
-from hybrid.injection import Injection, decoder_layers
-from hybrid.model import HybridModel
+from hybrid.model.hybrid_model import HybridModel
+from hybrid.model.injection import Injection, decoder_layers
 from hybrid.plan.cards import Card
 from hybrid.plan.kept import ATTENTION, Kept, kept_by_step
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from hybrid import checkpoint
 from hybrid.bases import KNOWN_BASES
 from hybrid.info import count
-from hybrid.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection, decoder_layers
 from hybrid.plan.memory import memory
 from hybrid.plan.run import Run
 from hybrid.presets import PresetConfigs
+from hybrid.saving import checkpoint
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 TOKENS_PER_PARAMETER = 20  # from scratch: Hoffmann et al., 2022, arXiv 2203.15556

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import tiny_base, tiny_hybrid
+from tests.support.tiny import tiny_base, tiny_hybrid
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: the extra [eval]")
 from lm_eval.api.instance import Instance  # noqa: E402

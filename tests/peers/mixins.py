@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from hybrid import HybridConfig, HybridModel
-from hybrid.injection import Injection
+from hybrid.model.injection import Injection
 from tests.peers.sources import import_tests
 
 import_tests(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from hybrid import HybridConfig, HybridModel
 from tests.peers.sources import import_tests
-from tests.tiny import awaken
+from tests.support.tiny import awaken
 
 import_tests("peft", {})
 

@@ -73,7 +73,7 @@ def _forward(module: TRM, arch: str, B: int, T: int, is_training: bool) -> list[
 
 
 def _cached(module: TRM, arch: str, B: int, T: int, past: int) -> list[Launch]:
-    """A prefill or a step of decoding, over a cache with room for more, as hybrid/cache.py grows it."""
+    """A prefill or a step of decoding, over a cache with room for more, as hybrid/model/cache.py grows it."""
 
     def update_cache(evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         room = (t.new_empty(*t.shape[:2], 2 * (past + T), t.shape[3]) for t in (k, v))

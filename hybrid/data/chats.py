@@ -1,0 +1,161 @@
+"""Chats: what a row says, and the text that a tokenizer's template makes of it.
+
+What the template renders is what is trained on: nothing is put before it, and no end after it.
+"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from transformers import PreTrainedTokenizerBase
+
+from hybrid.data.formats import check_unicode
+
+# ShareGPT's names of who speaks, as templates know them
+_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_KWARGS = "chat_template_kwargs"  # a column whose keys are handed to the template
+_OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+_LONGEST_MARKED = 2**22  # characters of a chat whose completions are looked for: 1 GB of memory
+
+
+@dataclass(frozen=True)
+class Chat:
+    """turns: {"role", "content", ...} each; others: the row's other columns, for the template."""
+
+    turns: list[dict[str, Any]]
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Characters, about."""
+        return sum(len(value) for turn in self.turns for value in turn.values() if isinstance(value, str))
+
+
+def chat_of(turns: list[dict[str, Any]], others: dict[str, Any], has_nulls: bool) -> Chat:
+    """The chat in a row; see rows.py. A turn's key that is null is left out, as transformers 5.23 does.
+
+    Errors: ValueError for turns in ShareGPT's form whose speaker nobody knows.
+    """
+    if all("from" in turn and "value" in turn for turn in turns):
+        turns = [{"role": _role(turn["from"]), "content": turn["value"]} for turn in turns]
+    if has_nulls:
+        return Chat(_without_nulls(turns), _without_nulls(others))
+    return Chat([{key: value for key, value in turn.items() if value is not None} for turn in turns], others)
+
+
+def render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a chat.
+
+    Errors: ValueError when there is no template, when it refuses the chat or renders nothing.
+    """
+    _template(tokenizer, chat)
+    given = _arguments(tokenizer, chat)
+    try:
+        text = str(tokenizer.apply_chat_template(chat.turns, tokenize=False, **given))
+    except Exception as error:  # whatever the template's author lets it raise
+        raise _refused(error) from error
+    check_unicode(text)
+    if not text.strip():
+        raise ValueError("expected text from the tokenizer's chat template, got nothing for this chat.")
+    return text
+
+
+def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """(tokens of a chat, 1 for each that the assistant says and 0 for others), by the template's marks.
+
+    Errors: ValueError as of render, and for a template without marks.
+    """
+    if not _GENERATION.search(_template(tokenizer, chat)):
+        raise ValueError(
+            "expected a chat template that marks what the assistant says with {% generation %} and "
+            "{% endgeneration %}, for a loss on completions, got one without: put the marks around it in the "
+            "tokenizer's chat_template.jinja, or use rows of prompt and completion."
+        )
+    if len(text := render(chat, tokenizer)) > _LONGEST_MARKED:
+        raise ValueError(
+            f"expected a chat of at most {_LONGEST_MARKED} characters for a loss on completions, "
+            f"got {len(text)}."
+        )
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            chat.turns,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **_arguments(tokenizer, chat),
+        )
+    except Exception as error:
+        raise _refused(error) from error
+    ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+    if 1 not in mask:
+        raise ValueError("expected a chat in which the assistant says something, got one without.")
+    return ids, mask
+
+
+def taken(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The names of columns that the tokenizer's chat template takes beside the messages."""
+    templates = tokenizer.chat_template or ()
+    templates = templates.values() if isinstance(templates, dict) else [templates] if templates else ()
+    names = {name for template in templates for name in _variables(template)}
+    return (names | {_KWARGS}) - _OURS - set(tokenizer.special_tokens_map) if names else set()
+
+
+@functools.lru_cache(16)
+def _variables(template: str) -> frozenset[str]:
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(_MARKS.sub("", template))))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"expected a chat template of Jinja, got one that it refuses ({error}).") from None
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("expected a tokenizer with a chat template for a chat, got one without.")
+    return tokenizer.get_chat_template(tools=chat.others.get("tools"))
+
+
+def _arguments(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]:
+    """What is handed to the template beside the messages."""
+    names = taken(tokenizer)
+    given = {name: value for name, value in chat.others.items() if name in names and value is not None}
+    for name in ("tools", "documents", _KWARGS):
+        if isinstance(
+            given.get(name), str
+        ):  # where columns have one type, what differs from row to row is text
+            given[name] = json.loads(given[name])
+    more = given.pop(_KWARGS, None) or {}
+    return given | more
+
+
+def _refused(error: Exception) -> ValueError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({reason}).")
+
+
+def _role(name: Any) -> str:
+    if name not in _ROLES:
+        raise ValueError(f"expected a turn to be from {', '.join(_ROLES)}, got {name!r}.")
+    return _ROLES[name]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet and Arrow give every row all keys: what is null was not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

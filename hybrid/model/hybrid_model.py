@@ -1,0 +1,865 @@
+"""HybridModel: a frozen language model with recursive blocks inside; inject, run, switch off.
+
+One forward: positions, mask and cache are settled here, once -> the language model's own layers ->
+after layer k a hook hands the hidden state to that layer's TRM (injection.py) -> the remaining layers
+-> logits. With W_out at zero the output equals the language model's, bit for bit.
+"""
+
+import copy
+import inspect
+import os
+import random
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_values import check_steps
+from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
+from hybrid.model.backbone import Backbone
+from hybrid.model.cache import keeps_steps, leave_to_base, make_room
+from hybrid.model.halting import (
+    ForwardSteps,
+    Halting,
+    TokenHalting,
+    mean_over_points,
+    record_steps,
+    recording,
+    until_settled,
+)
+from hybrid.model.injection import (
+    Injection,
+    InjectionCall,
+    attach,
+    current_call,
+    detach,
+    keep_call_in_checkpoints,
+    repeat_for_answers,
+    trm_evaluations,
+)
+from hybrid.model.lora import add_lora, disabled, remove_lora
+from hybrid.model.masks import Visible, as_entries, from_entries, tokens_of, visible
+from hybrid.model.peft_targets import tell_peft
+from hybrid.model.quantized_base import keep_gradients
+from hybrid.saving import base_checksum, base_reference, checkpoint
+from trm_kernels import TRM
+from trm_kernels.modules.trm import Matrix, TRMSettings
+from trm_kernels.ops.attention.rope import Angles, rope_angles
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import current_backend
+from trm_kernels.runtime.launch import arch_of
+
+_CONFIGS = frozenset(trm_fields())
+_BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model
+
+
+logger = logging.get_logger(__name__)
+
+
+class HybridModel(PreTrainedModel, GenerationMixin):
+    """A decoder-only language model of transformers with a TRM after some of its layers.
+
+        model = HybridModel(llm_model=base, config=config)
+        model.freeze_base()
+
+    The wrapped model is used in place: `llm_model` is the very object that came in. Called by itself,
+    outside of HybridModel.forward, it answers as it did before.
+
+    Errors: ValueError for a base that is no causal language model, has no place for the injection
+    points, or carries a TRM already.
+    """
+
+    config: HybridConfig
+    config_class = HybridConfig
+    base_model_prefix = "llm_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
+    _no_split_modules = ["Injection"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [rf"^{checkpoint.DRAWS}$"]  # noqa: RUF012
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
+
+    def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
+        if llm_model is None:
+            llm_model = _unloaded_base(config)
+        _check_base(llm_model)
+        came = AsItCame.of(llm_model)
+        config = copy.deepcopy(config)
+        _refer_to(llm_model, config)
+        config.base_config = llm_model.config
+        config.check_base(llm_model.config)
+        super().__init__(config)
+
+        self.llm_model = llm_model
+        # by these trainers decide whom to take for a reference, and what a forward takes
+        self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
+        if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
+            config.name_or_path = llm_model.config.name_or_path or ""
+        self.generation_config = copy.deepcopy(llm_model.generation_config)
+        self.injection_enabled = True  # for good; disable_injection() is for a moment
+        self._blocks = 0  # of disable_injection() that are open
+        self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
+        self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
+        self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
+        self._draws = 0  # forwards that drew a number of recursion steps
+        self._warned_of_float16 = False
+        self._added: list[Tensor] | None = None
+        self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
+        self._came = came
+        attach(llm_model, config)
+        tell_peft()
+        keep_gradients(llm_model)
+        keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
+        self.post_init()
+        if config.lora_rank is not None:  # after post_init, which would draw its second product anew
+            add_lora(llm_model, config.lora_rank)
+        self.train(llm_model.training)
+        config.belongs_to_model()
+        self._base_config_then = llm_model.config.to_dict()
+        # of each base tensor as it came, to tell later whether it is still so
+        self._base_sums = base_checksum.tensor_sums(base_reference.base_tensors(self))
+        self._files_give_base: str | bool | None = True  # not compared yet
+
+    # The two kinds of parameters
+
+    def trm_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of every TRM, projections and gates included; with lora_rank, the LoRA's too."""
+        return (p for name, p in self.named_parameters() if checkpoint.is_trm_key(name))
+
+    def base_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that is not a TRM's."""
+        return ((name, p) for name, p in self.named_parameters() if not checkpoint.is_trm_key(name))
+
+    def freeze_base(self) -> Self:
+        """Training phase 1: only the TRMs' parameters require gradients."""
+        for _, parameter in self.base_named_parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trm_parameters():
+            parameter.requires_grad_(True)
+        return self
+
+    @contextmanager
+    def disable_injection(self) -> Iterator[Self]:
+        """Within the block the model is its base: in every thread and task, until the last open block ends.
+
+        Blocks may overlap in any order. A cache that was used in one is refused after it, as the TRM has not
+        seen those tokens. `injection_enabled = False` is the same for good.
+        """
+        with _BLOCKS:
+            self._blocks += 1
+        try:
+            with disabled(self.llm_model):
+                yield self
+        finally:
+            with _BLOCKS:
+                self._blocks -= 1
+
+    @property
+    def is_injecting(self) -> bool:
+        """Whether a forward made now has the TRMs in it."""
+        return self.injection_enabled and self._blocks == 0
+
+    # Settings
+
+    @property  # type: ignore[misc]  # __setattr__ sets it
+    def loss_type(self) -> str:  # type: ignore[override]
+        """The language model's, by which trainers decide how to count labels."""
+        loss_type: str = self.llm_model.loss_type
+        return loss_type
+
+    @property  # type: ignore[misc]  # __setattr__ sets it
+    def loss_function(self) -> Any:
+        """The language model's, with which it makes the loss of `labels`; one that is set is set there."""
+        return self.llm_model.loss_function
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does; what is the language model's, or the config's, is set there or refused."""
+        if name == "loss_type" and "llm_model" not in self.__dict__.get("_modules", {}):
+            return  # PreTrainedModel's constructor takes it from the class's name
+        if name in ("loss_function", "loss_type") and "llm_model" in self.__dict__.get("_modules", {}):
+            # a module would be kept as a child, where nothing looks for it
+            setattr(self.llm_model, name, value.__call__ if isinstance(value, nn.Module) else value)
+        elif name in _CONFIGS:
+            raise ValueError(f"HybridModel: expected model.config.{name} to be set, got model.{name}.")
+        elif name == "gradient_checkpointing":
+            raise ValueError(
+                "HybridModel: expected gradient_checkpointing_enable() or _disable(), got an attribute set."
+            )
+        else:
+            super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is in no block of the original, and its config is its own."""
+        super().__setstate__(state)
+        self._blocks = 0
+        self.config.belongs_to_model()
+
+    @contextmanager
+    def recording_what_is_added(self) -> Iterator[list[Tensor]]:
+        """Within the block forwards put into the list how much each injection point adds to each token.
+
+        That is |h' - h|^2 / |h|^2, [B, T] float32, with gradient; a forward without deep supervision.
+        """
+        before, self._added = self._added, []
+        try:
+            yield self._added
+        finally:
+            self._added = before
+
+    # One forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_recursion_steps: int | None = None,
+        halting: Halting | TokenHalting | Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The language model's forward, with the TRMs' answers blended in.
+
+        Arguments are the language model's; two are ours:
+        num_recursion_steps   n for this call; None takes the config's, or draws it (recursion_sampling)
+        halting               when a token stops before n, see halting.py; None takes `self.halting`, which is
+                              None at first; False: never
+
+        With deep_supervision a training forward with labels runs what is above the last injection point on
+        one row for each of its answers: the loss is their mean, all else is of the last answer.
+
+        Errors: ValueError for a cache filled with another n or under another rule, or used where there is
+        deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
+        when an injection did not happen, or for halting with gradient or under torch.compile.
+        """
+        inputs = _inputs_of(input_ids, inputs_embeds)
+        rule = self._rule(halting)
+        if isinstance(rule, TokenHalting):
+            if use_cache or past_key_values is not None:
+                raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
+            return self._until_settled(
+                inputs,
+                rule,
+                attention_mask,
+                position_ids,
+                labels,
+                logits_to_keep,
+                num_recursion_steps,
+                kwargs,
+            )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        answers = self._answers(labels)
+        if answers > 1 and call is not None:
+            if given["past_key_values"] is not None:
+                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
+            repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
+            call.answers = answers
+            labels = None if labels is None else torch.cat([labels] * answers)
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                kwargs["shift_labels"] = torch.cat([shifted] * answers)
+            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
+                kwargs["num_items_in_batch"] = of_batch * answers
+
+        arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
+        arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        output = self._run(self.llm_model, call, inputs, **given, **arguments, **kwargs)
+        return output if answers == 1 else _of_last_rows(output, len(inputs))
+
+    def run_decoder(
+        self,
+        decoder: nn.Module,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        halting: Halting | TokenHalting | Literal[False] | None,
+        **kwargs: Any,
+    ) -> Any:
+        """What Backbone.forward is: `decoder`, a part of the language model, with the injections in it."""
+        inputs, rule = _inputs_of(input_ids, inputs_embeds), self._rule(halting)
+        if isinstance(rule, TokenHalting):
+            raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
+        is_supervised = self.is_injecting and self.training and self.config.supervised_answers > 1
+        if is_supervised and torch.is_grad_enabled():
+            raise ValueError(
+                "HybridModel: deep_supervision expected a trainer that takes the loss from the model, which "
+                "is over several answers, got one that takes the last hidden state. "
+                "deep_supervision=False trains on the last answer."
+            )
+        call, given = self._settle(
+            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        )
+        given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        if position_ids is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
+            given["position_ids"] = position_ids
+        return self._run(decoder, call, inputs, **given, **kwargs)
+
+    def _settle(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        num_recursion_steps: int | None,
+        rule: Halting | None,
+    ) -> tuple[InjectionCall | None, dict[str, Any]]:
+        """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
+        self._warn_of_float16_training()
+        if use_cache is None:
+            use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.llm_model.config)
+        call, base_mask = None, attention_mask
+        if not self.is_injecting:
+            if past_key_values is not None:
+                leave_to_base(past_key_values, self._num_base_layers)
+        else:
+            n = self._recursion_steps(num_recursion_steps, past_key_values)
+            settings = self.config.trm_settings._replace(num_recursion_steps=n)
+            if past_key_values is not None:
+                num_layers = self._num_trm_cache_layers(settings, rule)
+                make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
+            positions = self._positions(inputs, position_ids, past_key_values)
+            angles = self._angles(inputs, positions)
+            base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
+            call = InjectionCall(
+                positions,
+                angles,
+                what,
+                past_key_values,
+                settings,
+                self.config.injection_strength,
+                self.config.trm_input_norm,
+                current_backend(),
+                rule,
+            )
+            call.added = self._added
+            call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
+        return call, {
+            "attention_mask": base_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
+        """`module`, which holds all of the layers, under this call."""
+        before = current_call.set(call)
+        try:
+            output = module(**given)
+        finally:
+            current_call.reset(before)
+        if call is not None and call.done != len(self.config.injection_layers):
+            raise RuntimeError(
+                f"HybridModel: expected {len(self.config.injection_layers)} injections in this forward, "
+                f"got {call.done}: the base skipped layers."
+            )
+        if call is not None and (record := recording()) is not None:
+            record.forwards.append(self._steps_of(call, inputs))
+        return output
+
+    def _answers(self, labels: Tensor | None) -> int:
+        """How many answers of the last injection point the loss of this forward is over."""
+        is_supervised = self.is_injecting and self.training and labels is not None
+        return self.config.supervised_answers if is_supervised else 1
+
+    def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
+        """The rule of this forward."""
+        rule = self.halting if halting is None else halting
+        if rule is None or rule is False or not self.is_injecting:
+            return None
+        if not isinstance(rule, Halting | TokenHalting):
+            raise ValueError(f"HybridModel: expected halting to be Halting or TokenHalting, got {rule!r}.")
+        if self.training:
+            raise ValueError(
+                "HybridModel: halting expected a model in eval mode, got one in training: tokens that stop "
+                "by themselves are for inference. recursion_sampling='uniform' trains for any n."
+            )
+        return rule
+
+    def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
+        B, T = inputs.shape[:2]
+        n, num_cycles = call.settings.num_recursion_steps, call.settings.num_cycles
+        if call.halting is None:
+            steps, evaluations = torch.full((B, T), float(n)), torch.full((B, T), float(num_cycles * (n + 1)))
+        else:
+            steps, evaluations = mean_over_points(call.steps)
+        is_token = torch.ones(B, T, dtype=torch.bool) if call.is_token is None else call.is_token.cpu()
+        return ForwardSteps(steps, evaluations, is_token)
+
+    def _until_settled(
+        self,
+        inputs: Tensor,
+        rule: TokenHalting,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_recursion_steps: int | None,
+        others: dict[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """A forward under TokenHalting: each token's logits of the n at which its top token has stayed."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError(
+                "HybridModel: TokenHalting expected a call without gradient (torch.no_grad()), got one with."
+            )
+        if torch.compiler.is_compiling() or isinstance(attention_mask, dict):
+            raise RuntimeError(
+                "HybridModel: TokenHalting expected no torch.compile, got a call made for one."
+            )
+        if asked := [k for k in ("output_hidden_states", "output_attentions") if others.get(k)]:
+            raise ValueError(f"HybridModel: TokenHalting gives logits and a loss, got {asked[0]}.")
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        given: dict[str, Tensor | None] = {
+            name: inputs,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        B, T = inputs.shape[:2]
+
+        def logits_at(n: int, sequences: Tensor) -> Tensor:
+            # of tensors with a row a sequence, these sequences' rows
+            some = {k: t[sequences] if t is not None and t.shape[0] == B else t for k, t in given.items()}
+            return self(**some, num_recursion_steps=n, halting=False, use_cache=False, **others).logits
+
+        _, what = self._masks(inputs, attention_mask, position_ids, None)
+        is_token = tokens_of(what, T, None, self._num_base_layers)
+        is_token = torch.ones(B, T, dtype=torch.bool, device=inputs.device) if is_token is None else is_token
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        most, num_cycles = self._recursion_steps(num_recursion_steps, None), self.config.num_cycles
+        with record_steps():  # of the forwards inside; what is recorded outside is their sum
+            settled = until_settled(
+                logits_at, rule, most, is_token, what.mask, keep, lambda n: num_cycles * (n + 1)
+            )
+        logits, loss = settled.logits[:, keep], None
+        if labels is not None:
+            loss = self.llm_model.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.get_text_config(decoder=True).vocab_size
+            )
+        if (record := recording()) is not None:
+            of_kept = (settled.steps.float(), settled.evaluations.float(), is_token)
+            record.forwards.append(ForwardSteps(*(t[:, keep].cpu() for t in of_kept)))
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _recursion_steps(self, requested: int | None, cache: Cache | None) -> int:
+        """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same.
+
+        Nothing is drawn where a cache is in use: it holds the keys of one n.
+        """
+        if requested is not None:
+            check_steps("HybridModel", "num_recursion_steps", requested)
+            return requested
+        most = self.config.num_recursion_steps
+        if self.config.recursion_sampling == "fixed" or not self.training or cache is not None:
+            return most
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "HybridModel: under torch.compile, recursion_sampling='uniform' expected num_recursion_steps "
+                "in the call (draw_recursion_steps gives one), got none."
+            )
+        return self.draw_recursion_steps()
+
+    def draw_recursion_steps(self, draw: int | None = None) -> int:
+        """A number from 1..num_recursion_steps, by the config's seed and the draw's number.
+
+        draw   None goes on from the draw before; a training step's number makes a resumed run repeat
+        """
+        if draw is None:
+            draw, self._draws = self._draws, self._draws + 1
+        generator = random.Random(f"{self.config.recursion_seed}:{draw}")
+        return generator.randint(1, self.config.num_recursion_steps)
+
+    def _num_trm_cache_layers(self, settings: TRMSettings, halting: Halting | None = None) -> int:
+        each = trm_evaluations(self.config, settings, halting)
+        return (each + keeps_steps(halting)) * len(self.config.injection_layers)
+
+    def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """[B, T] or [1, T]: the caller's, as generate() gives them, or one after the other."""
+        if position_ids is not None:
+            return position_ids
+        seen = 0 if cache is None else cache.get_seq_length()
+        return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
+
+    def _angles(self, inputs: Tensor, positions: Tensor) -> Angles | None:
+        """RoPE's table for the TRMs, all of which see the same positions.
+
+        None where they run in one launch, which makes its own: one that does not after all has its own made.
+        """
+        (B, T), width = inputs.shape[:2], self.config.trm_hidden_size
+        regime = self.config.trm_regime
+        if regime == "auto":
+            regime = tuning.regime(arch_of(inputs), B * T, T, width)
+        if regime != "per_op" and not torch.is_grad_enabled():
+            return None
+        return rope_angles(positions, width // self.config.trm_num_heads, self.config.trm_rope_theta)
+
+    def _masks(
+        self,
+        inputs: Tensor,
+        mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Any, Visible]:
+        """(the base's mask, what the TRMs may look at)"""
+        if not isinstance(mask, dict):
+            return mask, visible(inputs, mask, cache, self._num_base_layers, position_ids)
+        # made beforehand by create_masks_for_generate
+        of_trm = from_entries(mask, inputs.shape[1], cache, self._num_base_layers)
+        of_base = {name: t for name, t in mask.items() if name not in ("trm", "trm_keys")}
+        return of_base.get("base", of_base), of_trm
+
+    def _warn_of_float16_training(self) -> None:
+        if self._warned_of_float16 or not (self.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            return
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.dtype == torch.float16:
+                self._warned_of_float16 = True
+                warnings.warn(
+                    f"HybridModel: training float16 parameters ({name}, ...): a plain AdamW was seen to "
+                    "reach NaN within 20 steps. Keep them in float32 or bfloat16, or freeze them.",
+                    stacklevel=3,
+                )
+                return
+
+    # Generation
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """The base's cache, with room for the TRMs before the first mask is made from it."""
+        is_callers = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        if not self.is_injecting:
+            leave_to_base(cache, self._num_base_layers)
+            return
+        rule = self._rule(model_kwargs.get("halting"))
+        if isinstance(rule, TokenHalting):
+            raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
+        n = self._recursion_steps(model_kwargs.get("num_recursion_steps"), cache)
+        # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
+        length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
+        num_layers = self._num_trm_cache_layers(
+            self.config.trm_settings._replace(num_recursion_steps=n), rule
+        )
+        make_room(cache, self._num_base_layers, num_layers, max_cache_len=length, halting=rule)
+
+    def create_masks_for_generate(
+        self,
+        config: HybridConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's masks, and the TRMs' beside them, made before the compiled forward."""
+        of_base = getattr(self.llm_model, "create_masks_for_generate", create_masks_for_generate)
+        base = of_base(
+            config=self.llm_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        if not self.is_injecting:
+            return base
+        what = visible(inputs_embeds, attention_mask, past_key_values, self._num_base_layers, position_ids)
+        trm = as_entries(what, inputs_embeds)
+        return {**base, **trm} if isinstance(base, dict) else {"base": base, **trm}
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        save_base: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write config.json and model.safetensors; beside the old ones first, then renamed.
+
+        save_base   None: the TRMs' tensors only, where the base can be had again by its name or path
+                    and is as it came; else the whole model, and a warning says why. False: the TRMs' tensors
+                    only, or an error
+
+        Errors: ValueError for the base's own folder and one of another model, when the base carries adapters
+        of its own (LoRA), which a file could not load, and with save_base=False where the reference cannot
+        give this base again.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if self._draws:  # a resumed run goes on from here
+            state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
+        if not is_main_process:
+            return
+        with checkpoint.SAVING:
+            save_base = self._saves_base(save_base, state_dict)
+            for line in checkpoint.not_kept(self):
+                logger.warning(line)
+            write = super().save_pretrained
+            checkpoint.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
+
+    def _saves_base(self, asked: bool | None, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether the base is saved with the TRM. Errors: see save_pretrained."""
+        if asked is not False and self.config.lora_rank is None:
+            checkpoint.refuse_adapters(name for name, _ in self.base_named_parameters())
+        if asked is True:
+            return True
+        why = self._why_base_is_lost(state_dict)
+        has_reference = self.config.base_model_name_or_path is not None
+        if why is not None and asked is False and has_reference:
+            raise ValueError(
+                "save_pretrained: save_base=False expected a base that can be loaded again from "
+                f"{self.config.base_model_name_or_path}, but {why}."
+            )
+        if why is not None and asked is None and has_reference:
+            logger.warning(f"The base is saved with the TRM, for {why}.")
+        return why is not None and asked is None
+
+    def _why_base_is_lost(self, state_dict: Mapping[str, Tensor]) -> str | None:
+        """Why what the config refers to would not give this base; None: it does, or loading will tell."""
+        if self.config.base_model_name_or_path is None:
+            return "there is no name or folder that it could be loaded from again"
+        name, was_cast = base_reference.changed(self, state_dict, self._base_sums)
+        if name is not None:
+            return f"{name} has changed since it was wrapped"
+        if self._files_give_base is True or was_cast:
+            self._files_give_base = base_reference.compare_with_files(self, state_dict)
+        if isinstance(self._files_give_base, str):
+            return self._files_give_base
+        if was_cast and self._files_give_base is False:
+            return "it was cast since it was wrapped, and its files are not at hand to compare with"
+        return None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        config: HybridConfig | None = None,
+        llm_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a saved hybrid, its base from where the config says.
+
+        llm_model   a base that is loaded already; None loads config.base_model_name_or_path
+        kwargs      those of transformers' from_pretrained (dtype, device_map, ...); they reach the base
+
+        Errors: ValueError for a file that is missing, damaged or does not fit, OSError for a missing folder.
+        """
+        return checkpoint.load(
+            cls,
+            super().from_pretrained,
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            llm_model=llm_model,
+            **kwargs,
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: transformers would copy this file beside each saved model; see modeling_file.py."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing.
+
+        The number of draws (recursion_sampling="uniform") that save_pretrained put among the tensors goes on.
+        """
+        if (draws := state_dict.get(checkpoint.DRAWS)) is not None:
+            self._draws = int(draws)
+            state_dict = {name: t for name, t in state_dict.items() if name != checkpoint.DRAWS}
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if all(checkpoint.is_trm_key(name) for name in state_dict):
+            keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]
+        return keys
+
+    def unwrap(self) -> PreTrainedModel:
+        """Take the TRMs out of the language model and give it back as it came: no hook or module is left.
+
+        Its config and loss are those of before, and its parameters require gradients as they did. What was
+        trained of them stays. This model is of no use then: whatever it is asked is a ValueError.
+        """
+        base: Any = self.llm_model
+        detach(base)
+        remove_lora(base)
+        if has_checkpoints(base) and not self._came.has_checkpoints:
+            base.gradient_checkpointing_disable()
+        self._came.restore(base)
+        self._modules["llm_model"] = GivenBack()
+        return base
+
+    # What transformers asks of a model
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        keep_call_in_checkpoints(self)
+        options = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        self.needs_input_gradients = options.get("use_reentrant", True)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing, under checkpoints that are not reentrant: those find the TRMs' parameters by themselves.
+
+        transformers calls it whenever checkpointing is switched on. A frozen base would then be recomputed
+        and differentiated down to its embeddings, for gradients of which none is used.
+        """
+        if self.needs_input_gradients:
+            super().enable_input_require_grads()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Matrix | TRM | Injection):
+            module.reset_parameters()
+
+    @property
+    def base_model(self) -> Backbone:
+        """All but the head, TRMs included: what trainers call that make the logits themselves."""
+        whole = self.llm_model.base_model
+        return Backbone(self, self.llm_model.get_decoder() if whole is self.llm_model else whole)
+
+    def get_decoder(self) -> Backbone:
+        return Backbone(self, self.llm_model.get_decoder())
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        encoder = self.llm_model.get_encoder(modality=modality)
+        return self if encoder is self.llm_model else encoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.llm_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.llm_model.set_output_embeddings(value)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Of the language model; the TRM's attention is its own."""
+        self.llm_model.set_attn_implementation(*args, **kwargs)
+
+
+CombinedTRMLLM = HybridModel
+
+
+def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
+    return inputs
+
+
+def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
+    if output.logits is not None:
+        output.logits = output.logits[-rows:]
+    for name in ("hidden_states", "attentions"):
+        if (of_layers := getattr(output, name, None)) is not None:
+            setattr(output, name, tuple(t[-rows:] for t in of_layers))
+    return output
+
+
+def _unloaded_base(config: HybridConfig) -> PreTrainedModel:
+    """A base by its config alone, for weights that come with the hybrid's own files."""
+    if config.base_config is None:
+        raise ValueError("HybridModel: expected llm_model, or a config with base_config, got neither.")
+    base_config = copy.deepcopy(config.base_config)
+    base_config.name_or_path = ""  # nowhere to load it from again
+    return AutoModelForCausalLM.from_config(base_config)
+
+
+def _check_base(model: PreTrainedModel) -> None:
+    who = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
+    # an encoder with a language-model head (BertLMHeadModel) generates too, but looks both ways
+    looks_both_ways = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
+    if model.config.is_encoder_decoder or not model.can_generate() or looks_both_ways:
+        raise ValueError(
+            f"HybridModel: expected a decoder-only causal language model (AutoModelForCausalLM), got {who}."
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    for size in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(text_config, size, None), int):
+            raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
+    if wrapped := [name for name, _ in model.named_parameters() if checkpoint.is_trm_key(name)]:
+        raise ValueError(
+            f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already."
+        )
+
+
+def _accepts_loss_kwargs(model: PreTrainedModel) -> bool:
+    """Whether `num_items_in_batch` reaches the model's loss: Trainer's own rule, asked of the base."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return bool(getattr(model, "accepts_loss_kwargs", takes_any))
+
+
+def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
+    """Put into the config where the base came from: a hub name and its commit, or a folder's full path."""
+    name = model.config.name_or_path
+    if not name:
+        return
+    reference = os.path.abspath(name) if os.path.isdir(name) else name
+    if reference != config.base_model_name_or_path:  # else what was read from a file says more
+        config.base_subfolder = config.base_gguf_file = config.base_revision = None
+    config.base_model_name_or_path = reference
+    config.base_gguf_file = base_reference.gguf_file_of(model.config) or config.base_gguf_file
+
+
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
+AutoConfig.register(HybridConfig.model_type, HybridConfig)
+AutoModelForCausalLM.register(HybridConfig, HybridModel)

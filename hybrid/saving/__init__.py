@@ -1,0 +1,1 @@
+"""A hybrid on disk, where its base came from, and how both are loaded again."""

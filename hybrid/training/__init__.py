@@ -1,0 +1,1 @@
+"""The training run: its loop, folder, checkpoints and processes."""

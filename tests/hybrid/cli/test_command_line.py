@@ -1,0 +1,319 @@
+"""The options: made from dataclasses, named once, explained; typos; points by depth; what is imported."""
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybrid import HybridConfig
+from hybrid.cli import main
+from hybrid.cli.options import PRESETS, Backend, Block, Inference, Train
+from hybrid.cli.parser import COMMANDS, parse, parser_of
+from hybrid.config import trm_fields
+from hybrid.data.rows import LOSS_ON
+from hybrid.model.quantized_base import QUANTIZE_BASE
+from hybrid.training.settings import TrainSettings
+from tests.hybrid.cli.test_cli import base, options, refused, texts, train_command, trained  # noqa: F401  fixtures
+from tests.support.tiny_text import FIELDS, save_base
+from trm_kernels.recursion.adaptive import WATCHED
+from trm_kernels.runtime.backend import NAMES
+
+ROOT = Path(__file__).parents[3]
+HEAVY = ("torch", "transformers", "numpy", "datasets", "torchao", "accelerate", "matplotlib", "rich")
+
+
+def python(*words, check=True):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=check
+    )
+
+
+# One source of truth
+
+
+def test_the_block_has_the_fields_of_hybrid_config():
+    parameters = inspect.signature(HybridConfig.__init__).parameters
+    fields = {field.name: field for field in dataclasses.fields(Block)}
+    assert list(fields) == trm_fields()
+    for name, field in fields.items():
+        assert field.default == parameters[name].default
+        assert field.type == parameters[name].annotation
+
+
+def test_choices_are_those_of_the_code():
+    def choices(options, name):
+        kind = next(field.type for field in dataclasses.fields(options) if field.name == name)
+        return set(re.findall(r"'(\w+)'", str(kind)))
+
+    from hybrid.presets import PRESETS as made
+
+    assert choices(Backend, "backend") == set(NAMES)
+    assert choices(Inference, "recursion_watch") == set(WATCHED)
+    assert choices(Train, "quantize_base") == set(QUANTIZE_BASE)
+    assert choices(COMMANDS["train"].takes[2], "loss_on") == set(LOSS_ON)
+    assert list(PRESETS) == sorted(made)
+
+
+def test_every_setting_of_a_training_is_an_option():
+    given = parse(["train", "--base", "b", "--data", "d", "--output", "o", "--steps", "9"])
+    for field in dataclasses.fields(TrainSettings):
+        wanted = {"output_dir": Path("o"), "steps": 9, "learning_rate": None}.get(field.name, field.default)
+        assert getattr(given, field.name) == wanted
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_default_and_an_example_that_works(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    example = COMMANDS[command].example
+    assert f"\nexample: {example}\n" in capsys.readouterr().out
+    program, *words = shlex.split(example)
+    assert (program, parse(words).module) == ("trm-hybrid", COMMANDS[command].module)
+    for action in parser_of(command)._actions:
+        shown = re.findall(r"\(default: (.+)\)$", action.help)
+        assert action.dest == "help" or (not shown if action.required else shown and shown != ["None"])
+
+
+def test_without_docstrings():
+    assert "--trm-hidden-size" in python("-OO", "-m", "hybrid", "info", "--help").stdout
+
+
+def test_plan_and_train_call_the_same_the_same():
+    given = {
+        name: set(vars(parse(words)))
+        for name, words in (
+            ("plan", ["plan"]),
+            ("train", ["train", "--base", "b", "--data", "d", "--output", "o", "--steps", "9"]),
+        )
+    }
+    assert {"accumulate", "shard", "quantize_base", "dtype", "batch_size", "phase"} <= given["plan"] & given[
+        "train"
+    ]
+
+
+def test_old_names_are_taken_and_said(capsys):
+    old = parse(["plan", "--accumulation=3", "--shards", "4"])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "trm-hybrid: --accumulation is called --accumulate now",
+        "trm-hybrid: --shards is called --shard now",
+    ]
+    assert vars(old) == vars(parse(["plan", "--accumulate", "3", "--shard", "4"]))
+    for words in (["--dtype", "int8"], ["--dtype=int8"]):
+        assert "--dtype int8 is called --quantize-base int8" in refused(capsys, "plan", *words)
+
+
+def test_all_cards_are_shards(capsys):
+    plans = []
+    for words in (["--shard"], ["--shard", "4"]):
+        assert (
+            main(["plan", "--preset", "tiny", "--base", "llama-2-7b", "--cards", "4xA100", *words, "--json"])
+            == 0
+        )
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1]
+    assert json.loads(plans[0])
+
+
+# Typos
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["info", "--trm-hidden-siz", "16"],
+            "unrecognized arguments: --trm-hidden-siz; did you mean --trm-hidden-size?",
+        ),
+        (["train", "--dat", "x"], "unrecognized arguments: --dat; did you mean --data?"),
+        (["train", "--data", "x", "--step=5"], "unrecognized arguments: --step; did you mean --steps?"),
+        (["eval", "--modell", "x"], "unrecognized arguments: --modell; did you mean --model?"),
+        (
+            ["generate", "--model", "x", "--prompt", "a", "--zzz"],
+            "unrecognized arguments: --zzz; See trm-hybrid generate",
+        ),
+        (["trian"], "invalid choice: 'trian'; did you mean train?"),
+        (["train"], "the following arguments are required: --base/--model, --data, --output, --steps"),
+        (
+            ["generate", "--model", "x", "--prompt", "a", "--top-k", "3"],
+            "expected --temperature with --top-k",
+        ),
+        (["generate", "--model", "x", "--prompt", "a", "--seed", "3"], "expected --temperature with --seed"),
+        (
+            ["plan", "--dtype", "float32", "--quantize-base", "int8", "--level", "1", "--cards", "1xA100"],
+            "got both",
+        ),
+    ],
+)
+def test_a_typo_is_said_as_the_typo(words, message, capsys):
+    assert message in refused(capsys, *words)
+
+
+# Points relative to depth
+
+
+@pytest.mark.parametrize(
+    ("words", "points"),
+    [
+        ([], "1, 2"),
+        (["--injection-layers", "middle", "last"], "1, 2"),
+        (["--injection-layers", "0.5", "1.0"], "1, 2"),
+        (["--injection-layers", "0", "1"], "0, 1"),
+        (["--injection-layers", "0.0", "last"], "0, 2"),
+    ],
+)
+def test_points_relative_to_depth(words, points, base, capsys):  # noqa: F811
+    size = ["--trm-hidden-size", "16", "--trm-num-heads", "2"]
+    assert main(["info", "--base", str(base), *size, *words]) == 0
+    assert f"with a TRM of width 16 after layers {points}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("1.5", "expected --injection-layers in 0..2, or shares in 0.0..1.0, got 1.5"),
+        ("-0.5", "or shares in 0.0..1.0, got -0.5"),
+        ("top", "argument --injection-layers: invalid"),
+        ("nan", "or shares in 0.0..1.0, got nan"),
+    ],
+)
+def test_points_that_there_are_not(point, message, base, capsys):  # noqa: F811
+    assert message in refused(capsys, "info", "--base", base, "--injection-layers", point)
+
+
+def test_points_in_a_file(base, tmp_path, capsys):  # noqa: F811
+    fields = {"trm_hidden_size": 16, "trm_num_heads": 2, "injection_layers": ["last"]}
+    (tmp_path / "c.json").write_text(json.dumps(fields), encoding="utf-8-sig")
+    assert main(["info", "--base", str(base), "--config", str(tmp_path / "c.json")]) == 0
+    assert "after layers 2\n" in capsys.readouterr().out
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    assert "expected a JSON object with fields" in refused(
+        capsys, "info", "--base", base, "--config", tmp_path / "c.json"
+    )
+
+
+# What is imported
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hybrid",
+        "import hybrid.cli; hybrid.cli.main(['--version'])",
+        "import hybrid.cli; hybrid.cli.main(['--help'])",
+        "import hybrid.cli; hybrid.cli.main(['train', '--help'])",
+        "import hybrid.cli; hybrid.cli.main(['train', '--dat'])",
+    ],
+)
+def test_nothing_heavy_before_a_command_runs(code):
+    seen = f"print([m for m in {HEAVY} if m in sys.modules])"
+    ask = f"import atexit, sys; atexit.register(lambda: {seen}); {code}"
+    assert python("-c", ask, check=False).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_kernels_need_no_compiler_to_be_imported():
+    code = "import sys, trm_kernels; from trm_kernels import TRM; print([m for m in {} if m in sys.modules])"
+    assert python("-c", code.format(("torch._dynamo", "transformers", "torchao"))).stdout == "[]\n"
+
+
+def test_hybrid_brings_no_more_than_transformers_and_itself():
+    """torch's compiler, torchao and the like come from transformers' own model class, or not at all."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel;"
+        "theirs = {m.split('.')[0] for m in sys.modules} | set(sys.modules); from hybrid import HybridModel;"
+        "print(sorted({m.split('.')[0] for m in sys.modules} - theirs),"
+        "'hybrid.training.loop' in sys.modules)"
+    )
+    assert python("-c", code).stdout == "['hybrid', 'trm_kernels'] False\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hybrid; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import hybrid",
+        "import hybrid, transformers.modeling_utils; from transformers import AutoModelForCausalLM",
+        "from hybrid import HybridModel; from transformers import AutoModelForCausalLM",
+        "import hybrid.cli; from transformers import AutoModelForCausalLM",
+        "import hybrid.config; from transformers import AutoModelForCausalLM",
+        "from hybrid.data.stream import TokenBlocks; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F811
+    load = (
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(trained / 'checkpoint-000006')!r})).__name__)"
+    )
+    assert python("-c", f"{code}; {load}").stdout == "HybridModel\n"
+
+
+@pytest.mark.parametrize(
+    "first", ["hybrid.config", "hybrid.model.hybrid_model", "hybrid.data.sources", "hybrid.training.loop"]
+)
+def test_no_module_is_run_twice(first):
+    code = (
+        f"import importlib, sys; module = importlib.import_module({first!r});"
+        "import hybrid.model.hybrid_model, hybrid.config;"
+        f"print(module is sys.modules[{first!r}], module.__spec__.origin is not None,"
+        "hybrid.model.hybrid_model.HybridConfig is hybrid.config.HybridConfig is hybrid.HybridConfig)"
+    )
+    assert python("-c", code).stdout.split() == ["True", "True", "True"]
+
+
+def test_a_command_says_nothing_of_other_packages(trained, texts):  # noqa: F811
+    command = [
+        "-m",
+        "hybrid",
+        "eval",
+        "--model",
+        trained,
+        "--sequence-length",
+        16,
+        "--data",
+        texts / "new.txt",
+    ]
+    assert python(*command).stderr == ""
+
+
+# Data
+
+
+def test_columns_that_are_not_used_are_named_once(base, texts, tmp_path, capsys):  # noqa: F811
+    rows = [{"text": f"{i} and one is {i + 1}", "id": i, "source": "x"} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = train_command(base, texts, tmp_path / "run", "--data", tmp_path / "a.jsonl", steps=2)
+    assert main(command) == 0
+    assert capsys.readouterr().out.count(f"not used of {tmp_path}/a.jsonl: the columns id, source\n") == 1
+
+
+def test_loss_on_completions(tmp_path, texts, capsys):  # noqa: F811
+    from tests.hybrid.data.test_chats import CHAT, CHATML, MARKED
+
+    folder = save_base(tmp_path / "base")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(60)))
+    command = ["train", "--base", folder, "--data", tmp_path / "a.jsonl", "--steps", 2, "--batch-size", 2]
+    command += ["--sequence-length", 32, "--loss-on", "completions", *options(FIELDS)]
+    for template, code in ((MARKED, 0), (CHATML, 2)):
+        (folder / "chat_template.jinja").write_text(template)
+        assert main([str(word) for word in (*command, "--output", tmp_path / f"run{code}")]) == code
+    assert (
+        "a.jsonl, line 1: expected a chat template that marks what the assistant says"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_empty_shard_is_one_line(base, texts, tmp_path, capsys):  # noqa: F811
+    datasets = pytest.importorskip("datasets", reason="parquet needs the package datasets")
+    texts_of = {"a": [], "b": [f"{i} and one is {i + 1}" for i in range(60)]}
+    for name, some in texts_of.items():
+        features = datasets.Features({"text": datasets.Value("string")})
+        datasets.Dataset.from_dict({"text": some}, features).to_parquet(tmp_path / f"{name}.parquet")
+    command = train_command(base, texts, tmp_path / "run", "--data", tmp_path / "*.parquet", steps=2)
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("a.parquet has no rows and is passed over") == 1

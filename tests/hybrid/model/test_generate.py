@@ -1,0 +1,158 @@
+"""generate() with a TRM inside: every way of searching, every cache, padded batches, compiled."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from hybrid import HybridModel
+from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6}
+GREEDY = LENGTH | {"do_sample": False}
+
+
+@every_family
+def test_searches_with_a_cache_equal_those_without(family):
+    hybrid, ids = tiny_hybrid(family), tokens()
+    for how in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 20}):
+        told = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            told.append(hybrid.generate(ids, use_cache=use_cache, **LENGTH, **how))
+        assert torch.equal(*told), how
+
+
+@every_family
+def test_a_left_padded_batch_tells_what_each_prompt_alone_tells(family):
+    hybrid = tiny_hybrid(family)
+    long, short = tokens(1, 9), tokens(1, 5, seed=1)
+    batch = torch.cat((long, torch.cat((torch.zeros(1, 4, dtype=torch.long), short), dim=1)))
+    told = hybrid.generate(batch, attention_mask=(batch != 0).long(), **GREEDY)
+    assert torch.equal(told[:1], hybrid.generate(long, **GREEDY))
+    assert torch.equal(told[1:, 4:], hybrid.generate(short, **GREEDY))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bloom"])  # bloom: not on transformers 5.17
+def test_a_static_cache_tells_the_same(family):
+    """Sliding windows included: the TRM's slabs are as long as the sequence, whatever the base's are."""
+    hybrid, ids = tiny_hybrid(family), tokens()
+    want = hybrid.generate(ids, **GREEDY)
+    assert torch.equal(hybrid.generate(ids, cache_implementation="static", **GREEDY), want)
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), dim=1)
+    mask = (padded != 0).long()
+    told = hybrid.generate(padded, attention_mask=mask, cache_implementation="static", **GREEDY)
+    assert torch.equal(told[:, 3:], want)
+
+
+@every_family
+def test_assisted_generation_tells_the_same(family):
+    hybrid, ids = tiny_hybrid(family), tokens(1)
+    want = hybrid.generate(ids, **GREEDY)
+    assert torch.equal(hybrid.generate(ids, prompt_lookup_num_tokens=2, **GREEDY), want)
+    helper = tiny_hybrid(family, seed=1, injection_layers=[1])
+    assert torch.equal(hybrid.generate(ids, assistant_model=helper, **GREEDY), want)
+
+
+def test_the_number_of_steps_reaches_every_token():
+    hybrid, ids = tiny_hybrid(), tokens()
+    other = tiny_hybrid(num_recursion_steps=5)
+    want = other.generate(ids, **GREEDY)
+    assert not torch.equal(want, hybrid.generate(ids, **GREEDY)), "a test that could not fail"
+    for how in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}):
+        told = hybrid.generate(ids, num_recursion_steps=5, **GREEDY, **how)
+        assert torch.equal(told, other.generate(ids, **GREEDY, **how)), how
+
+
+def test_a_cache_goes_on_over_two_calls():
+    hybrid, ids = tiny_hybrid(), tokens(1)
+    first = hybrid.generate(ids, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat((first.sequences, tokens(1, 3, seed=2)), dim=1)
+    told = hybrid.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(told, hybrid.generate(longer, **GREEDY))
+
+
+def test_a_static_cache_of_the_callers():
+    hybrid, ids = tiny_hybrid(), tokens()
+    cache = StaticCache(config=hybrid.config, max_cache_len=20)
+    assert torch.equal(hybrid.generate(ids, past_key_values=cache, **GREEDY), hybrid.generate(ids, **GREEDY))
+
+
+# compiling unrolls the recursion, so these hybrids recurse little
+BRIEF = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@torch.no_grad()
+def test_the_forward_compiles_in_one_graph(family):
+    torch._dynamo.reset()
+    hybrid, ids = tiny_hybrid(family, **BRIEF), tokens()
+    compiled = torch.compile(hybrid, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(ids, use_cache=False).logits, hybrid(ids).logits, rtol=1e-5, atol=1e-5
+    )
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    got, want = (m(ids, attention_mask=mask, use_cache=False).logits for m in (compiled, hybrid))
+    torch.testing.assert_close(got[:, 2:], want[:, 2:], rtol=1e-5, atol=1e-5)
+    with hybrid.disable_injection():
+        assert torch.equal(compiled(ids, use_cache=False).logits, hybrid.llm_model(ids).logits)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_training_step_compiles_in_one_graph(compiler):
+    if compiler == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor on a CPU needs a C++ compiler, and there is no g++")
+    torch._dynamo.reset()
+    hybrid, ids = tiny_hybrid(**BRIEF).freeze_base().train(), tokens()
+    gradients = []
+    for model in (torch.compile(hybrid, backend=compiler, fullgraph=True), hybrid):
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in hybrid.trm_parameters() if p.grad is not None])
+        hybrid.zero_grad()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_generate_with_a_compiled_forward_and_a_static_cache():
+    torch._dynamo.reset()
+    hybrid, ids = tiny_hybrid(**BRIEF), tokens()
+    want = hybrid.generate(ids, **GREEDY)
+    hybrid.forward = torch.compile(hybrid.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(hybrid.generate(ids, cache_implementation="static", **GREEDY), want)
+
+
+def test_uniform_sampling_under_compile_asks_for_a_number():
+    torch._dynamo.reset()
+    hybrid, ids = tiny_hybrid(recursion_sampling="uniform", **BRIEF).train(), tokens()
+    compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="expected num_recursion_steps in the call"):
+        compiled(ids)
+    torch.testing.assert_close(
+        compiled(ids, num_recursion_steps=1).logits, hybrid(ids, num_recursion_steps=1).logits
+    )
+
+
+@torch.no_grad()
+def test_the_forward_exports():
+    hybrid, ids = tiny_hybrid(**BRIEF), tokens()
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model: HybridModel):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    exported = torch.export.export(Logits(hybrid), (ids,)).module()
+    torch.testing.assert_close(exported(ids), hybrid(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_generating_in_training_mode_keeps_to_one_number_of_steps():
+    """Drawing another n for each token would leave the cache with holes."""
+    hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6)
+    want = hybrid.generate(tokens(), **GREEDY)
+    assert torch.equal(hybrid.training.loop().generate(tokens(), **GREEDY), want)

@@ -1,0 +1,144 @@
+"""PEFT on a hybrid: its targets mean the language model, and the TRMs are left alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
+
+from hybrid import HybridModel
+from tests.support.peft_methods import METHODS, STEPS, outcome
+from tests.support.tiny import tiny_base, tiny_hybrid, tokens
+
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(model):
+    """The names of the modules that have an adapter, as the language model names them."""
+    parts = (".lora_", ".ia3_", ".vera_lambda_")
+    names = [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
+    names = [name.partition(part)[0] for name in names for part in parts if part in name]
+    return {name.replace("base_model.model.", "").replace("llm_model.", "", 1) for name in names}
+
+
+CONFIGS = [
+    pytest.param(LoraConfig, {"target_modules": USUAL}, id="lora"),
+    pytest.param(LoraConfig, {"target_modules": USUAL, "layers_to_transform": [1]}, id="lora-layers"),
+    pytest.param(LoraConfig, {"target_modules": USUAL, "exclude_modules": ["o_proj"]}, id="lora-exclude"),
+    pytest.param(LoraConfig, {"target_modules": r".*\.(o_proj|down_proj)"}, id="lora-pattern"),
+    pytest.param(LoraConfig, {"target_modules": "all-linear"}, id="lora-all-linear"),
+    pytest.param(LoraConfig, {}, id="lora-default"),
+    pytest.param(
+        LoraConfig,
+        {"target_modules": [], "target_parameters": ["o_proj.weight", "q_proj.weight"]},
+        id="parameters",
+    ),
+    pytest.param(LoraConfig, {"target_modules": USUAL, "rank_pattern": {"o_proj": 3}}, id="lora-ranks"),
+    pytest.param(IA3Config, {"target_modules": USUAL, "feedforward_modules": ["down_proj"]}, id="ia3"),
+    pytest.param(IA3Config, {}, id="ia3-default"),
+    pytest.param(AdaLoraConfig, {"target_modules": USUAL, "total_step": 4}, id="adalora"),
+    pytest.param(VeraConfig, {"r": 4}, id="vera-default"),
+]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("config", "arguments"), CONFIGS)
+def test_targets_are_those_of_the_language_model(config, arguments, alone):
+    want = adapted(get_peft_model(tiny_base(), config(**arguments)))
+    hybrid = tiny_hybrid()
+    checkpoint = set(hybrid.state_dict())
+    got = get_peft_model(hybrid.llm_model if alone else hybrid, config(**arguments))
+    assert adapted(got) == want and want
+    lora = {name for name in hybrid.state_dict() if "trm" in name}
+    assert lora == {name for name in checkpoint if "trm" in name}, "a checkpoint's names stay"
+
+
+def test_the_usual_list_trains_saves_loads_and_merges(tmp_path):
+    model = get_peft_model(tiny_hybrid(), LoraConfig(target_modules=USUAL, init_lora_weights=False))
+    before = tiny_hybrid()(input_ids=tokens()).logits
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    want = model.eval()(input_ids=tokens()).logits
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=tokens()).logits, before)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_hybrid(), tmp_path).eval()
+    assert torch.equal(again(input_ids=tokens()).logits, want)
+    merged = again.merge_and_unload()
+    assert isinstance(merged, HybridModel)
+    torch.testing.assert_close(merged(input_ids=tokens()).logits, want)
+
+
+def test_a_second_adapter_and_the_trms_beside_it():
+    config = LoraConfig(target_modules=USUAL, modules_to_save=["trm", "trm_before"])
+    model = get_peft_model(tiny_hybrid(), config)
+    model.add_adapter("second", LoraConfig(target_modules=USUAL))
+    names = [name for name, p in model.named_parameters() if ".second." in name]
+    assert names and not any("trm" in name for name in names)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "trm" in name]
+    assert trained and all("modules_to_save.default" in name for name in trained)
+
+
+def test_transformers_own_way_to_add_an_adapter():
+    hybrid = tiny_hybrid()
+    hybrid.add_adapter(LoraConfig(target_modules=USUAL))
+    assert adapted(hybrid) == adapted(get_peft_model(tiny_base(), LoraConfig(target_modules=USUAL)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"target_modules": ["qkv_proj"]}, "target_modules .* got 'qkv_proj': a TRM's matrices"),
+        ({"target_modules": ["q_proj", "gate_up_proj"]}, "got 'gate_up_proj'"),
+        ({"target_modules": ["trm"]}, "got 'trm'"),
+        ({"target_modules": ["layers.1.trm.recursion.layers.0.mlp.down_proj"]}, "a TRM's matrices"),
+        ({"target_modules": r".*qkv_proj"}, "a TRM's matrices"),
+        ({"target_modules": r".*q_proj|.*trm.*o_proj"}, "a TRM's matrices"),
+        ({"target_modules": [], "target_parameters": ["qkv_proj.weight"]}, "target_parameters expected"),
+        ({"target_modules": USUAL, "modules_to_save": ["o_proj"]}, "modules_to_save expected .* is also"),
+    ],
+)
+def test_adapting_a_trm_is_refused_with_a_sentence(arguments, got):
+    hybrid = tiny_hybrid()
+    names = set(hybrid.state_dict())
+    with pytest.raises(ValueError, match=f"HybridModel: PEFT's .*{got}"):
+        get_peft_model(hybrid, LoraConfig(**arguments))
+    assert set(hybrid.state_dict()) == names, "nothing was adapted"
+
+
+def test_models_without_a_trm_are_as_before_and_peft_may_be_imported_late():
+    code = (
+        "from tests.support.tiny import tiny_base, tiny_hybrid; hybrid = tiny_hybrid()\n"
+        "from peft import LoraConfig, get_peft_model\n"
+        f"targets = {USUAL}\n"
+        "for model in (hybrid, tiny_base()):\n"
+        "    model = get_peft_model(model, LoraConfig(target_modules=targets))\n"
+        "    assert sum('lora_A' in name for name, _ in model.named_parameters()) == 21\n"
+        "try: get_peft_model(tiny_base(), LoraConfig(target_modules=['qkv_proj']))\n"
+        "except ValueError as error: assert 'not found in the base model' in str(error)\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+DOCUMENTED = Path(__file__).parents[3] / "docs" / "peers-tests.md"
+
+
+def documented():
+    """method -> its cells in the table of docs/peers-tests.md, of the version of PEFT in its head"""
+    rows = [line.strip("| \n").split(" | ") for line in DOCUMENTED.read_text().splitlines() if "|" in line]
+    head = next(row for row in rows if row[0].startswith("PEFT "))
+    cells = {row[0].strip("`"): row[1:] for row in rows if row[0].startswith("`") and len(row) == len(head)}
+    return head[0].removeprefix("PEFT "), cells
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_does_what_the_documentation_says(method):
+    version, cells = documented()
+    if peft.__version__ != version:
+        pytest.skip(f"the table is of PEFT {version}, and this is {peft.__version__}")
+    got = outcome(method)
+    assert [got[step] or "-" for step in STEPS] == cells[method]

@@ -1,0 +1,221 @@
+"""What comes back with a saved hybrid besides its weights, for whom, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hybrid import HybridModel
+from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
+from tests.support.tiny_text import character_tokenizer
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def loaded(folder, **changes) -> HybridModel:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    return awaken(HybridModel(llm_model=base, config=tiny_config(**changes))).eval()
+
+
+WHOLE = pytest.mark.parametrize("whole", [False, True])
+LOADERS = pytest.mark.parametrize("loader", [AutoModelForCausalLM, HybridModel])
+
+
+# Settings
+
+
+@WHOLE
+@LOADERS
+def test_how_it_generates_is_kept(whole, loader, base_folder, tmp_path):
+    hybrid = loaded(base_folder)
+    settings = {"max_new_tokens": 5, "repetition_penalty": 1.7, "eos_token_id": [2, 17], "pad_token_id": 3}
+    for name, value in settings.items():
+        setattr(hybrid.generation_config, name, value)
+    hybrid.config.pad_token_id = 13
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    again = loader.from_pretrained(tmp_path / "hybrid")
+    assert {name: getattr(again.generation_config, name) for name in settings} == settings
+    assert again.config.pad_token_id == 13
+    assert torch.equal(again.generate(tokens()), hybrid.generate(tokens()))
+
+
+@WHOLE
+@LOADERS
+def test_fields_can_be_given_when_loading(whole, loader, base_folder, tmp_path):
+    hybrid = loaded(base_folder)
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    again = loader.from_pretrained(tmp_path / "hybrid", num_recursion_steps=5, use_cache=False)
+    assert again.config.num_recursion_steps == 5 and again.llm_model.config.use_cache is False
+    assert torch.equal(again(tokens()).logits, hybrid(tokens(), num_recursion_steps=5).logits)
+    with pytest.raises(ValueError, match="num_recursion_step'; did you mean 'num_recursion_steps'"):
+        loader.from_pretrained(tmp_path / "hybrid", num_recursion_step=5)
+    with pytest.raises(ValueError, match="no field or argument 'device_mapp'; did you mean 'device_map'"):
+        loader.from_pretrained(tmp_path / "hybrid", device_mapp="auto")
+    with pytest.raises(ValueError, match="num_recursion_steps"):
+        loader.from_pretrained(tmp_path / "hybrid", num_recursion_steps=0)
+
+
+# Layers on the disk
+
+ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "disk",
+    "model.layers.2": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@WHOLE
+@pytest.mark.parametrize("wrap", ["before", "after"])
+def test_a_base_partly_on_disk_is_saved(whole, wrap, base_folder, tmp_path):
+    where = {"device_map": ON_DISK, "offload_folder": tmp_path / "offload"}
+    if wrap == "before":
+        loaded(base_folder).save_pretrained(tmp_path / "first")
+        hybrid = HybridModel.from_pretrained(tmp_path / "first", **where)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(base_folder, **where)
+        hybrid = awaken(HybridModel(llm_model=base, config=tiny_config())).eval()
+    assert any(p.is_meta for p in hybrid.parameters())
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    tensors = load_file(tmp_path / "hybrid" / "model.safetensors")
+    assert any("trm" not in name for name in tensors) == whole
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert torch.equal(again(tokens()).logits, hybrid(tokens()).logits)
+
+
+# The tokenizer
+
+
+def with_tokenizer(folder):
+    base = tiny_base()
+    base.resize_token_embeddings(len(character_tokenizer()), mean_resizing=False)
+    base.save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+
+
+@WHOLE
+def test_the_bases_tokenizer_comes_along(whole, tmp_path):
+    with_tokenizer(tmp_path / "base")
+    loaded(tmp_path / "base").save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hybrid")
+    assert tokenizer("one").input_ids == character_tokenizer()("one").input_ids
+    write = pipeline("text-generation", str(tmp_path / "hybrid"), device="cpu")
+    assert write("one", max_new_tokens=3, min_new_tokens=3, do_sample=False)[0]["generated_text"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid").save_pretrained(tmp_path / "second")
+    assert AutoTokenizer.from_pretrained(tmp_path / "second")("one") == tokenizer("one")
+
+
+def test_a_tokenizer_that_is_there_stays(tmp_path):
+    with_tokenizer(tmp_path / "base")
+    own = character_tokenizer()
+    own.add_tokens(["<mine>"])
+    own.save_pretrained(tmp_path / "hybrid")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hybrid").iterdir()}
+    loaded(tmp_path / "base").save_pretrained(tmp_path / "hybrid")
+    assert {name: (tmp_path / "hybrid" / name).read_bytes() for name in before} == before
+
+
+def test_no_tokenizer_is_no_error(base_folder, tmp_path):
+    loaded(base_folder).save_pretrained(tmp_path / "hybrid")
+    assert not list((tmp_path / "hybrid").glob("*token*"))
+
+
+# Tools that never import the package
+
+
+def run(script: str, *arguments, path: Path | None = ROOT) -> subprocess.CompletedProcess:
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": arguments[-1]}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", script, *map(str, arguments[:-1])]
+    return subprocess.run(command, env=environment, cwd=arguments[-1], capture_output=True, text=True)
+
+
+@WHOLE
+def test_trust_remote_code_loads_it(whole, tmp_path):
+    with_tokenizer(tmp_path / "base")
+    hybrid = loaded(tmp_path / "base")
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    script = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("one", return_tensors="pt").input_ids
+print(config.num_recursion_steps, model(ids).logits.sum().item())
+model.save_pretrained(sys.argv[2])
+"""
+    done = run(script, tmp_path / "hybrid", tmp_path / "again", tmp_path)
+    assert done.returncode == 0, done.stderr
+    ids = character_tokenizer()("one", return_tensors="pt").input_ids
+    assert done.stdout.split() == ["2", str(hybrid(ids).logits.sum().item())]
+    names = {path.name for path in (tmp_path / "hybrid").iterdir()}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names, "no code was copied"
+
+
+def test_without_the_package_the_error_says_how_to_install_it(base_folder, tmp_path):
+    loaded(base_folder).save_pretrained(tmp_path / "hybrid")
+    script = """
+import sys
+sys.modules["hybrid"] = None
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+"""
+    done = run(script, tmp_path / "hybrid", tmp_path)
+    assert done.returncode != 0 and "pip install trm-hybrid" in done.stderr.splitlines()[-1]
+
+
+def test_where_the_package_is_imported_nothing_is_asked(base_folder, tmp_path):
+    loaded(base_folder).save_pretrained(tmp_path / "hybrid")
+    config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_trm_hybrid.HybridModel"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", trust_remote_code=True)
+    assert type(again) is HybridModel and not again.config.auto_map
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")  # no question, which would wait for an answer
+
+
+# Files that cannot be right
+
+FIRST = "llm_model.model.layers.0.trm_before.in_proj.weight"
+BAD_TENSORS = {
+    "NaN": (lambda t: t.fill_(float("nan")), "got some that are none"),
+    "infinite": (lambda t: t.fill_(float("inf")), "got some that are none"),
+    "int64": (lambda t: t.to(torch.int64), "got torch.int64"),
+    "bool": (lambda t: t > 0, "got torch.bool"),
+    "complex": (lambda t: t.to(torch.complex64), "got torch.complex64"),
+}
+
+
+@WHOLE
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_tensors_that_are_no_weights(kind, whole, base_folder, tmp_path):
+    loaded(base_folder).save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    file = tmp_path / "hybrid" / "model.safetensors"
+    tensors = load_file(file)
+    change, message = BAD_TENSORS[kind]
+    tensors[FIRST] = change(tensors[FIRST].clone())
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{FIRST}: expected floating numbers, {message}") as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["./hybird", "/nowhere/hybrid", "a/b/hybrid", "~/nowhere/hybrid"])
+def test_a_mistyped_folder_asks_no_hub(name, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    with pytest.raises(ValueError, match="there is no such folder"):
+        HybridModel.from_pretrained(name)

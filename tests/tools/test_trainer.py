@@ -1,0 +1,126 @@
+"""Trainer: the loss of a fresh hybrid is its base's, however it counts, smooths, accumulates or averages."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from hybrid import HybridModel
+from tests.support.tiny import tiny_base, tiny_config, tokens
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of 12 tokens, of some of which the first ones are not counted."""
+
+    def __init__(self, number=16):
+        self.number = number
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, i):
+        row = tokens(1, 12, seed=i)[0]
+        labels = row.clone()
+        labels[: i % 4] = -100
+        return {"input_ids": row, "labels": labels}
+
+
+def losses(model, folder, **changes):
+    """Those that two steps log; with evaluation, that too."""
+    arguments = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.0,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "disable_tqdm": True,
+        "average_tokens_across_devices": True,
+    }
+    arguments = TrainingArguments(folder, **(arguments | changes))
+    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))
+    trainer.train()
+    logs = [{k: v for k, v in log.items() if k in ("loss", "eval_loss")} for log in trainer.state.log_history]
+    return [log for log in logs if log]
+
+
+# GPT-2's class does not tell Trainer that it shifts labels, falcon's and bloom's layers answer with tuples
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_the_loss_of_a_fresh_hybrid_is_its_bases(family, tmp_path):
+    base, fresh = tiny_base(family), HybridModel(llm_model=tiny_base(family), config=tiny_config())
+    assert fresh.freeze_base().loss_type == base.loss_type
+    for changes in ({}, {"label_smoothing_factor": 0.1}, {"average_tokens_across_devices": False}):
+        want, got = (losses(model, tmp_path, **changes) for model in (base, fresh))
+        assert want == got, changes
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_under_peft_as_well(smoothing, tmp_path):
+    class Mine(HybridModel):
+        """What a user makes of it."""
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = [
+        tiny_base(),
+        HybridModel(llm_model=tiny_base(), config=tiny_config()),
+        Mine(llm_model=tiny_base(), config=tiny_config()),
+    ]
+    want, *got = (
+        losses(get_peft_model(model, lora), tmp_path, label_smoothing_factor=smoothing) for model in wrapped
+    )
+    assert got == [want, want]
+
+
+def test_a_causal_model_by_its_name_under_every_name():
+    class Mine(HybridModel):
+        pass
+
+    # as torch's fully_shard names what it shards
+    sharded = type("FSDPMine", (FSDPModule, Mine), {})
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    assert {"HybridModel", "Mine", sharded.__name__} <= set(known)
+    # what walks through the models of transformers still can
+    assert any(config.__name__ == "LlamaConfig" for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+def test_a_base_that_does_not_take_the_number_of_labels(tmp_path):
+    def base():
+        model = tiny_base()
+        model.accepts_loss_kwargs = False
+        return model
+
+    fresh = HybridModel(llm_model=base(), config=tiny_config()).freeze_base()
+    assert losses(base(), tmp_path) == losses(fresh, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_average_as_with_the_base(tmp_path):
+    """What is logged under torchrun, by gloo, of a fresh hybrid and of its base."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "import torch\n"
+        "from hybrid import HybridModel\n"
+        "from tests.tools.test_trainer import losses\n"
+        "from tests.support.tiny import tiny_base, tiny_config\n"
+        "fresh = HybridModel(llm_model=tiny_base(), config=tiny_config()).freeze_base()\n"
+        "for smoothing in (0.0, 0.1):\n"
+        "    got = [losses(m, sys.argv[1], label_smoothing_factor=smoothing) for m in (tiny_base(), fresh)]\n"
+        "    assert got[0] == got[1], got\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, script, tmp_path / "out"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]

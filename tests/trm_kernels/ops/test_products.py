@@ -1,0 +1,315 @@
+"""Ops that multiply matrices: which candidate runs, what they refuse, what no row of the cases can say."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.trm_kernels.ops.test_ops import (
+    DEVICE,
+    EACH_PRODUCT,
+    check_closeness,
+    error,
+    inputs_of,
+    kernels_run,
+    run,
+)
+from trm_kernels import (
+    injection_blend,
+    injection_in,
+    linear_residual,
+    linear_swiglu,
+    rstd_from_squares,
+    swiglu_mlp,
+)
+from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import backend, interpreting
+from trm_kernels.runtime.gemm_common import are_aligned, tile_of_program
+from trm_kernels.runtime.launch import record
+from trm_kernels.runtime.optional_triton import tl, triton
+from trm_kernels.testing.cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+# --- what no row of the cases can say
+
+
+@kernels_run
+@EACH_PRODUCT
+@pytest.mark.parametrize("rows", [(0,), (3, 0), (), (1,), (1, 1)], ids=str)
+def test_no_rows_and_single_rows(case, rows):
+    inputs = inputs_of(case, (*rows, 24, 40), torch.float32)
+    true = run(case.ref, [t.detach().double().requires_grad_() for t in inputs])
+    with backend("triton"):
+        ours = run(case.op, inputs)
+    for name, want in true.items():
+        assert ours[name].shape == want.shape
+        torch.testing.assert_close(ours[name].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@kernels_run
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["linear_swiglu", "swiglu_mlp", "linear_residual-scaled", "injection_in", "injection_blend-gated"]
+)
+def test_the_tiles_of_each_arch_compute_the_same(name, dtype, arch, monkeypatch):
+    if not interpreting():
+        pytest.skip("tiles of another arch may not fit the device at hand")
+    for op in ("linear_swiglu", "swiglu_mlp", "linear_residual", "injection_in", "injection_blend"):
+        monkeypatch.setattr(f"trm_kernels.ops.{op}.arch_of", lambda t: arch)
+    check_closeness(BY_NAME[name], (144, 80, 160), dtype)
+
+
+@pytest.mark.skipif(not interpreting(), reason="reads a sparse file, which a GPU cannot")
+@pytest.mark.parametrize("name", ["linear_swiglu", "linear_residual", "injection_in", "injection_blend"])
+def test_row_offsets_beyond_31_bits(name, tmp_path):
+    """Three rows 2^30 elements apart: the last one starts where a 32-bit offset would turn negative."""
+    stride = 2**30
+    storage = torch.from_file(
+        str(tmp_path / "sparse"), shared=True, size=2 * stride + 32, dtype=torch.float16
+    )
+    far = storage.as_strided((3, 16), (stride, 1))
+    near = inputs_of(BY_NAME[name], (3, 16, 16), torch.float16)
+    far.copy_(near[0].detach())
+    with backend("triton"), torch.no_grad():
+        got, want = (BY_NAME[name].op(first, *near[1:]) for first in (far, near[0]))
+    for g, w in zip(*((t,) if isinstance(t, Tensor) else t for t in (got, want)), strict=True):
+        assert torch.equal(g, w)
+
+
+@triton.jit
+def _visit_kernel(out_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tl.store(out_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n, tl.program_id(0))
+
+
+@kernels_run
+@pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (3, 2), (4, 5), (9, 3), (11, 1)])
+def test_every_tile_is_computed_once(tiles_m, tiles_n):
+    out = torch.full((tiles_m * tiles_n,), -1, dtype=torch.int32, device=DEVICE)
+    _visit_kernel[(out.numel(),)](out, tiles_m * 16 - 3, tiles_n * 8 - 1, BLOCK_M=16, BLOCK_N=8, GROUP_M=4)
+    assert sorted(out.tolist()) == list(range(out.numel()))
+    if tiles_m >= 4:
+        assert out.view(tiles_m, tiles_n)[:4, 0].tolist() == [0, 1, 2, 3], (
+            "a group goes down its column first"
+        )
+
+
+@kernels_run
+@pytest.mark.parametrize("candidate", tuning.CANDIDATES)
+def test_a_deferred_norm_is_the_norm(candidate):
+    """rms(v W^T + r) into a SwiGLU: un-normalised rows, their rstd, and the chain back through both."""
+    v, w, r, gate_up = rand(6, 24), rand(40, 24, seed=1), rand(6, 40, seed=2), rand(32, 40, seed=3)
+    inputs = [t.requires_grad_() for t in (v, w, r, gate_up)]
+
+    def deferred(v, w, r, gate_up):
+        h, squares = linear_residual(v, w, r, candidate=candidate)
+        return linear_swiglu(h, gate_up, rstd_from_squares(squares, 40, 1e-5), candidate=candidate)
+
+    def plain(v, w, r, gate_up):
+        return linear_swiglu(F.rms_norm(F.linear(v, w) + r, (40,), eps=1e-5), gate_up)
+
+    with backend("reference"):
+        true = run(plain, [t.detach().double().requires_grad_() for t in inputs])
+    with backend("triton"):
+        ours = run(deferred, inputs)
+    for name, want in true.items():
+        assert error(ours[name], want) < 1e-6, name
+
+
+@kernels_run
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("candidate", tuning.CANDIDATES)
+def test_a_blend_of_nothing_changes_no_bit(candidate, dtype):
+    h, y = rand(5, 40).to(dtype), rand(5, 24, seed=1).to(dtype)
+    gate = rand(1, 24, seed=2).to(dtype), rand(1, seed=3).to(dtype)
+    with backend("triton"):
+        assert torch.equal(injection_blend(h, y, h.new_zeros(40, 24), 0.7, *gate, candidate=candidate), h)
+
+
+@kernels_run
+@pytest.mark.parametrize("candidate", tuning.CANDIDATES)
+def test_a_blend_keeps_the_dtype_of_the_language_model(candidate):
+    h, y, w = rand(5, 40).bfloat16(), rand(5, 24, seed=1), rand(40, 24, seed=2)
+    inputs = [t.requires_grad_() for t in (h, y, w)]
+    with backend("triton"):
+        ours = run(lambda *t: injection_blend(*t, 0.7, candidate=candidate), inputs)
+    want = run(lambda *t: injection_blend(*t, 0.7), inputs)
+    for name in want:
+        assert ours[name].dtype == want[name].dtype
+        assert error(ours[name], want[name].double()) < (4e-3 if want[name].dtype == torch.bfloat16 else 1e-5)
+
+
+@kernels_run
+@EACH_PRODUCT
+def test_autocast_means_what_it_means_for_linear(case):
+    inputs = inputs_of(case, (5, 24, 40), torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        want = case.ref(*inputs)
+        with backend("triton"):
+            got = case.op(*inputs)
+    for g, w in zip(*((t,) if isinstance(t, Tensor) else t for t in (got, want)), strict=True):
+        if not case.name.startswith("linear_residual"):  # its sum is rounded as its product is
+            assert g.dtype == w.dtype
+        assert error(g, w.double()) < 1e-2
+
+
+@kernels_run
+def test_gradients_nobody_asked_for_are_not_computed():
+    """A frozen weight, or an input that is no leaf: no product is spent on it."""
+    for name in ("linear_swiglu", "swiglu_mlp-scaled", "linear_residual-scaled", "injection_in-mm"):
+        inputs = inputs_of(BY_NAME[name], (5, 24, 40), torch.float32)
+        with backend("triton"):
+            everything = run(BY_NAME[name].op, inputs)
+            for i in range(len(inputs)):
+                some = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
+                got = run(BY_NAME[name].op, some)
+                assert torch.equal(got[f"gradient of input {i}"], everything[f"gradient of input {i}"])
+
+
+# --- which candidate runs
+
+
+def kernels(op, *inputs: Tensor) -> list[str]:
+    """The kernels `op` starts on an H100."""
+    with record("sm90") as launches:
+        op(*(t.to("meta") for t in inputs))
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "kernel"),
+    [
+        (512, torch.bfloat16, "_linear_swiglu_fwd_kernel"),
+        (2048, torch.bfloat16, "_linear_swiglu_act_kernel"),
+        (512, torch.float32, "_linear_swiglu_act_kernel"),
+        (97, torch.bfloat16, "_linear_swiglu_act_kernel"),
+    ],
+    ids=str,
+)
+def test_the_table_chooses_by_width_dtype_and_alignment(width, dtype, kernel):
+    pytest.importorskip("triton")
+    v, gate_up = torch.empty(64, width, dtype=dtype), torch.empty(256, width, dtype=dtype)
+    assert kernels(linear_swiglu, v, gate_up) == [kernel]
+    for candidate, asked in zip(tuning.CANDIDATES, ("fwd", "act"), strict=True):
+        got = kernels(lambda v, w, candidate=candidate: linear_swiglu(v, w, candidate=candidate), v, gate_up)
+        assert got == [f"_linear_swiglu_{asked}_kernel"]
+
+
+def test_every_choice_has_its_settings():
+    """Whatever the table chooses, for any arch and dtype, there are settings for it."""
+    for op, arch, size, width, aligned in product(
+        tuning._CHOICES, ("sm80", "sm90", "sm999"), (2, 4), (1, 1024, 1025, 10**6), (False, True)
+    ):
+        assert tuning.choose(op, arch, size, width, aligned) in tuning.CANDIDATES
+        assert tuning.choose(op, arch, size, width, aligned, "fused") == "fused"
+        assert tuning.gemm(op, arch, size, aligned).element_size == size
+
+
+def test_rows_that_are_not_aligned_take_small_tiles():
+    wide = torch.empty(4, 64, dtype=torch.bfloat16)
+    assert are_aligned(wide, wide[:, :32])
+    for narrow in (wide[:, :33], wide[:, 8:24][:, 1:], torch.empty(4, 24)):
+        assert not are_aligned(wide, narrow)
+    assert tuning.gemm("linear_swiglu", "sm90", 2, False) == tuning.gemm("linear_swiglu", "sm12345", 2, True)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_float32_is_true_float32_unless_tf32_is_allowed(allowed):
+    pytest.importorskip("triton")
+    v, gate_up = torch.empty(4, 32, device="meta"), torch.empty(64, 32, device="meta")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        with record("sm90") as launches:
+            linear_swiglu(v, gate_up, candidate="fused")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert launches[0].meta["PRECISION"] == ("tf32" if allowed else "ieee")
+
+
+ASKED = [
+    lambda candidate: linear_swiglu(torch.zeros(2, 8), torch.zeros(12, 8), candidate=candidate),
+    lambda candidate: swiglu_mlp(
+        torch.zeros(2, 8), torch.zeros(12, 8), torch.zeros(8, 6), candidate=candidate
+    ),
+    lambda candidate: linear_residual(
+        torch.zeros(2, 8), torch.zeros(6, 8), torch.zeros(2, 6), candidate=candidate
+    ),
+    lambda candidate: injection_in(torch.zeros(2, 8), torch.zeros(6, 8), candidate=candidate),
+    lambda candidate: injection_blend(
+        torch.zeros(2, 6), torch.zeros(2, 8), torch.zeros(6, 8), candidate=candidate
+    ),
+]
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_a_candidate_that_cannot_run_is_an_error(ask):
+    with backend("reference"):
+        ask(None)
+        with pytest.raises(RuntimeError, match="the candidate 'fused' was asked for, and it cannot run on"):
+            ask("fused")
+        with pytest.raises(ValueError, match="expected candidate to be one of fused, mm, got 'cutlass'"):
+            ask("cutlass")
+
+
+# --- what they refuse
+
+
+def _refusals():
+    x, w = torch.zeros(2, 8), torch.zeros(6, 8)
+    scale = torch.ones(2)
+    one_dtype = "of one dtype, float32, float16, bfloat16 or float64, got"
+    return {
+        "odd gate_up": (lambda: linear_swiglu(x, torch.zeros(5, 8)), r"linear_swiglu: expected v \[..., D\]"),
+        "swiglu widths": (lambda: linear_swiglu(x, torch.zeros(6, 9)), r"got \(2, 8\) and \(6, 9\)"),
+        "swiglu dtypes": (lambda: linear_swiglu(x.half(), w), f"v and gate_up {one_dtype} torch.float16"),
+        "swiglu devices": (lambda: linear_swiglu(x, w.to("meta")), "on one device, got cpu and meta"),
+        "scale's shape": (
+            lambda: linear_swiglu(x, w, torch.ones(3)),
+            r"linear_swiglu: expected row_scale \(2,\) in torch.float32 on cpu, got \(3,\)",
+        ),
+        "scale's dtype": (lambda: linear_swiglu(x, w, scale.half()), "got .* torch.float16"),
+        "mlp widths": (lambda: swiglu_mlp(x, w, torch.zeros(8, 4)), r"swiglu_mlp: .* \(6, 8\), \(8, 4\)"),
+        "mlp dtypes": (
+            lambda: swiglu_mlp(x, w, torch.zeros(8, 3).half()),
+            f"swiglu_mlp: expected v, gate_up and down {one_dtype}",
+        ),
+        "residual widths": (
+            lambda: linear_residual(x, w, torch.zeros(2, 7)),
+            r"linear_residual: expected v \[..., K\], w .*, got \(2, 8\), \(6, 8\), \(2, 7\)",
+        ),
+        "residual dtypes": (lambda: linear_residual(x, w, x[:, :6].half()), f"v, w and r {one_dtype}"),
+        "residual scale": (
+            lambda: linear_residual(x, w, torch.zeros(2, 6), torch.ones(2, 1)),
+            r"linear_residual: expected row_scale \(2,\)",
+        ),
+        "no tiles": (lambda: rstd_from_squares(torch.zeros(2, 0), 4), "rstd_from_squares: .* at least one"),
+        "no columns": (lambda: rstd_from_squares(torch.zeros(2, 3), 0), "N of at least 1"),
+        "narrow squares": (lambda: rstd_from_squares(x.half(), 4), "float32 or float64, got torch.float16"),
+        "in widths": (lambda: injection_in(x, torch.zeros(6, 9)), r"injection_in: expected h \[..., D\]"),
+        "in dtypes": (lambda: injection_in(x, w.double()), f"h and w_in {one_dtype}"),
+        "blend widths": (lambda: injection_blend(x, x, w), "injection_blend: expected h"),
+        "blend rows": (lambda: injection_blend(torch.zeros(3, 6), x, w), r"got \(3, 6\), \(2, 8\) and"),
+        "blend's gate": (
+            lambda: injection_blend(torch.zeros(2, 6), x, w, 1.0, torch.zeros(1, 8)),
+            r"expected gate_weight \[1, 8\] and gate_bias \[1\] or neither, got \(\(1, 8\), None\)",
+        ),
+        "blend dtypes": (lambda: injection_blend(torch.zeros(2, 6), x.half(), w), f"y and w_out {one_dtype}"),
+        "blend of integers": (lambda: injection_blend(x[:, :6].int(), x, w), f"expected h {one_dtype}"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _refusals())
+def test_refuses(name):
+    call, says = _refusals()[name]
+    with pytest.raises(ValueError, match=says):
+        call()
