@@ -10,13 +10,6 @@ READY := $(VENV)/.installed
 
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
-# kernels run in Triton's interpreter here: arithmetic and masks, on the CPU
-INTERPRETED := tests/trm_kernels/ops/test_ops.py tests/trm_kernels/ops/test_products.py tests/trm_kernels/ops/test_bugs.py tests/trm_kernels/runtime/test_interpreter.py \
-	tests/trm_kernels/runtime/test_backend.py tests/trm_kernels/ops/test_rope_attention.py tests/trm_kernels/ops/test_decode_attention.py tests/hybrid/model/test_masks.py \
-	tests/trm_kernels/recursion/test_recursion.py tests/trm_kernels/recursion/test_injection.py tests/trm_kernels/export/test_launch_plan.py tests/trm_kernels/recursion/test_one_launch.py \
-	tests/trm_kernels/recursion/test_one_launch_injection.py tests/trm_kernels/recursion/test_one_launch_generate.py tests/trm_kernels/recursion/test_cooperative.py \
-	tests/trm_kernels/recursion/test_adaptive_recursion.py tests/trm_kernels/recursion/test_deep_supervision.py tests/bench/test_peers.py \
-	tests/trm_kernels/ops/test_autocast.py
 
 .PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors gpu bench static cubins resources native clean
 
@@ -27,9 +20,10 @@ demo: $(READY)
 evidence: $(READY)
 	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
 
+# the tests that start kernels run again in Triton's interpreter: arithmetic and masks, on the CPU
 test: $(READY)
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow'
 
 # the tests of others on a hybrid: transformers' of a model, PEFT's of decoders; docs/peers-tests.md
 PEERS := build/peers

@@ -40,24 +40,12 @@ ROOT = Path(__file__).parents[1]
 MINUTES, QUICK_MINUTES = 9.0, 2.0
 RESULTS, LOG = "results.json", "log.txt"
 RESTARTS = 3  # of a stage whose device broke
-# what most hangs on first
-TESTS = (
+# what most hangs on first; then every other file of tests whose mark is `kernels`
+FIRST_TESTS = (
     "tests/trm_kernels/ops/test_ops.py",
     "tests/trm_kernels/recursion/test_recursion.py",
     "tests/trm_kernels/recursion/test_injection.py",
     "tests/trm_kernels/test_on_device.py",
-    "tests/trm_kernels/ops/test_rope_attention.py",
-    "tests/trm_kernels/ops/test_decode_attention.py",
-    "tests/trm_kernels/recursion/test_one_launch.py",
-    "tests/trm_kernels/recursion/test_one_launch_injection.py",
-    "tests/trm_kernels/ops/test_products.py",
-    "tests/hybrid/model/test_masks.py",
-    "tests/trm_kernels/recursion/test_one_launch_generate.py",
-    "tests/trm_kernels/recursion/test_cooperative.py",
-    "tests/trm_kernels/recursion/test_adaptive_recursion.py",
-    "tests/bench/test_peers.py",
-    "tests/trm_kernels/runtime/test_backend.py",
-    "tests/trm_kernels/export/test_warmup.py",
 )
 DRY_TESTS = ("tests/test_floors.py",)  # quick ones
 _DRY_PEERS = ("ours", "eager", "TRM paper's eager")
@@ -254,7 +242,7 @@ def _commit() -> str:
 
 def _correctness(store: Store, quick: bool, dry_run: bool) -> int:
     """The tests of the kernels, on the device."""
-    for tests in DRY_TESTS if dry_run else TESTS[:1] if quick else TESTS:
+    for tests in DRY_TESTS if dry_run else FIRST_TESTS[:1] if quick else _tests_of_kernels():
         if store.is_done(tests):
             continue
         store.start(tests)
@@ -269,6 +257,14 @@ def _correctness(store: Store, quick: bool, dry_run: bool) -> int:
         state = "ok" if done.returncode == 0 else "failed"
         store.finish(tests, state=state, summary=lines[-1] if lines else "no output", failed=failed[:50])
     return 0 if all(record["state"] == "ok" for record in store.records.values()) else 1
+
+
+def _tests_of_kernels() -> list[str]:
+    """Files whose tests start kernels."""
+    files = (
+        path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.kernels" in path.read_text()
+    )
+    return list(dict.fromkeys([*FIRST_TESTS, *(str(path.relative_to(ROOT)) for path in files)]))
 
 
 def _has(package: str) -> bool:

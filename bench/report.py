@@ -14,7 +14,7 @@ from typing import Any
 from bench import static, store
 from bench.ceilings import Ceilings
 from bench.roofline import CARDS as PREDICTED
-from bench.roofline import Card, floor_ms
+from bench.roofline import Reached, floor_ms
 from bench.workloads import WORKLOADS, known_card
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,7 +105,7 @@ def _of_pytest(benchmark: dict[str, Any]) -> Measured:
     return Measured(extra.get("device", "unknown"), workload, peer, "warm", *milliseconds, **known)
 
 
-def ceilings_of(run: Mapping[str, Any]) -> dict[str, Card]:
+def ceilings_of(run: Mapping[str, Any]) -> dict[str, Reached]:
     """By device: what a run's own first stage reached, as the denominator of its floors."""
     environment = run.get("environment", {"facts": {}, "records": {}})
     record = environment["records"].get("ceilings", {})
@@ -113,7 +113,7 @@ def ceilings_of(run: Mapping[str, Any]) -> dict[str, Card]:
         return {}
     measured = Ceilings(record["bytes_per_s"], record["flops_per_s"], record["flops_by_shape"])
     device = environment["facts"].get("device", "unknown")
-    return {device: Card(measured.flops_per_s, measured.bytes_per_s)}
+    return {device: Reached(measured.flops_per_s, measured.bytes_per_s)}
 
 
 # Tables
@@ -146,7 +146,7 @@ def _times(measured: list[Measured], floor: float | None) -> str:
     )
 
 
-def markdown(measured: list[Measured], ceilings: dict[str, Card]) -> str:
+def markdown(measured: list[Measured], ceilings: dict[str, Reached]) -> str:
     """A section for each device and workload."""
     parts = ["# Measured", ""]
     for device, name in dict.fromkeys((m.device, m.workload) for m in measured):
@@ -214,7 +214,7 @@ def compare(a: list[Measured], b: list[Measured]) -> str:
 # Plots
 
 
-def plots(measured: list[Measured], ceilings: dict[str, Card], out: Path) -> list[Path]:
+def plots(measured: list[Measured], ceilings: dict[str, Reached], out: Path) -> list[Path]:
     """Throughput with the floor drawn in, memory by policy, latency against batch."""
     import matplotlib
 
@@ -292,7 +292,7 @@ def _save(figure: Any, path: Path) -> Path:
 def write(paths: list[Path], out: Path) -> str:
     """report.md and its plots in `out`; returns the text."""
     measured = read(paths)
-    ceilings: dict[str, Card] = {}
+    ceilings: dict[str, Reached] = {}
     for file in _files(paths):
         ceilings |= ceilings_of(json.loads(file.read_text()).get("stages", {}))
     text = markdown(measured, ceilings)

@@ -22,7 +22,7 @@ from hybrid.plan.cards import CARDS as SHEETS
 
 
 @dataclass(frozen=True)
-class Card:
+class Reached:
     """What a card reaches."""
 
     flops_per_s: float  # bfloat16 products, dense
@@ -31,10 +31,14 @@ class Card:
     attention_backward: float = 0.5
 
 
-def _reached(sheet: str, of_memory: float, attention: float = 0.62, attention_backward: float = 0.5) -> Card:
+def _reached(
+    sheet: str, of_memory: float, attention: float = 0.62, attention_backward: float = 0.5
+) -> Reached:
     """A card of hybrid/plan/cards.py with the shares of its data sheet that are taken to be reached."""
     card = SHEETS[sheet]
-    return Card(card.flops_per_s * card.products, card.bytes_per_s * of_memory, attention, attention_backward)
+    return Reached(
+        card.flops_per_s * card.products, card.bytes_per_s * of_memory, attention, attention_backward
+    )
 
 
 # the shares are assumed: of memory as copies commonly reach it, of attention after what the papers of
@@ -58,7 +62,7 @@ class Kernel:
     kind: str = "product"  # "attention", "attention_backward", "pointwise"
 
 
-def floors(kernels: list[Kernel], card: Card) -> tuple[float, float]:
+def floors(kernels: list[Kernel], card: Reached) -> tuple[float, float]:
     """(ideal, serial) in seconds."""
     ideal = max(
         sum(k.flops for k in kernels) / card.flops_per_s, sum(k.bytes for k in kernels) / card.bytes_per_s
@@ -215,7 +219,7 @@ def kernels_of(workload: Workload, batch: int, way: str) -> list[Kernel]:
     return workload.points * (inner + around)
 
 
-def floor_ms(workload: Workload, batch: int, way: str, card: Card) -> tuple[float, float]:
+def floor_ms(workload: Workload, batch: int, way: str, card: Reached) -> tuple[float, float]:
     """(ideal, serial) in milliseconds."""
     ideal, serial = floors(kernels_of(workload, batch, way), card)
     return 1e3 * ideal, 1e3 * serial

@@ -142,7 +142,7 @@ def plan_of_level(level: int) -> str:
         asked = run.but(phase=phase, dtype=dtype)
         found = fit(asked)
         fitting = found.run or asked
-        taken, fast = memory(fitting), speed(fitting, results=None)
+        taken, fast = memory(fitting), speed(fitting)
         per_gb = text_tokens(1) / fast.tokens_per_second / 86400
         rows.append(
             [

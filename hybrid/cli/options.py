@@ -1,4 +1,4 @@
-"""What each command takes, as dataclasses; TrainSettings and Block say the rest. Imports nothing heavy."""
+"""What each command takes, as dataclasses; TrainSettings and BlockOptions say the rest. Light to import."""
 
 from argparse import BooleanOptionalAction
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ class Base:
 
 
 @dataclass
-class Plan:
+class PlanOptions:
     guide: bool = option(False, "the training guide's claims, each checked")
     json: bool = option(False, "figures for programs")
     level: Literal[1, 2, 3, 4] | None = option(None, "of the guide; stands for its --preset", shown="none")
@@ -176,7 +176,13 @@ class Plan:
     tokens: float | None = option(None, "to train on, such as 5e9", shown="not said: per token")
     gigabytes: float | None = option(None, "of text, in place of --tokens", shown="none")
     bytes_per_token: float = option(4.0, "of that text; English has about 4")
-    utilisation: float | None = option(None, "of the peak", shown="measured, or by the roofline")
+    utilisation: float | None = option(None, "of the peak", shown="measured (--results), or by the roofline")
+    results: Path | None = option(
+        None,
+        "a folder of measurements, as bench/results of the repository is",
+        shown="none",
+        metavar="FOLDER",
+    )
     price: float | None = option(None, "dollars per GPU-hour", shown="that of hybrid/plan/cards.py")
     card_price: float | None = option(None, "dollars per card", shown="that of hybrid/plan/cards.py")
 
@@ -201,7 +207,7 @@ def _point(text: str) -> int | str:
 
 
 @dataclass
-class Block:
+class BlockOptions:
     """The fields of HybridConfig, with its types and defaults; given ones win over a preset's or a file's."""
 
     injection_layers: list[int] | None = _field(

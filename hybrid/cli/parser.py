@@ -35,7 +35,7 @@ COMMANDS = {
         "train a TRM inside a language model, or both",
         "trm-hybrid train --base meta-llama/Llama-2-7b-hf --data 'texts/*.txt' "
         "--injection-layers middle last --steps 2000 --output runs/first",
-        (options.Train, TrainSettings, options.Data, options.Trust, options.Backend, options.Block),
+        (options.Train, TrainSettings, options.Data, options.Trust, options.Backend, options.BlockOptions),
     ),
     "generate": Command(
         "generate",
@@ -53,13 +53,13 @@ COMMANDS = {
         "info",
         "parameter counts by part, without loading or downloading weights",
         "trm-hybrid info --base qwen3-8b --injection-layers middle last --trm-hidden-size 1024",
-        (options.Base, options.Trust, options.Block),
+        (options.Base, options.Trust, options.BlockOptions),
     ),
     "plan": Command(
         "plan",
         "memory, time and money of a training, before anything is loaded or rented",
         "trm-hybrid plan --level 1 --cards 1xA100-80GB --gigabytes 1",
-        (options.Plan, options.Base, options.Trust, options.Block),
+        (options.PlanOptions, options.Base, options.Trust, options.BlockOptions),
     ),
 }
 # what an option was called once; it is taken, and said
@@ -98,7 +98,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     parser.set_defaults(module=command.module)
     for takes in command.takes:
         group: Any = parser
-        if takes is options.Block:
+        if takes is options.BlockOptions:
             group = parser.add_argument_group(_BLOCK, "the fields of HybridConfig")
             add_options(group.add_mutually_exclusive_group(), options.WholeBlock)
         add_options(group, takes)

@@ -64,4 +64,6 @@ def _planned(arguments: argparse.Namespace) -> tuple[Any, Any]:
         if tokens is not None:
             raise ValueError("plan: expected --tokens or --gigabytes, got both.")
         tokens = text_tokens(arguments.gigabytes, arguments.bytes_per_token)
-    return run, Wishes(tokens, arguments.utilisation, arguments.price, arguments.card_price)
+    return run, Wishes(
+        tokens, arguments.utilisation, arguments.price, arguments.card_price, arguments.results
+    )

@@ -76,7 +76,7 @@ def _speed(level: int, cards: int, card: str = "A100-80GB") -> Speed:
     """Of phase 1, as it fits; of the claim's number of cards even where more are needed."""
     run = _fit(level, cards, card).run
     assert run is not None, "every level fits some number of cards"
-    found = speed(run, results=None)
+    found = speed(run)
     share = cards / run.cards
     return Speed(found.seconds, found.utilisation, found.source, share * found.tokens_per_second)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hybrid.info import count, count_trained, parts
@@ -27,15 +28,17 @@ class Wishes:
     """What is asked about a run.
 
     tokens        of text to train on; None: no days and no money
-    utilisation   share of the card's peak; None: measured or by the roofline
+    utilisation   share of the card's peak; None: measured (`results`) or by the roofline
     price         dollars per GPU-hour; None: the card's
     card_price    dollars per card; None: the card's
+    results       a folder of measurements, from which the share of the peak may come; None: not read
     """
 
     tokens: float | None = None
     utilisation: float | None = None
     price: float | None = None
     card_price: float | None = None
+    results: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def plan(run: Run, wishes: Wishes) -> Plan:
         raise ValueError(f"plan: expected a utilisation of at most 1, got {wishes.utilisation:g}.")
     found = fit(run)
     fitting = found.run or run
-    fast = speed(fitting, wishes.utilisation)
+    fast = speed(fitting, wishes.utilisation, wishes.results)
     prices = wishes.price, wishes.card_price
     return Plan(
         run=run,

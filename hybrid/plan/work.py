@@ -8,7 +8,7 @@ backward. What a policy or gradient checkpointing computes again is counted.
 Seconds come from a share of the card's peak, whose source is said:
 
     given      by --utilisation
-    measured   the injections of level 1 (W3) on this card, from a file of bench/results/
+    measured   the injections of level 1 (W3) on this card, from a file of `python -m bench.gpu` (--results)
     roofline   products and attention at the shares in cards.py, and AdamW's traffic at 90% of the bandwidth
 
 Not counted: pointwise passes, communication between cards, loading data. So the roofline's seconds are the
@@ -29,7 +29,6 @@ from hybrid.plan.run import Run
 from hybrid.presets import PresetConfigs
 from hybrid.saving import checkpoint
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results"
 TOKENS_PER_PARAMETER = 20  # from scratch: Hoffmann et al., 2022, arXiv 2203.15556
 BYTES_PER_TOKEN = 4.0  # of English text, assumed
 DOLLARS_PER_KWH = 0.10  # the cost sheet's
@@ -161,11 +160,16 @@ def _trm(run: Run, save: str) -> tuple[Flops, Flops, Flops]:
 # From operations to seconds
 
 
-def speed(run: Run, utilisation: float | None = None, results: Path | None = RESULTS) -> Speed:
+def speed(run: Run, utilisation: float | None = None, results: Path | None = None) -> Speed:
     """Of an optimizer step on all cards.
 
-    results   the folder of measured files; None: none is looked for
+    results   a folder with a folder a card, of files that `python -m bench.gpu` wrote; None: none is read
+
+    Raises:
+        ValueError: `results` is no folder.
     """
+    if results is not None and not results.is_dir():
+        raise ValueError(f"plan: expected a folder of measurements, got {results}.")
     flops = work(run).total
     tokens = run.tokens_of_card * run.accumulation
     peak = run.card.float32_flops_per_s if run.compute_dtype.itemsize == 4 else run.card.flops_per_s

@@ -8,6 +8,8 @@ from bench.peers import PEERS, peers_of
 from bench.workloads import WORKLOADS
 from trm_kernels.runtime.backend import interpreting
 
+pytestmark = pytest.mark.kernels
+
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 ONE_EACH = [w for w in WORKLOADS if w.name not in ("W2", "W4-16", "W6-8")]  # the others differ in numbers

@@ -17,6 +17,8 @@ from trm_kernels import TRM
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.testing.cases import CASES, Case
 
+pytestmark = pytest.mark.kernels
+
 needs_cuda = pytest.mark.skipif(interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

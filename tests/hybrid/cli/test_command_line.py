@@ -13,7 +13,7 @@ import pytest
 
 from hybrid import HybridConfig
 from hybrid.cli import main
-from hybrid.cli.options import PRESETS, Backend, Block, Inference, Train
+from hybrid.cli.options import PRESETS, Backend, BlockOptions, Inference, Train
 from hybrid.cli.parser import COMMANDS, parse, parser_of
 from hybrid.config import trm_fields
 from hybrid.data.rows import LOSS_ON
@@ -39,7 +39,7 @@ def python(*words, check=True):
 
 def test_the_block_has_the_fields_of_hybrid_config():
     parameters = inspect.signature(HybridConfig.__init__).parameters
-    fields = {field.name: field for field in dataclasses.fields(Block)}
+    fields = {field.name: field for field in dataclasses.fields(BlockOptions)}
     assert list(fields) == trm_fields()
     for name, field in fields.items():
         assert field.default == parameters[name].default

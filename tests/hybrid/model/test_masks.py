@@ -14,6 +14,8 @@ from trm_kernels.ops.attention import decode_attention, rope_attention
 from trm_kernels.ops.attention.rope_attention import visibility
 from trm_kernels.runtime.backend import backend, interpreting
 
+pytestmark = pytest.mark.kernels
+
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")

@@ -160,6 +160,9 @@ def test_a_measured_card_is_taken_from_its_file(tmp_path):
     assert found.utilisation == pytest.approx(of_w3 / (0.1 * 989e12))
     assert speed(level_1(), results=tmp_path).source == "roofline", "an A100 was not measured"
     assert speed(run, 0.4, results=tmp_path).source == "given"
+    assert speed(run).source == "roofline", "measurements are read where they are named"
+    with pytest.raises(ValueError, match="expected a folder of measurements"):
+        speed(run, results=tmp_path / "none")
 
 
 def test_cost_is_hours_times_price():

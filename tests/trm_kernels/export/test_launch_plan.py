@@ -27,6 +27,8 @@ from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.precision import wide
 
+pytestmark = pytest.mark.kernels
+
 DECLARED = Path(__file__).parents[3] / "native" / "variants.toml"
 TINY = Variant(
     "tiny",

@@ -24,6 +24,8 @@ from trm_kernels import TRM, backend
 from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import interpreting
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 BACKENDS = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=kernels_run)])
 NARROW = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)

@@ -14,6 +14,8 @@ from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.testing.cases import CASES
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).parents[3]
 BY_NAME = {case.name: case for case in CASES}
 

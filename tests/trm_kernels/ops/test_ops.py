@@ -16,6 +16,8 @@ from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref, rms_nor
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.testing.cases import CASES, Case
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cpu" if interpreting() else "cuda"
 kernels_run = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"

@@ -31,6 +31,8 @@ from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.optional_triton import tl, triton
 from trm_kernels.testing.cases import CASES
 
+pytestmark = pytest.mark.kernels
+
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -13,6 +13,8 @@ from trm_kernels.recursion import adaptive as module
 from trm_kernels.recursion.adaptive import adaptive_evaluations
 from trm_kernels.runtime.backend import backend, interpreting
 
+pytestmark = pytest.mark.kernels
+
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")

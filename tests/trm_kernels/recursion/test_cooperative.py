@@ -17,6 +17,8 @@ from trm_kernels.recursion.one_launch.kernel import count_phases
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend
 
+pytestmark = pytest.mark.kernels
+
 
 class Calls:
     """A recursion that the settings table would have run in one launch."""

@@ -12,6 +12,8 @@ from trm_kernels import TRM
 from trm_kernels.modules.trm import TRMSettings
 from trm_kernels.runtime.backend import backend, interpreting
 
+pytestmark = pytest.mark.kernels
+
 CYCLES = 3
 
 

@@ -12,6 +12,8 @@ from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 
+pytestmark = pytest.mark.kernels
+
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")

@@ -9,6 +9,8 @@ from tests.support.tiny import awaken, tiny_hybrid, tokens
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.runtime.backend import backend, interpreting
 
+pytestmark = pytest.mark.kernels
+
 CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")

@@ -21,6 +21,8 @@ from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 
+pytestmark = pytest.mark.kernels
+
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 
 # forms of a call: (batch, tokens, tokens in the cache before, what the model is)

@@ -12,6 +12,8 @@ from tests.trm_kernels.recursion.test_recursion import DEVICE
 from trm_kernels.recursion.one_launch import launchers as recursion
 from trm_kernels.runtime.backend import backend
 
+pytestmark = pytest.mark.kernels
+
 SMALL = {
     "injection_layers": [0, 2],
     "trm_hidden_size": 16,

@@ -17,6 +17,8 @@ from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.optional_triton import tl, triton
 
+pytestmark = pytest.mark.kernels
+
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None)}
 each_form = pytest.mark.parametrize("form", FORMS)

@@ -21,6 +21,8 @@ from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import add_weight_gradient
 from trm_kernels.runtime.launch import record
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 without_interpreter = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")
 

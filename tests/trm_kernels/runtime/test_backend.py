@@ -13,6 +13,8 @@ import torch
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from trm_kernels.runtime.backend import backend, current_backend, describe, interpreting, runs_triton
 
+pytestmark = pytest.mark.kernels
+
 ROOT = Path(__file__).parents[3]
 no_kernel_can_run = pytest.mark.skipif(
     torch.cuda.is_available() or interpreting(),

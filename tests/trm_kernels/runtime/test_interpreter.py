@@ -12,6 +12,8 @@ import triton
 
 from tests.support.interpreter import FOUND, TRAPS, _sum_kernel
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.name)
 def test_no_trap_is_left(trap):
