@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
-from bench import picture, report, static, tables
+from bench import static
+from bench.report import figures as report
+from bench.report import picture, tables
 
 
 def _static(chosen: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.workloads import CARDS
+from bench.peers.workloads import CARDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,12 +29,13 @@ from pathlib import Path
 
 import torch
 
-from bench import ceilings, micro, report
-from bench.measure import BROKEN_DEVICE, Budget, measure, step_of
-from bench.peers import PEERS, peers_of
-from bench.store import Store
-from bench.timing import Timer, card_state
-from bench.workloads import CARDS, WORKLOADS, card_of
+from bench.measure import ceilings, micro
+from bench.measure.run import BROKEN_DEVICE, Budget, measure, step_of
+from bench.measure.store import Store
+from bench.measure.timing import Timer, card_state
+from bench.peers.solvers import PEERS, peers_of
+from bench.peers.workloads import CARDS, WORKLOADS, card_of
+from bench.report import figures as report
 
 ROOT = Path(__file__).parents[1]
 MINUTES, QUICK_MINUTES = 9.0, 2.0
@@ -195,7 +196,7 @@ def run_stage(chosen: argparse.Namespace) -> int:
     names = peers_of(workload, all_of_them=chosen.stage.endswith(_REST))
     store.set_facts(card=card, device=_device_name(device))
     if name.endswith(", whole model"):
-        from bench import whole_model  # imports transformers
+        from bench.peers import whole_model  # imports transformers
 
         batch = 2 if chosen.dry_run else workload.batch[card]
         whole_model.measure(store, device, name[:2], batch, Budget(), chosen.dry_run)

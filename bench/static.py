@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import eager
-from bench.counting import Counting, nbytes, storages_kept
-from bench.eager import PAPER, PLAIN, Recursion
+from bench.measure.counting import Counting, nbytes, storages_kept
+from bench.peers import eager
+from bench.peers.eager import PAPER, PLAIN, Recursion
 from hybrid import HybridModel
 from hybrid.bases import KNOWN_BASES, PRESET_BASES
 from hybrid.info import on_meta, parts

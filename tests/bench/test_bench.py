@@ -7,16 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import gpu, peers, report, roofline, timing
-from bench import measure as measuring
+from bench import gpu
 from bench.__main__ import main
-from bench.counting import Counting
-from bench.eager import PAPER, Recursion, recursion
-from bench.measure import Budget, Judge, measure
-from bench.roofline import Card, Kernel, floors, kernels_of, layer_forward
-from bench.store import TRIES, Store, read
-from bench.timing import ratios, spread
-from bench.workloads import CARDS, WORKLOADS, card_of
+from bench.measure import roofline, timing
+from bench.measure import run as measuring
+from bench.measure.counting import Counting
+from bench.measure.roofline import Kernel, Reached, floors, kernels_of, layer_forward
+from bench.measure.run import Budget, Judge, measure
+from bench.measure.store import TRIES, Store, read
+from bench.measure.timing import ratios, spread
+from bench.peers import solvers as peers
+from bench.peers.eager import PAPER, Recursion, recursion
+from bench.peers.workloads import CARDS, WORKLOADS, card_of
+from bench.report import figures as report
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.runtime.backend import interpreting
 
@@ -31,7 +34,7 @@ BRIEF = Budget(seconds=0.01, limit=60.0, rounds=5)
 
 def test_floors_of_two_kernels_by_hand():
     """10 operations and 4 bytes, then 2 and 8, at 1 a second each: 10 + 8, and max(12, 12)."""
-    card = Card(1.0, 1.0)
+    card = Reached(1.0, 1.0)
     assert floors([Kernel("a", 10, 4), Kernel("b", 2, 8)], card) == (12.0, 18.0)
     assert floors([Kernel("a", 10, 4, "attention")], replace(card, attention=0.5))[1] == 20.0
 
@@ -376,7 +379,7 @@ def test_compare_marks_noise(tmp_path, capsys):
 
 
 def test_only_measured_cards_have_columns(tmp_path, monkeypatch):
-    from bench import tables
+    from bench.report import tables
 
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.measured() == "No card has been measured yet."

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import picture, static, tables
+from bench import static
 from bench.__main__ import main
+from bench.report import picture, tables
 from trm_kernels.recursion import fused_layer, fused_recursion
 from trm_kernels.runtime.backend import interpreting
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.measure import Judge
-from bench.peers import PEERS, peers_of
-from bench.workloads import WORKLOADS
+from bench.measure.run import Judge
+from bench.peers.solvers import PEERS, peers_of
+from bench.peers.workloads import WORKLOADS
 from trm_kernels.runtime.backend import interpreting
 
 pytestmark = pytest.mark.kernels

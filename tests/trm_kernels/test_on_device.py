@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import captured
+from bench.measure.timing import captured
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 from trm_kernels import TRM
 from trm_kernels.runtime.backend import backend, interpreting

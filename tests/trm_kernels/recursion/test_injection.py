@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.counting import Counting, nbytes, storages_kept
+from bench.measure.counting import Counting, nbytes, storages_kept
 from hybrid.info import saved_by_injection
 from hybrid.model.injection import Injection
 from hybrid.model.masks import Visible

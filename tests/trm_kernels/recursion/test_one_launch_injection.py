@@ -208,7 +208,7 @@ def test_layers_in_8_bits_between_projections_that_are_not(kind):
 @torch.no_grad()
 def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
     """Positions go in as they come: no table of angles, no product, nothing of PyTorch's but memory."""
-    from bench.counting import Counting
+    from bench.measure.counting import Counting
 
     ran = []
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.counting import Counting, nbytes, storages_kept
+from bench.measure.counting import Counting, nbytes, storages_kept
 from tests.trm_kernels.ops.test_ops import error, kernels_run, rms
 from trm_kernels import TRM, trm_recursion
 from trm_kernels.recursion.fused_layer import Setting

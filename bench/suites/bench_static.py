@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from bench import static
-from bench.tables import number
+from bench.report.tables import number
 
 
 @pytest.mark.parametrize("name", static.COUNTS)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import Judge, step_of
-from bench.peers import PEERS, peers_of
-from bench.timing import Run, peak_bytes
-from bench.workloads import WORKLOADS, Problem, card_of
+from bench.measure.run import Judge, step_of
+from bench.measure.timing import Run, peak_bytes
+from bench.peers.solvers import PEERS, peers_of
+from bench.peers.workloads import WORKLOADS, Problem, card_of
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

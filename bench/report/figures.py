@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import static, store
-from bench.ceilings import Ceilings
-from bench.roofline import CARDS as PREDICTED
-from bench.roofline import Reached, floor_ms
-from bench.workloads import WORKLOADS, known_card
+from bench import static
+from bench.measure import store
+from bench.measure.ceilings import Ceilings
+from bench.measure.roofline import CARDS as PREDICTED
+from bench.measure.roofline import Reached, floor_ms
+from bench.peers.workloads import WORKLOADS, known_card
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.store import Store
-from bench.timing import Run, Timer, captured, spread
+from bench.measure.store import Store
+from bench.measure.timing import Run, Timer, captured, spread
 from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.ops.linear_residual import linear_residual
 from trm_kernels.ops.linear_swiglu import linear_swiglu

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bench.timing import Timer, spread
+from bench.measure.timing import Timer, spread
 
 
 @dataclass(frozen=True)

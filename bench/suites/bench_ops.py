@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.peers import OP_PEERS, Op
+from bench.peers.solvers import OP_PEERS, Op
 from trm_kernels.testing.cases import CASES, Case, Shape
 
 ON_GPU = torch.cuda.is_available()

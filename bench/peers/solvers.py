@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import eager as plain
-from bench.eager import PAPER, PLAIN, Cache, Parts, Recursion
-from bench.workloads import ROPE_THETA, Block, Solver, Workload
+from bench.peers import eager as plain
+from bench.peers.eager import PAPER, PLAIN, Cache, Parts, Recursion
+from bench.peers.workloads import ROPE_THETA, Block, Solver, Workload
 from trm_kernels.ops.attention import library as library_attention
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.injection_blend import injection_blend

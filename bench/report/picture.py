@@ -1,7 +1,7 @@
 """What is fused, in one picture: `python -m bench picture` draws docs/fused-recursion.png
 
 A column for each launch of one evaluation of a layer; in it, what eager PyTorch runs in its place. Those are
-the operators of bench/eager.py's PAPER, counted while it runs.
+the operators of bench/peers/eager.py's PAPER, counted while it runs.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from bench.counting import Counting
-from bench.eager import PAPER, Recursion
+from bench.measure.counting import Counting
+from bench.peers.eager import PAPER, Recursion
 from trm_kernels.ops.attention.rope import Angles
 
-FILE = Path(__file__).parents[1] / "docs" / "fused-recursion.png"
+FILE = Path(__file__).parents[2] / "docs" / "fused-recursion.png"
 _OURS, _CUBLAS, _EAGER = "#2b6ca3", "#d08a2e", "#e3e3e3"
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 _TITLE = "The first layer of f: {ours} launches, where eager PyTorch has {eager}"

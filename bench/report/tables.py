@@ -10,9 +10,10 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from bench import roofline, static
-from bench.report import RESULTS, Measured, ms, read, table
-from bench.workloads import WORKLOADS
+from bench import static
+from bench.measure import roofline
+from bench.peers.workloads import WORKLOADS
+from bench.report.figures import RESULTS, Measured, ms, read, table
 from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
 from hybrid.cli import main
 from hybrid.plan.cards import CARDS
@@ -24,7 +25,7 @@ from hybrid.plan.table import text_tokens
 from hybrid.plan.work import speed, work
 from hybrid.presets import PRESETS
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 PAGES = {level: README.parent / "docs" / f"level-{level}.md" for level in LEVELS}
 # the guide's cards and text
 PLANNED = {

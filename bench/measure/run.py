@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers import PEERS, paper
-from bench.store import Store
-from bench.timing import Run, Timer, captured, card_state, peak_bytes, ratios, spread
-from bench.workloads import Problem, Solver, Workload
+from bench.measure.store import Store
+from bench.measure.timing import Run, Timer, captured, card_state, peak_bytes, ratios, spread
+from bench.peers.solvers import PEERS, paper
+from bench.peers.workloads import Problem, Solver, Workload
 
 BROKEN_DEVICE = 3  # exit code: start again, the rest is still to be measured
 

@@ -16,8 +16,8 @@ are taken to reach (CARDS). A measured card brings its own (ceilings.py).
 
 from dataclasses import dataclass
 
-from bench.eager import Recursion
-from bench.workloads import Workload
+from bench.peers.eager import Recursion
+from bench.peers.workloads import Workload
 from hybrid.plan.cards import CARDS as SHEETS
 
 

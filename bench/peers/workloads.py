@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.eager import Cache, Recursion
+from bench.peers.eager import Cache, Recursion
 from trm_kernels.ops.attention.rope import Angles, rope_angles
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 

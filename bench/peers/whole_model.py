@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from bench.measure import Budget, difference, in_short, within
-from bench.store import Store
-from bench.timing import Run, Timer, card_state, peak_bytes, ratios, spread
+from bench.measure.run import Budget, difference, in_short, within
+from bench.measure.store import Store
+from bench.measure.timing import Run, Timer, card_state, peak_bytes, ratios, spread
 from hybrid import HybridConfig, HybridModel
 from hybrid.bases import KNOWN_BASES
 from hybrid.model.injection import Injection

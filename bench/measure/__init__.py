@@ -1,0 +1,1 @@
+"""How it is timed, counted and stored; what a card reaches at best."""

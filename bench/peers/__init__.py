@@ -1,0 +1,1 @@
+"""What is timed: the workloads, and everybody who solves them."""

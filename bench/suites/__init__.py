@@ -1,0 +1,1 @@
+"""`pytest bench`: pytest-benchmark's."""
