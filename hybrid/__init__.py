@@ -4,9 +4,9 @@ Nothing heavy is imported before a name is asked for, or transformers is importe
 registered.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hybrid.lazy import names_of
 from hybrid.registration import register_with_transformers
 
 if TYPE_CHECKING:
@@ -38,16 +38,6 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = names_of(__name__, _WHERE)
 
 register_with_transformers()

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # modules of this package that need none of it, with what is inside them; of `training` only these
-_LIGHT = ("cli", "extras", "options", "registration", "training.settings", "__main__")
+_LIGHT = ("cli", "extras", "lazy", "options", "registration", "training.settings", "__main__")
 _FACES = ("training",)  # the package itself, without what is inside
 
 
