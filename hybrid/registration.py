@@ -2,19 +2,20 @@
 
 Registering takes the class, which takes transformers and PyTorch: seconds, for `trm-hybrid --help` as well.
 So it is done now where transformers is there already; else when transformers, or a module of this package
-that needs it, is imported, by whomever.
+that needs it, is imported, by whomever. Trainer, which takes as long again, is told when it is imported.
 """
 
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # modules of this package that need none of it, with what is inside them; of `training` only these
 _LIGHT = ("cli", "extras", "lazy", "options", "registration", "training.settings", "__main__")
 _FACES = ("training",)  # the package itself, without what is inside
+_TRAINER = "transformers.trainer"
 
 
 def register_with_transformers() -> None:
@@ -22,35 +23,50 @@ def register_with_transformers() -> None:
     if "transformers" in sys.modules:
         _register()
     else:
-        sys.meta_path.insert(0, _Watch())
+        sys.meta_path.insert(0, _Watch(_needs_transformers, _register))
 
 
 def _register() -> None:
     importlib.import_module("hybrid.model.hybrid_model")
+    if _TRAINER in sys.modules:
+        _tell_trainer()
+    else:
+        sys.meta_path.insert(0, _Watch(_TRAINER.__eq__, _tell_trainer))
+
+
+def _tell_trainer() -> None:
+    importlib.import_module("hybrid.training.trainer_callback").add_to_every_trainer()
+
+
+def _needs_transformers(name: str) -> bool:
+    package, _, inside = name.partition(".")
+    is_light = inside in _FACES or any(f"{inside}.".startswith(f"{light}.") for light in _LIGHT)
+    return name == "transformers" or (package == "hybrid" and not is_light)
 
 
 class _Watch(importlib.abc.MetaPathFinder):
     """Sees the first import after which it is time: the others find it, and it is loaded as they say."""
 
+    def __init__(self, is_time: Callable[[str], bool], then: Callable[[], None]) -> None:
+        self._is_time, self._then = is_time, then
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, inside = name.partition(".")
-        is_light = inside in _FACES or any(f"{inside}.".startswith(f"{light}.") for light in _LIGHT)
-        if (package != "hybrid" or is_light) and name != "transformers":
+        if not self._is_time(name):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _AndThen(spec.loader, self._then)
         return spec
 
 
-class _ThenRegister(importlib.abc.Loader):
-    """Another loader, and after it the registration: before, what it loads would be there in half."""
+class _AndThen(importlib.abc.Loader):
+    """Another loader, and something after it: before, what it loads would be there in half."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, then: Callable[[], None]) -> None:
+        self._loader, self._then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -59,4 +75,4 @@ class _ThenRegister(importlib.abc.Loader):
         assert module.__spec__ is not None, "importlib gives every module one"
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        self._then()

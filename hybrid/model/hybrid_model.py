@@ -71,6 +71,12 @@ from trm_kernels.runtime.backend import current_backend
 from trm_kernels.runtime.launch import arch_of
 
 _CONFIGS = frozenset(trm_fields())
+_NO_LABELS = (
+    "HybridModel: deep_supervision expected the loss to be the model's own, over several answers, so labels "
+    "in each training forward, got {}. A trainer's label smoothing and loss functions keep the labels from "
+    "the model: leave them out, or set config.deep_supervision = False, which trains on the last answer. "
+    "Where nothing is to learn, torch.no_grad() or eval()."
+)
 _BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model
 
 
@@ -102,7 +108,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [rf"^{checkpoint.DRAWS}$"]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
@@ -131,7 +136,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
         self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
-        self._draws = 0  # forwards that drew a number of recursion steps
+        self.draws = 0  # forwards that drew a number of recursion steps; trainer_callback.py keeps it
         self._warned_of_float16 = False
         self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
@@ -260,12 +265,13 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         halting               when a token stops before n, see halting.py; None takes `self.halting`, which is
                               None at first; False: never
 
-        With deep_supervision a training forward with labels runs what is above the last injection point on
-        one row for each of its answers: the loss is their mean, all else is of the last answer.
+        With deep_supervision a training forward runs what is above the last injection point on one row for
+        each of its answers: the loss of `labels` is their mean, all else is of the last answer.
 
         Errors: ValueError for a cache filled with another n or under another rule, or used where there is
-        deep supervision, halting in training, or both or neither of input_ids and inputs_embeds; RuntimeError
-        when an injection did not happen, or for halting with gradient or under torch.compile.
+        deep supervision, which also wants labels in training; for halting in training, and for both or
+        neither of input_ids and inputs_embeds. RuntimeError when an injection did not happen, or for halting
+        with gradient or under torch.compile.
         """
         inputs = _inputs_of(input_ids, inputs_embeds)
         rule = self._rule(halting)
@@ -282,10 +288,10 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 num_recursion_steps,
                 kwargs,
             )
+        answers = self._answers(labels)
         call, given = self._settle(
             inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
-        answers = self._answers(labels)
         if answers > 1 and call is not None:
             if given["past_key_values"] is not None:
                 raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
@@ -320,13 +326,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         inputs, rule = _inputs_of(input_ids, inputs_embeds), self._rule(halting)
         if isinstance(rule, TokenHalting):
             raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
-        is_supervised = self.is_injecting and self.training and self.config.supervised_answers > 1
-        if is_supervised and torch.is_grad_enabled():
-            raise ValueError(
-                "HybridModel: deep_supervision expected a trainer that takes the loss from the model, which "
-                "is over several answers, got one that takes the last hidden state. "
-                "deep_supervision=False trains on the last answer."
-            )
+        if self._wants_labels():
+            raise ValueError(_NO_LABELS.format("one that takes the last hidden state"))
         call, given = self._settle(
             inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
@@ -400,9 +401,19 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         return output
 
     def _answers(self, labels: Tensor | None) -> int:
-        """How many answers of the last injection point the loss of this forward is over."""
+        """How many answers of the last injection point the loss of this forward is over.
+
+        Errors: ValueError where the loss is made elsewhere, of what is one answer.
+        """
+        if labels is None and self._added is None and self._wants_labels():
+            raise ValueError(_NO_LABELS.format("a forward without labels"))
         is_supervised = self.is_injecting and self.training and labels is not None
         return self.config.supervised_answers if is_supervised else 1
+
+    def _wants_labels(self) -> bool:
+        """Whether something is to learn from this forward by a loss that the model alone can make."""
+        is_learning = self.training and torch.is_grad_enabled()
+        return is_learning and self.is_injecting and self.config.supervised_answers > 1
 
     def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
         """The rule of this forward."""
@@ -506,7 +517,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         draw   None goes on from the draw before; a training step's number makes a resumed run repeat
         """
         if draw is None:
-            draw, self._draws = self._draws, self._draws + 1
+            draw, self.draws = self.draws, self.draws + 1
         generator = random.Random(f"{self.config.recursion_seed}:{draw}")
         return generator.randint(1, self.config.num_recursion_steps)
 
@@ -638,8 +649,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         give this base again.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        if self._draws:  # a resumed run goes on from here
-            state_dict = {**state_dict, checkpoint.DRAWS: torch.tensor([self._draws])}
         if not is_main_process:
             return
         with checkpoint.SAVING:
@@ -714,13 +723,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing.
-
-        The number of draws (recursion_sampling="uniform") that save_pretrained put among the tensors goes on.
-        """
-        if (draws := state_dict.get(checkpoint.DRAWS)) is not None:
-            self._draws = int(draws)
-            state_dict = {name: t for name, t in state_dict.items() if name != checkpoint.DRAWS}
+        """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if all(checkpoint.is_trm_key(name) for name in state_dict):
             keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]

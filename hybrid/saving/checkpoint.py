@@ -41,7 +41,6 @@ logger = logging.get_logger(__name__)
 _PLACE_OF_TRM = ("revision", "subfolder")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 SAVING = threading.RLock()  # one save at a time in a process
-DRAWS = "trm_draws"  # among the tensors, [1] int64: how often training drew a number of recursion steps
 
 
 def is_trm_key(name: str) -> bool:
@@ -377,7 +376,7 @@ def _read(
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                names = [n for n in opened.keys() if n != DRAWS and is_wanted(n)]  # noqa: SIM118  no dict
+                names = [n for n in opened.keys() if is_wanted(n)]  # noqa: SIM118  no dict
                 tensors |= {name: opened.get_tensor(name) for name in names}
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(_damaged(file, error)) from error

@@ -58,6 +58,21 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
+def arguments_for(folder, steps):
+    return TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        save_steps=3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("sampling", ["fixed", "uniform"])
 def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
@@ -74,18 +89,7 @@ def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
         hybrid = awaken(HybridModel(llm_model=base, config=tiny_config(**changes)))
         if phase == 1:
             hybrid.freeze_base()
-        arguments = TrainingArguments(
-            tmp_path / folder,
-            max_steps=steps,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            save_steps=3,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        arguments = arguments_for(tmp_path / folder, steps)
         Trainer(hybrid, arguments, train_dataset=Rows()).train(resume_from_checkpoint=resume)
         return hybrid
 
@@ -101,6 +105,51 @@ def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
         assert torch.equal(a, b) and torch.equal(a, c), name
     assert [(keys.missing_keys, keys.unexpected_keys) for keys in missing] == [([], [])]
     assert again.draw_recursion_steps() == resumed.draw_recursion_steps(0), "a new run counts from the start"
+
+
+@pytest.mark.parametrize("wrapper", ["PEFT", "PEFT of a frozen TRM", "a module"])
+def test_trainer_resumes_counting_draws_inside_of_a_wrapper(wrapper, tmp_path):
+    def run(folder, steps, resume=None, **changes):
+        torch.manual_seed(0)
+        hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6)
+        if wrapper.startswith("PEFT"):
+            lora = LORA if wrapper == "PEFT" else LoraConfig(r=2, target_modules=["q_proj"])
+            model = get_peft_model(hybrid, lora)
+        else:
+            model = Inside(hybrid)
+        drawn = []
+        draw = hybrid.draw_recursion_steps
+        hybrid.draw_recursion_steps = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+        arguments = arguments_for(tmp_path / folder, steps)
+        for name, value in changes.items():
+            setattr(arguments, name, value)
+        Trainer(model, arguments, train_dataset=Rows()).train(resume_from_checkpoint=resume)
+        return drawn, [p.detach() for p in hybrid.parameters()]
+
+    drawn, straight = run("straight", 6)
+    before, _ = run("cut", 3)
+    after, resumed = run("cut", 6, tmp_path / "cut" / "checkpoint-3")
+    assert before + after == drawn and len(drawn) == 12
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    again, _ = run("cut", 6, tmp_path / "cut" / "checkpoint-3", restore_callback_states_from_checkpoint=True)
+    assert again == after
+
+
+class Inside(torch.nn.Module):
+    """A model of the user's own around a hybrid."""
+
+    def __init__(self, hybrid):
+        super().__init__()
+        self.hybrid = hybrid
+
+    def forward(self, input_ids, labels):
+        return self.hybrid(input_ids, labels=labels)
+
+
+def test_a_trainer_of_another_model_keeps_no_draws(tmp_path):
+    trainer = Trainer(tiny_base(), arguments_for(tmp_path, 3), train_dataset=Rows())
+    trainer.train()
+    assert not any("Draws" in name for name in trainer.state.stateful_callbacks)
 
 
 def test_only_the_base_may_be_missing_from_a_file_of_the_trms():

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hybrid import HybridModel
-from tests.support.tiny import tiny_base, tiny_config, tokens
+from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
 
 
 class Rows(torch.utils.data.Dataset):
@@ -33,7 +33,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": labels}
 
 
-def losses(model, folder, **changes):
+def losses(model, folder, compute_loss_func=None, **changes):
     """Those that two steps log; with evaluation, that too."""
     arguments = {
         "max_steps": 2,
@@ -50,7 +50,8 @@ def losses(model, folder, **changes):
         "average_tokens_across_devices": True,
     }
     arguments = TrainingArguments(folder, **(arguments | changes))
-    trainer = Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))
+    given = {"train_dataset": Rows(), "eval_dataset": Rows(4), "compute_loss_func": compute_loss_func}
+    trainer = Trainer(model, arguments, **given)
     trainer.train()
     logs = [{k: v for k, v in log.items() if k in ("loss", "eval_loss")} for log in trainer.state.log_history]
     return [log for log in logs if log]
@@ -103,6 +104,46 @@ def test_a_base_that_does_not_take_the_number_of_labels(tmp_path):
 
     fresh = HybridModel(llm_model=base(), config=tiny_config()).freeze_base()
     assert losses(base(), tmp_path) == losses(fresh, tmp_path)
+
+
+def deep_hybrid():
+    config = tiny_config(injection_layers=[2], num_cycles=3, grad_cycles=None, deep_supervision=True)
+    return awaken(HybridModel(llm_model=tiny_base(), config=config)).freeze_base()
+
+
+def of_last_answer(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [{"label_smoothing_factor": 0.1}, {"compute_loss_func": of_last_answer}],
+    ids=lambda d: next(iter(d)),
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_deep_supervision_is_not_dropped_where_trainer_keeps_the_labels(kept, is_wrapped, tmp_path):
+    hybrid = deep_hybrid()
+    before = [p.detach().clone() for p in hybrid.parameters()]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["trm"])
+    model = get_peft_model(hybrid, lora) if is_wrapped else hybrid
+    with pytest.raises(ValueError, match="label smoothing and loss functions keep the labels from the model"):
+        losses(model, tmp_path, **kept)
+    assert all(torch.equal(p, q) for p, q in zip(before, deep_hybrid().parameters(), strict=True))
+
+
+def test_deep_supervision_counts_under_trainer(tmp_path):
+    """The loss that is logged is the mean over the cycles, evaluation is of the last answer."""
+    deep = losses(deep_hybrid(), tmp_path)
+    hybrid = deep_hybrid()
+    hybrid.config.deep_supervision = False
+    last = losses(hybrid, tmp_path)
+    assert [log["eval_loss"] for log in deep[2:]] == [log["eval_loss"] for log in last[2:]]
+    of_cycles = []
+    for cycles in (1, 2, 3):
+        hybrid.config.update({"num_cycles": cycles, "grad_cycles": cycles})
+        of_cycles.append(losses(hybrid, tmp_path)[0]["loss"])
+    assert deep[0]["loss"] == pytest.approx(sum(of_cycles) / 3, rel=1e-6)
+    assert abs(deep[0]["loss"] - last[0]["loss"]) > 1e-3
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """docs/training-tools.md: every tool trains a hybrid on two processes, and all take the same steps."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "c
 def launched(launch, tool, base, out, *more) -> str:
     """The line of losses."""
     command = [sys.executable, *launch, EXAMPLES / "training_tools.py", "--tool", tool, "--base", base]
-    done = subprocess.run([*command, "--out", out, *more], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, "--out", out, *more], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     return next(line for line in done.stdout.splitlines() if line.startswith("losses"))
 
@@ -49,12 +50,19 @@ def assert_is_trained(folder):
     assert any(p.count_nonzero() for n, p in hybrid.named_parameters() if n.endswith("out_proj.weight"))
 
 
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    """Where DeepSpeed compiles an operation, once: minutes on a busy machine."""
+    return os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("extensions"))
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(stage, alone, tmp_path, monkeypatch):
+def test_deepspeed(stage, alone, extensions, tmp_path, monkeypatch):
     pytest.importorskip("deepspeed", reason="deepspeed is no dependency; pip install deepspeed==0.19.8")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", extensions)
     base, want = alone
     config = EXAMPLES / f"configs/deepspeed_zero{stage}.json"
     assert launched(TORCHRUN, "trainer", base, tmp_path / "out", "--deepspeed", config) == want

@@ -204,13 +204,23 @@ def test_sft_of_lora_beside_the_trm(tmp_path):
             assert not torch.equal(parameter, before[name]), name
 
 
-def test_deep_supervision_is_refused_where_the_trainer_makes_the_loss(tmp_path):
+@pytest.mark.parametrize("kind", ["nll", "dft", "smoothed", "dpo", "grpo"])
+def test_deep_supervision_is_refused_where_the_trainer_makes_the_loss(kind, tmp_path):
     deep = hybrid_of(tmp_path, num_cycles=2, grad_cycles=None, deep_supervision=True)
-    trainer = trl.SFTTrainer(
-        deep,
-        trl.SFTConfig(tmp_path / "out", max_length=32, **STEPS),
-        train_dataset=TEXTS,
-        processing_class=tiny_text.character_tokenizer(),
-    )
-    with pytest.raises(ValueError, match="deep_supervision expected a trainer that takes the loss"):
+    tokenizer = tiny_text.character_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    given = {"processing_class": tokenizer}
+    if kind == "dpo":
+        trainer = trl.DPOTrainer(
+            deep, args=trl.DPOConfig(tmp_path / "out", **STEPS), train_dataset=PAIRS, **given
+        )
+    elif kind == "grpo":
+        config = trl.GRPOConfig(tmp_path / "out", num_generations=4, max_completion_length=4, **STEPS)
+        given["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
+        trainer = trl.GRPOTrainer(deep, args=config, train_dataset=PROMPTS, **given)
+    else:
+        chosen = {"label_smoothing_factor": 0.1} if kind == "smoothed" else {"loss_type": kind}
+        config = trl.SFTConfig(tmp_path / "out", max_length=32, **chosen, **STEPS)
+        trainer = trl.SFTTrainer(deep, config, train_dataset=TEXTS, **given)
+    with pytest.raises(ValueError, match="deep_supervision expected the loss to be the model's own"):
         trainer.train()

@@ -254,6 +254,19 @@ def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F8
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "import hybrid; from transformers import Trainer",
+        "from transformers import Trainer; import hybrid",
+        "import hybrid.training.trainer_callback",
+    ],
+)
+def test_every_trainer_keeps_draws_in_any_order(code):
+    ask = "from transformers.trainer import DEFAULT_CALLBACKS; print([c.__name__ for c in DEFAULT_CALLBACKS])"
+    assert python("-c", f"{code}; {ask}").stdout == "['DefaultFlowCallback', 'KeepDraws']\n"
+
+
+@pytest.mark.parametrize(
     "first", ["hybrid.config", "hybrid.model.hybrid_model", "hybrid.data.sources", "hybrid.training.loop"]
 )
 def test_no_module_is_run_twice(first):

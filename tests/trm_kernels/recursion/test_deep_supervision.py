@@ -124,16 +124,18 @@ def test_one_cycle_is_as_without_bit_for_bit():
     assert all(torch.equal(of[name], other_of[name]) for name in of | other_of)
 
 
-def test_without_labels_or_training_the_last_answer_is_the_only_one():
+def test_without_gradient_or_training_the_last_answer_is_the_only_one():
     given, hybrid = padded(), hybrid_of()
     hybrid.config.deep_supervision = False
     want = hybrid.eval()(**given)
     hybrid.config.deep_supervision = True
     assert torch.equal(hybrid(**given).loss, want.loss)
     hybrid.training = True
-    assert torch.equal(hybrid(given["input_ids"], attention_mask=given["attention_mask"]).logits, want.logits)
+    unlabelled = {name: t for name, t in given.items() if name != "labels"}
+    with torch.no_grad():
+        assert torch.equal(hybrid(**unlabelled).logits, want.logits)
     with hybrid.disable_injection():
-        assert hybrid(**given).logits.shape == want.logits.shape
+        assert hybrid(**given).logits.shape == hybrid(**unlabelled).logits.shape == want.logits.shape
     output = hybrid(**given, output_hidden_states=True)
     assert {len(h) for h in output.hidden_states} == {3}
 
@@ -151,6 +153,10 @@ def test_what_cannot_be_combined():
         tiny.tiny_config(num_cycles=3, grad_cycles=1, deep_supervision=True)
     with pytest.raises(ValueError, match="expected deep_supervision to be True or False, got 'yes'"):
         tiny.tiny_config(deep_supervision="yes")
+    unlabelled = {name: t for name, t in padded().items() if name != "labels"}
+    for deep in (hybrid_of(), hybrid_of(num_cycles=3, grad_cycles=2)):
+        with pytest.raises(ValueError, match="deep_supervision expected .* labels in each training forward"):
+            deep(**unlabelled)
     with pytest.raises(ValueError, match="deep_supervision expected no cache in training, got one"):
         hybrid_of()(**padded(), use_cache=True)
     with pytest.raises(ValueError, match="expected what BloomBlock is given .* after the last layer"):

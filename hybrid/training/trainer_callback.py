@@ -1,0 +1,41 @@
+"""How often recursion_sampling="uniform" has drawn, kept in the state of transformers' Trainer.
+
+A resumed run goes on counting, whatever Trainer wraps the hybrid in and however it writes the weights: by
+PEFT, DeepSpeed or FSDP. registration.py brings it among the callbacks that every Trainer begins with.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import trainer
+from transformers.trainer_callback import TrainerCallback
+
+from hybrid.model.hybrid_model import HybridModel
+
+
+class KeepDraws(TrainerCallback):
+    """Does nothing where there is no hybrid inside of the model."""
+
+    def __init__(self) -> None:
+        self._hybrid: HybridModel | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        parts = () if model is None else model.modules()
+        self._hybrid = next((part for part in parts if isinstance(part, HybridModel)), None)
+        kept = state.stateful_callbacks.get(type(self).__name__)
+        if self._hybrid is not None and kept is not None:
+            self._hybrid.draws = kept["attributes"]["draws"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """In the form in which Trainer keeps what callbacks know."""
+        if self._hybrid is not None and self._hybrid.draws:
+            attributes = {"draws": self._hybrid.draws}
+            state.stateful_callbacks[type(self).__name__] = {"args": {}, "attributes": attributes}
+
+
+def add_to_every_trainer() -> None:
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    if KeepDraws not in callbacks:
+        callbacks.append(KeepDraws)
