@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from hybrid.config import HybridConfig, trm_fields
+from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
 from hybrid.config_values import check_steps
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
@@ -147,7 +147,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
         self.post_init()
         if config.lora_rank is not None:  # after post_init, which would draw its second product anew
-            add_lora(llm_model, config.lora_rank)
+            add_lora(llm_model, config.lora_rank, TRM_DTYPES[config.trm_dtype])
         self.train(llm_model.training)
         config.belongs_to_model()
         self._base_config_then = llm_model.config.to_dict()

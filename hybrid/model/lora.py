@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 ADAPTER = "trm"
 
 
-def add_lora(model: PreTrainedModel, rank: int) -> None:
+def add_lora(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     """Adapters of `rank`, alpha 2 * rank, on every linear layer but the head; they start as zero.
+
+    dtype   of the adapters: peft brings a layer's input to it, and what they answer to the layer's own
 
     Errors: ValueError without peft, and for a model without linear layers that peft knows.
     """
@@ -26,6 +29,13 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
     )
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
+    for layer in _adapted(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.to(dtype)
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if ADAPTER in getattr(m, "lora_A", {})]
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -35,10 +45,11 @@ def is_merged(model: nn.Module) -> bool:
 
 def remove_lora(model: nn.Module) -> None:
     """Put the layers back that `add_lora` wrapped, without what was merged into them."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if ADAPTER in getattr(m, "lora_A", {})]:
+    names = {layer: name for name, layer in model.named_modules()}
+    for layer in _adapted(model):
         if layer.merged:
             layer.unmerge()
-        parent, _, child = name.rpartition(".")
+        parent, _, child = names[layer].rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -47,7 +58,7 @@ def remove_lora(model: nn.Module) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the layers answer without their adapters, where they have any."""
-    layers: list[Any] = [m for m in model.modules() if ADAPTER in getattr(m, "lora_A", {})]
+    layers = _adapted(model)
     learning = {p: p.requires_grad for layer in layers for p in layer.parameters()}
     for layer in layers:
         layer.enable_adapters(False)

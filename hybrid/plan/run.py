@@ -133,7 +133,7 @@ class Run:
         """On the meta device, as it is stored; int8 weights stand there in the dtype they compute in."""
         trm_dtype = TRM_DTYPES[self.config.trm_dtype]
         base_dtype = TRM_DTYPES[self.dtype] if self.dtype != "int8" else self.compute_dtype
-        return self._model(base_dtype, trm_dtype, torch.float32)
+        return self._model(base_dtype, trm_dtype, trm_dtype)
 
     def computing_model(self) -> HybridModel:
         """As it computes: under FSDP2 parameters arrive in one dtype, else each in its own."""

@@ -363,8 +363,7 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
 def _read(
     path: str | os.PathLike[str], hub: dict[str, Any], is_wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
-    """Tensors of one safetensors file, or of the shards that an index names; but for the number of
-    draws, which a run that resumes reads: this is a model for a new one."""
+    """Tensors of one safetensors file, or of the shards that an index names."""
     find = {**hub, "_raise_exceptions_for_missing_entries": False}
     if file := cached_file(path, SAFE_WEIGHTS_NAME, **find):
         files = [file]

@@ -49,7 +49,7 @@ def enter(model: HybridModel, number: int) -> Phase:
     if phase.trains_base and is_quantized(model.llm_model):
         raise ValueError(
             f"enter: expected a base in float32 or bfloat16 for phase {number}, which trains it, "
-            "got a quantized one. Phase 1 trains the TRMs beside it; LoRA on it is peft's get_peft_model."
+            "got a quantized one. Phase 1 trains the TRMs beside it, and with lora_rank also LoRA on it."
         )
     model.freeze_base()
     if phase.trains_base:
