@@ -360,6 +360,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             n = self._recursion_steps(num_recursion_steps, past_key_values)
             settings = self.config.trm_settings._replace(num_recursion_steps=n)
             if past_key_values is not None:
+                settings = settings._replace(save="all")  # computed again, keys would be appended again
                 num_layers = self._num_trm_cache_layers(settings, rule)
                 make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
             positions = self._positions(inputs, position_ids, past_key_values)

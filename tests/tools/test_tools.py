@@ -188,6 +188,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("save", ["all", "layer", "step"])
+def test_gradients_in_eval_mode_where_a_cache_is_filled(save):
+    """What is computed again would append its keys to the cache again."""
+    gradients = []
+    for use_cache in (False, True):
+        hybrid = tiny_hybrid(trm_save=save)
+        hybrid(tokens(), labels=tokens(), use_cache=use_cache).loss.backward()
+        gradients.append([p.grad for p in hybrid.trm_parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_a_base_that_came_with_gradient_checkpointing():
     gradients = []
     for checkpointing in (False, True):
