@@ -155,4 +155,4 @@ def test_generating_in_training_mode_keeps_to_one_number_of_steps():
     """Drawing another n for each token would leave the cache with holes."""
     hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6)
     want = hybrid.generate(tokens(), **GREEDY)
-    assert torch.equal(hybrid.training.loop().generate(tokens(), **GREEDY), want)
+    assert torch.equal(hybrid.train().generate(tokens(), **GREEDY), want)

@@ -35,7 +35,7 @@ def test_it_starts_as_the_base_learns_is_saved_and_switched_off(family, tmp_path
     optimizer = torch.optim.AdamW(hybrid.trm_parameters(), lr=1e-2)
     before = {name: p.detach().clone() for name, p in hybrid.named_parameters()}
     for _ in range(3):
-        hybrid.training.loop()(ids, labels=ids).loss.backward()
+        hybrid.train()(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, p in hybrid.named_parameters():

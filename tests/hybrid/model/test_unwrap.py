@@ -43,7 +43,7 @@ def test_it_is_as_it_came(family):
     hybrid.loss_function = lambda *_, **__: torch.zeros(())
     hybrid(tokens(), labels=tokens())
     assert not torch.equal(hybrid.eval()(tokens()).logits, logits)
-    hybrid.training.loop()
+    hybrid.train()
 
     given = hybrid.unwrap()
     assert given is base and not base.training

@@ -134,7 +134,7 @@ def test_a_step_without_the_layers_below_is_the_same_step(family, checkpointing)
     enter(hybrid, 1)
     if checkpointing:
         hybrid.gradient_checkpointing_enable({"use_reentrant": False})
-    hybrid.training.loop()
+    hybrid.train()
     layers = LowerLayers(hybrid)
     assert layers.check().shape == (2, 16, tiny.WIDTH)
 
