@@ -634,8 +634,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                     only, or an error
 
         Errors: ValueError for the base's own folder and one of another model, when the base carries adapters
-        of its own (LoRA), which a file could not load, and with save_base=False where the reference cannot
-        give this base again.
+        of its own (LoRA), which a file could not load, when its config was changed so that its tensors do
+        not fit, and with save_base=False where the reference cannot give this base again.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         if self._draws:  # a resumed run goes on from here
@@ -684,7 +684,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         config: HybridConfig | None = None,
         llm_model: PreTrainedModel | None = None,
