@@ -102,6 +102,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
+    # none of its own, and not None: PEFT then looks for those of the language model
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [rf"^{checkpoint.DRAWS}$"]  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
