@@ -282,7 +282,10 @@ class HybridConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         if name.startswith("_") and name not in _ALWAYS_THE_BASES:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        return getattr(_holder(base, name), name)
+        holder = _holder(base, name)
+        if name == "rope_theta" and _keeps_rope_theta(holder):
+            return holder.rope_parameters[name]
+        return getattr(holder, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_config")
@@ -292,7 +295,18 @@ class HybridConfig(PreTrainedConfig):
             super().__setattr__(name, value)
         else:
             self._refuse_misspelt(name, base)
-            setattr(_holder(base, name), name, value)
+            holder = _holder(base, name)
+            if name == "rope_theta" and _keeps_rope_theta(holder):
+                holder.rope_parameters = {**holder.rope_parameters, name: value}
+            else:
+                setattr(holder, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        base = self.__dict__.get("base_config")
+        if base is None or name in self.__dict__ or self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(_holder(base, name), name)
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """Set several fields; those of HybridConfig all at once, or none where they are refused.
@@ -364,7 +378,7 @@ class HybridConfig(PreTrainedConfig):
             base is not None and (hasattr(_holder(base, name), name) or f"trm_{name}" in ours)
         ):
             return
-        if near := difflib.get_close_matches(name, trm_fields(type(self)), n=1, cutoff=0.8):
+        if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
             raise ValueError(f"HybridConfig: there is no field {name!r}; did you mean {near[0]!r}?")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -554,3 +568,9 @@ def _holder(base: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """The part of the language model's config that has the field; the whole where none has."""
     text = base.get_text_config(decoder=True)
     return text if not hasattr(base, name) and hasattr(text, name) else base
+
+
+def _keeps_rope_theta(config: PreTrainedConfig) -> bool:
+    """Whether `rope_theta` is in `rope_parameters`, as in transformers 5, and no attribute beside it."""
+    parameters = getattr(config, "rope_parameters", None)
+    return "rope_theta" not in vars(config) and isinstance(parameters, dict) and "rope_theta" in parameters

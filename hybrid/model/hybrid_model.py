@@ -108,6 +108,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
+    # none of its own, and not None: PEFT then looks for those of the language model
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass, of the user or of FSDP2, is a causal language model under its name as well."""
@@ -646,8 +648,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                     only, or an error
 
         Errors: ValueError for the base's own folder and one of another model, when the base carries adapters
-        of its own (LoRA), which a file could not load, and with save_base=False where the reference cannot
-        give this base again.
+        of its own (LoRA), which a file could not load, when its config was changed so that its tensors do
+        not fit, and with save_base=False where the reference cannot give this base again.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not is_main_process:
@@ -694,7 +696,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         config: HybridConfig | None = None,
         llm_model: PreTrainedModel | None = None,

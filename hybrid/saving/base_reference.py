@@ -31,10 +31,16 @@ _ROOM_TO_LOAD = 1.2  # times its bytes, of free memory
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def base_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name in the language model, tensor) of all that a file of it would hold, offloaded ones too."""
+def base_tensors(model: Any, once: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name in the language model, tensor) of all that a file of it would hold, offloaded ones too.
+
+    once   tied tensors under the first of their names only
+    """
     base, saved = model.llm_model, model.llm_model.state_dict().keys()
-    for name, t in (*base.named_parameters(), *base.named_buffers()):
+    for name, t in (
+        *base.named_parameters(remove_duplicate=once),
+        *base.named_buffers(remove_duplicate=once),
+    ):
         if "trm" in name.lower() or name not in saved:
             continue
         if t.device.type == "meta":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -48,14 +49,19 @@ def is_trm_key(name: str) -> bool:
     return "trm" in name.lower()
 
 
+def _set_since_built(model: Any) -> dict[str, Any]:
+    """What the language model's config says otherwise than when its modules were made."""
+    now, then = model.llm_model.config.to_dict(), model._base_config_then
+    return {name: value for name, value in now.items() if value != then.get(name)}
+
+
 def not_kept(model: Any) -> list[str]:
     """What the model is now and the loaded one will not be, or the other way round; a sentence each."""
-    now, then = model.llm_model.config.to_dict(), model._base_config_then
-    built_in = [name for name in now if name not in _READ_AT_EACH_CALL and now[name] != then.get(name)]
     said = [
-        f"The base's config.{name} was set to {now[name]!r} after its modules were made: it takes effect "
+        f"The base's config.{name} was set to {value!r} after its modules were made: it takes effect "
         "when the hybrid is loaded."
-        for name in built_in
+        for name, value in _set_since_built(model).items()
+        if name not in _READ_AT_EACH_CALL
     ]
     if not model.injection_enabled:
         said.append("The injection is switched off (injection_enabled=False): a loaded hybrid has it on.")
@@ -103,6 +109,7 @@ def save(
     base_reference.refuse_bases_folder(folder, model.config)
     _refuse_another_model(folder)
     _check_complete(model, state_dict, save_base, kwargs)
+    _check_config_fits(model)
     if save_base:
         if is_quantized(model.llm_model):
             raise ValueError(
@@ -196,13 +203,15 @@ def _places_of_tokenizer(config: HybridConfig, reference: str | None) -> list[tu
 def load(
     cls: Any,
     load_whole: Callable[..., Any],
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     *args: Any,
     config: HybridConfig | None,
     llm_model: Any,
     **kwargs: Any,
 ) -> Any:
     """HybridModel.from_pretrained: the base by reference and the TRMs' tensors, or the whole model."""
+    if path is None:  # as transformers has it: `config` and `state_dict` are the whole model
+        return _load_whole(load_whole, None, *args, config=config, **kwargs)
     with saved_folder.as_saved(path) as place:
         return _load(cls, load_whole, place, *args, config=config, llm_model=llm_model, **kwargs)
 
@@ -219,7 +228,7 @@ def _load(
     hub = {name: kwargs[name] for name in (*_PLACE_OF_TRM, *_HUB) if name in kwargs}
     if config is None:
         check_folder("a saved hybrid", path)
-        config = HybridConfig.from_pretrained(path, **hub)
+        config = cls.config_class.from_pretrained(path, **hub)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
     config.update(fields)
     _take_settings(config, kwargs)
@@ -355,7 +364,7 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
             raise ValueError(f"HybridModel: {path}: {len(keys)} tensors are {kind}, the first is {keys[0]}.")
-    if kwargs["config"].base_is_frozen:
+    if model.config.base_is_frozen:
         model.freeze_base()
     return (model, info) if wants_info else model
 
@@ -457,6 +466,41 @@ def _check_complete(model: Any, state_dict: Mapping[str, Tensor], save_base: boo
         raise ValueError(
             f"save_pretrained: expected a state_dict with all tensors, got one without {missing[0]}."
         )
+
+
+def _check_config_fits(model: Any) -> None:
+    """ValueError where the language model's config was changed so that its tensors could not be loaded."""
+    base, of_shapes = model.llm_model, {"vocab_size", "tie_word_embeddings"}
+    changed = [n for n in _set_since_built(model) if n not in _READ_AT_EACH_CALL or n in of_shapes]
+    if not changed or is_quantized(base):
+        return
+    have = {name: t.shape for name, t in base_reference.base_tensors(model, once=False)}
+    try:
+        with torch.device("meta"):
+            made = type(base)(copy.deepcopy(base.config))
+    except Exception as error:  # each family has its own kinds
+        why = f"no model can be made of it ({_first_line(error)})"
+    else:
+        want = {name: t.shape for name, t in made.state_dict().items()}
+        odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        if not odd and not _loses_its_head(base):
+            return
+        why = "its tied head would be in no file"
+        if odd:
+            shapes = [tuple(s[odd[0]]) if odd[0] in s else "none" for s in (want, have)]
+            why = f"{odd[0]} would be {shapes[0]} and is {shapes[1]}"
+    raise ValueError(
+        "save_pretrained: expected the base's config to fit its tensors, as they could not be loaded "
+        f"otherwise, got one whose {', '.join(changed)} was changed since they were made: {why}."
+    )
+
+
+def _loses_its_head(base: Any) -> bool:
+    """Whether the head is the embeddings, which are written once, and the config says otherwise."""
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or base.config.get_text_config(decoder=True).tie_word_embeddings:
+        return False
+    return getattr(head, "weight", None) is embeddings.weight
 
 
 def refuse_adapters(base_names: Iterable[str]) -> None:

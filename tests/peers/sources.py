@@ -26,6 +26,9 @@ def import_tests(package: str, stand_ins: dict[str, dict[str, object]]) -> Modul
         pytest.skip(
             f"no source of {package} {found} in {FOLDER}: `make peers` fetches it", allow_module_level=True
         )
+    pytest.importorskip(
+        "parameterized", reason="no parameterized, which the tests use: `make peers` fetches it"
+    )
     name = f"{package}_tests"
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]

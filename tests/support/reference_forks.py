@@ -41,7 +41,17 @@ class OwnCarry(Inner):
         return NamedCarry(new.z_L, new.z_H, carry.name), logits, q
 
 
-SERVED = (Refactored, OwnCarry)
+class Counting(Inner):
+    """Its calls are counted, and change nothing: it is served."""
+
+    calls = 0
+
+    def forward(self, carry, batch):
+        self.calls += 1
+        return super().forward(carry, batch)
+
+
+SERVED = (Refactored, OwnCarry, Counting)
 
 
 class Scaled(Inner):
@@ -72,6 +82,25 @@ class GateOfTraining(Inner):
     def cycle(self, x, y, z, cos_sin):
         y, z = super().cycle(x, y, z, cos_sin)
         return (y + 0.1 * torch.randn_like(y) if self.training else y), z
+
+
+class AfterTheFirstCall(Counting):
+    def cycle(self, x, y, z, cos_sin):
+        y, z = super().cycle(x, y, z, cos_sin)
+        return (y if self.calls == 1 else 0.9 * y), z
+
+
+class ForOtherBatches(Inner):
+    def cycle(self, x, y, z, cos_sin):
+        y, z = super().cycle(x, y, z, cos_sin)
+        return (y if len(y) <= 2 else 0.9 * y), z
+
+
+class OnlyItsGradient(Inner):
+    """The same numbers, with a part of them cut from the graph."""
+
+    def cycle(self, x, y, z, cos_sin):
+        return super().cycle(x.detach(), y, z, cos_sin)
 
 
 class FourValues(Inner):
@@ -278,6 +307,9 @@ REFUSED = {
     GatedFromZero: "a relative difference of .* of the carry's z_H",
     FrozenGateFromZero: "a relative difference of .* of the carry's z_H",
     GateOfTraining: "a relative difference of .* of the carry's z_H in training mode",
+    AfterTheFirstCall: "a relative difference of .* of the carry's z_H in eval mode",
+    ForOtherBatches: "a relative difference of 0.1.* of the carry's z_H in eval mode",
+    OnlyItsGradient: "gradient of",
     FourValues: "its forward returns 4 and not",
     OneQ: "its forward returns .*'Tensor', 'Tensor'",
     WithStep: r"one of \(carry, batch, step\)",

@@ -6,12 +6,14 @@ patch_reference_trm asks before it replaces a forward. What somebody changed in 
 `L_level` gives, one more latent, dropout) then shows, whatever it is called.
 
 Both run on clones of the module's parameters and buffers, with random numbers of their own: the module's
-tensors, their `.grad`, its modes and torch's generators stay as they are. Half precision becomes float32 for
+tensors, their `.grad`, its modes and other attributes (a counter of calls), and torch's generators stay as
+they are. Half precision becomes float32 for
 the trial, so that rounding hides nothing. Noise is added to the parameters, as one that is zero hides what it
 multiplies. Both run in training mode and in eval mode, but for `puzzle_emb`, which in training mode expects
-batches of one size.
+batches of one size; with two sequences and then with three, so that what tells them apart, or the first call
+from the second, shows. What differs for some numbers only (a batch of 100) does not.
 
-Cost   four forwards and backwards of two sequences of the module's length, and a copy of its tensors
+Cost   four forwards and backwards of two or three sequences of the module's length, and a copy of its tensors
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 Forward = Callable[[Any, Any, dict[str, Tensor]], Any]
 
-_ROWS = 2
+_ROWS = {True: 2, False: 3}  # sequences in training mode, and in eval mode
+_OF_TORCH = frozenset(vars(nn.Module()))
 _NOISE = 0.02  # added to parameters
 _TOLERANCE = 1e-2  # relative, in float32: TF32 passes, another formula does not
 _HALF_TOLERANCE = 0.1  # for code that computes in half precision whatever it is told: rounding adds up
@@ -39,8 +42,8 @@ def what_differs(inner: nn.Module, theirs: Forward, ours: Forward) -> str | None
     """
     try:
         with _left_alone(inner):
-            given = _given(inner)
-            for training in (True, False):
+            for training, rows in _ROWS.items():
+                given = _given(inner, rows)
                 inner.train(training)
                 getattr(inner, "puzzle_emb", nn.Identity()).eval()
                 a, b = _outcome(inner, theirs, given), _outcome(inner, ours, given)
@@ -96,7 +99,7 @@ class _Outcome(NamedTuple):
     asked: set[Any]  # keys of the batch
 
 
-def _given(inner: Any) -> _Given:
+def _given(inner: Any, rows: int) -> _Given:
     generator, device = torch.Generator().manual_seed(0), _device(inner)
 
     def random(shape: Any) -> Tensor:
@@ -111,19 +114,19 @@ def _given(inner: Any) -> _Given:
         parameters[name] += _NOISE * random(parameters[name].shape)
     tensors = parameters | {name: clone(t) for name, t in inner.named_buffers()}
 
-    carry = inner.empty_carry(_ROWS) if hasattr(inner, "empty_carry") else Latents(*torch.empty(2, 1))
+    carry = inner.empty_carry(rows) if hasattr(inner, "empty_carry") else Latents(*torch.empty(2, 1))
     known = _fields(carry) if is_dataclass(carry) else {}
     if not all(isinstance(known.get(name), Tensor) for name in ("z_H", "z_L")):
         raise TypeError(f"{type(carry).__name__} is no dataclass with tensors z_H and z_L")
-    latent = (_ROWS, inner.config.seq_len + inner.puzzle_emb_len, inner.config.hidden_size)
+    latent = (rows, inner.config.seq_len + inner.puzzle_emb_len, inner.config.hidden_size)
     of_others = {name: t.shape for name, t in known.items() if _is_float(t)}
     shapes = of_others | {"z_H": latent, "z_L": latent}
     carry = replace(carry, **{name: random(shape) for name, shape in shapes.items()})
 
     tokens = torch.randint(
-        getattr(inner.config, "vocab_size", 2), (_ROWS, inner.config.seq_len), generator=generator
+        getattr(inner.config, "vocab_size", 2), (rows, inner.config.seq_len), generator=generator
     )
-    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(_ROWS)}
+    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(rows)}
     return _Given(tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()})
 
 
@@ -227,9 +230,10 @@ def _is_float(value: Any) -> bool:
 
 @contextmanager
 def _left_alone(inner: nn.Module) -> Iterator[None]:
-    """After it, modes, generators and dtypes are as before; in it, nothing is compiled and no autocast."""
+    """After it, modes, attributes and generators are as before; in it, nothing is compiled, no autocast."""
     device = _device(inner)
     modes = [(module, module.training) for module in inner.modules()]
+    attributes = [(module, _own_attributes(module)) for module in inner.modules()]
     halves = [
         (module, name, value)
         for module in inner.modules()
@@ -249,7 +253,13 @@ def _left_alone(inner: nn.Module) -> Iterator[None]:
         ):
             yield
     finally:
-        for module, name, value in halves:
-            setattr(module, name, value)
+        for module, before in attributes:
+            for name in _own_attributes(module).keys() - before.keys():
+                del vars(module)[name]
+            vars(module).update(before)
         for module, mode in modes:
             module.training = mode
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}

@@ -142,3 +142,19 @@ def test_every_method_does_what_the_documentation_says(method):
         pytest.skip(f"the table is of PEFT {version}, and this is {peft.__version__}")
     got = outcome(method)
     assert [got[step] or "-" for step in STEPS] == cells[method]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_tokens_that_train_do_so_in_a_tied_head_too(family):
+    """Else the merged model, whose head is its embeddings, would say something else."""
+    config = peft.TrainableTokensConfig(token_indices=[3, 4, 5])
+    model = peft.get_peft_model(tiny_hybrid(family), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+        want = model(input_ids=tokens()).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens()).logits, want)
+    head, embeddings = merged.get_output_embeddings().weight, merged.get_input_embeddings().weight
+    assert head is embeddings

@@ -204,9 +204,76 @@ def test_the_bases_fields_are_set_through_the_config_and_come_back(field, value,
     assert field not in (again.to_diff_dict().keys() - {"base_config"})
 
 
-def test_a_name_that_the_base_does_not_know_yet_is_saved_and_loaded(tmp_path):
-    """Llama keeps rope_theta within rope_parameters; nearly `trm_rope_theta`, it is no slip."""
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+def test_rope_theta_means_the_bases_wherever_that_keeps_it(family, tmp_path):
+    """transformers 5 has it in a dictionary, and would keep another beside it that nothing reads."""
+    hybrid = tiny_hybrid(family)
+    assert hybrid.config.rope_theta == hybrid.config.rope_parameters["rope_theta"] == 10000.0
+    hybrid.config.rope_theta = 50.0
+    assert hybrid.config.rope_theta == hybrid.llm_model.config.rope_parameters["rope_theta"] == 50.0
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert loaded.config.rope_theta == 50.0
+    want = tiny_base(family).config
+    want.rope_parameters = {**want.rope_parameters, "rope_theta": 50.0}
+    frequencies = type(loaded.llm_model)(want).base_model.rotary_emb.inv_freq
+    assert torch.equal(loaded.llm_model.base_model.rotary_emb.inv_freq, frequencies)
+    again = HybridConfig.from_pretrained(tmp_path / "hybrid", rope_theta=3.0)
+    assert again.rope_theta == again.base_config.rope_parameters["rope_theta"] == 3.0
+
+
+def test_what_was_set_can_be_deleted():
     hybrid = tiny_hybrid()
+    hybrid.config.note = "mine"
+    assert hybrid.llm_model.config.note == "mine"
+    del hybrid.config.note
+    assert not hasattr(hybrid.config, "note") and not hasattr(hybrid.llm_model.config, "note")
+    with pytest.raises(AttributeError):
+        del hybrid.config.note
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "factor"),
+    [
+        ("llama", "hidden_size", 2),
+        ("llama", "num_hidden_layers", 2),
+        ("llama", "num_key_value_heads", 2),
+        ("llama", "vocab_size", 2),
+        ("qwen3", "intermediate_size", 2),
+        ("qwen3", "head_dim", 2),
+        ("gpt2", "n_embd", 2),
+        ("gpt2", "n_positions", 0.5),
+        ("gpt2", "num_attention_heads", 0),  # no model can be made of it
+        ("gpt2", "tie_word_embeddings", 0),
+    ],
+)
+def test_a_config_that_no_longer_fits_the_tensors_is_refused_when_saving(family, field, factor, tmp_path):
+    """Else there would be a file that cannot be loaded."""
+    hybrid = tiny_hybrid(family)
+    want = getattr(hybrid.config, field)
+    setattr(hybrid.config, field, type(want)(want * factor))
+    with pytest.raises(ValueError, match="save_pretrained: expected the base's config to fit its tensors"):
+        hybrid.save_pretrained(tmp_path / "hybrid")
+    assert not (tmp_path / "hybrid").exists()
+    setattr(hybrid.config, field, want)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    assert torch.equal(
+        HybridModel.from_pretrained(tmp_path / "hybrid")(tokens()).logits, hybrid(tokens()).logits
+    )
+
+
+def test_a_base_with_more_rows_of_embeddings_fits(tmp_path):
+    hybrid = tiny_hybrid("gpt2")
+    hybrid.resize_token_embeddings(120)
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=True)
+    assert torch.equal(
+        HybridModel.from_pretrained(tmp_path / "hybrid")(tokens()).logits, hybrid(tokens()).logits
+    )
+
+
+def test_a_name_that_the_base_does_not_know_yet_is_saved_and_loaded(tmp_path):
+    """GPT-2 has no rope_theta; nearly `trm_rope_theta`, it is no slip."""
+    hybrid = tiny_hybrid("gpt2")
     hybrid.config.rope_theta = 500.0
     assert hybrid.llm_model.config.rope_theta == 500.0
     hybrid.save_pretrained(tmp_path)
@@ -242,7 +309,12 @@ def test_a_subclass_may_have_more_fields(config_class, tmp_path):
     config.save_pretrained(tmp_path)
     again = config_class.from_pretrained(tmp_path, num_cycles=4)
     assert (again.extra, again.num_cycles) == (5, 4)
-    assert HybridModel(llm_model=tiny_base(), config=config).config.extra == 5
+    hybrid = HybridModel(llm_model=tiny_base(), config=config)
+    assert hybrid.config.extra == 5
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=True)
+    of_its_class = type("OfItsClass", (HybridModel,), {"config_class": config_class})
+    loaded = of_its_class.from_pretrained(tmp_path / "hybrid").config
+    assert type(loaded) is config_class and loaded.extra == 5 and not hasattr(loaded.base_config, "extra")
     with pytest.raises(ValueError, match="did you mean 'num_cycles'"):
         config_class(**fields, num_cycle=1)
 

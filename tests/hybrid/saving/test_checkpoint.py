@@ -121,6 +121,13 @@ def test_saving_again_leaves_no_weights_of_before(saved):
     assert same(AutoModelForCausalLM.from_pretrained(folder), hybrid)
 
 
+def test_a_state_dict_and_a_config_are_a_model_without_a_folder():
+    """As `from_pretrained(None, config=..., state_dict=...)` of transformers has it."""
+    hybrid = tiny_hybrid()
+    got = HybridModel.from_pretrained(None, config=hybrid.config, state_dict=hybrid.state_dict())
+    assert torch.equal(got(tokens()).logits, hybrid(tokens()).logits)
+
+
 def test_sharded_trm_tensors(saved, tmp_path):
     hybrid, _ = saved
     hybrid.save_pretrained(tmp_path / "shards", max_shard_size="10KB")

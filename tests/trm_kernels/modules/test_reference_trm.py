@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.reference_forks import REFUSED, SERVED, GatedFromZero
+from tests.support.reference_forks import REFUSED, SERVED, Counting, GatedFromZero
 from tests.support.reference_trm import Act, config
 from trm_kernels import patch_reference_trm
 from trm_kernels.modules import reference_trm
@@ -140,6 +140,34 @@ def test_a_fork_that_computes_something_else_is_refused_and_left_alone(fork, mes
     with pytest.raises(ValueError, match=f"patch_reference_trm: expected .* got .*{message}"):
         patch_reference_trm(model)
     assert "forward" not in vars(model["inner"]) and model["inner"].training is training
+
+
+def test_the_trial_is_no_call_that_counts():
+    model = make()
+    model.inner.__class__ = Counting
+    model.inner(model.inner.start(batch()), batch())
+    known = dict(vars(model.inner))
+    patch_reference_trm(model).undo()
+    assert model.inner.calls == 1 and vars(model.inner) == known
+
+
+def test_a_model_in_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(make(H_cycles=1, L_cycles=1, L_layers=1))
+        gradients = []
+        for patched in (False, True):
+            if patched:
+                patch_reference_trm(model)
+            model.zero_grad()
+            _, logits, q = model(batch())
+            (logits.square().sum() + q[0].sum() - 2 * q[1].sum()).backward()
+            gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    finally:
+        torch.distributed.destroy_process_group()
+    for got, want in zip(*reversed(gradients), strict=True):
+        assert relative(got, want) <= 5e-5
 
 
 def test_what_differs_in_half_precision_is_found_as_well():
