@@ -524,7 +524,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def _angles(self, inputs: Tensor, positions: Tensor) -> Angles | None:
         """RoPE's table for the TRMs, all of which see the same positions.
 
-        None where they run in one launch, which makes its own: one that does not after all has its own made.
+        None where the TRMs run in one launch, which computes its own table. On fallback the table is computed
+        there.
         """
         (B, T), width = inputs.shape[:2], self.config.trm_hidden_size
         regime = self.config.trm_regime
