@@ -100,7 +100,7 @@ def _given(inner: Any) -> _Given:
     generator, device = torch.Generator().manual_seed(0), _device(inner)
 
     def random(shape: Any) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
     def clone(t: Tensor) -> Tensor:
         return t.detach().clone().to(torch.float32 if t.dtype in _HALVES else t.dtype)
@@ -121,9 +121,12 @@ def _given(inner: Any) -> _Given:
     carry = replace(carry, **{name: random(shape) for name, shape in shapes.items()})
 
     tokens = torch.randint(
-        getattr(inner.config, "vocab_size", 2), (_ROWS, inner.config.seq_len), generator=generator
+        getattr(inner.config, "vocab_size", 2),
+        (_ROWS, inner.config.seq_len),
+        generator=generator,
+        device=generator.device,  # whatever `with torch.device(...)` patching happens in
     )
-    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(_ROWS)}
+    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(_ROWS, device=generator.device)}
     return _Given(tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()})
 
 
@@ -153,7 +156,8 @@ def _outcome(inner: nn.Module, forward: Forward, given: _Given) -> _Outcome:
     loss = torch.zeros((), device=_device(inner))
     for t in outputs.values():
         if _is_float(t) and t.requires_grad:
-            loss = loss + (t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum()
+            weight = torch.randn(t.shape, generator=generator, device=generator.device).to(t.device)
+            loss = loss + (t.float() * weight).sum()
     learned = [tensors[name] for name in given.learned]
     gradients = torch.autograd.grad(loss, learned, allow_unused=True)
     named = zip(given.learned, gradients, strict=True)
