@@ -1,6 +1,6 @@
 """What is exact and needs no GPU: launches, bytes kept for backward, parameters. Counted, written, compared.
 
-    python -m bench static            count, and write bench/results/static/*.json and the README's tables
+    python -m bench static            count, and write bench/results/static/*.json and the tables of docs/
     python -m bench static --check    count, and print what differs from those files; exit code 1 if it does
 
 Registers, stack and shared memory of every kernel are in the same folder; `python -m trm_kernels.aot --write`

@@ -1,4 +1,4 @@
-"""Tables of the README and of docs/level-*.md, from bench/results/** and the planner: no number by hand.
+"""The tables of docs/, from bench/results/** and the planner: no number by hand.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m bench tables` writes all anew.
 """
@@ -25,8 +25,12 @@ from hybrid.plan.table import text_tokens
 from hybrid.plan.work import speed, work
 from hybrid.presets import PRESETS
 
-README = Path(__file__).parents[2] / "README.md"
-PAGES = {level: README.parent / "docs" / f"level-{level}.md" for level in LEVELS}
+DOCS = Path(__file__).parents[2] / "docs"
+LEVEL_PAGES = {level: DOCS / f"level-{level}.md" for level in LEVELS}
+PAGES = (
+    *(DOCS / f"{name}.md" for name in ("points-and-width", "kernels", "one-launch", "benchmarks", "planner")),
+    *LEVEL_PAGES.values(),
+)
 # the guide's cards and text
 PLANNED = {
     1: "--cards 1xA100-80GB --gigabytes 1",
@@ -200,18 +204,18 @@ def rewritten(text: str) -> str:
     Errors: ValueError for a table of an unknown name, and for a marker without its end.
     """
     if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
-        raise ValueError(f"README tables: expected an end to each of {begun} tables, got {found}.")
+        raise ValueError(f"tables: expected an end to each of {begun} tables, got {found}.")
 
     def anew(block: re.Match[str]) -> str:
         if block["name"] not in TABLES:
-            raise ValueError(f"README tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
+            raise ValueError(f"tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
         return f"{block[1]}{TABLES[block['name']]()}\n{block[4]}"
 
     return _BLOCK.sub(anew, text)
 
 
-def rewrite(path: Path = README) -> bool:
-    """Whether the file changed."""
+def rewrite(path: Path) -> bool:
+    """Make the tables of a page anew. Returns whether the file changed."""
     old = path.read_text(encoding="utf-8")
     new = rewritten(old)
     if new != old:
@@ -220,5 +224,5 @@ def rewrite(path: Path = README) -> bool:
 
 
 def rewrite_pages() -> list[Path]:
-    """The levels' pages that changed."""
-    return [page for page in PAGES.values() if rewrite(page)]
+    """Make the tables of all pages anew. Returns the pages that changed."""
+    return [page for page in PAGES if rewrite(page)]
