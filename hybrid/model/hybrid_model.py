@@ -795,6 +795,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
+"""The name of HybridModel in the training guide."""
 
 
 def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
