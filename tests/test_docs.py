@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from hybrid.cli.parser import COMMANDS, parse, parser_of
-from tests.docs_pages import DOCS, PAGES, ROOT, anchors, commands, links, name_of
+from tests.support.docs_pages import DOCS, PAGES, ROOT, anchors, commands, links, name_of, paths
 from tools import docs_site
 
 HAS_GRIFFE = importlib.util.find_spec("griffe") is not None
@@ -31,6 +31,11 @@ def test_links_lead_somewhere(page):
         assert target.exists(), f"{name_of(page)} links to {path}, which is not there"
         if anchor:
             assert anchor in anchors(target), f"{name_of(page)}: {path or page.name} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_files_that_are_named_are_there(page):
+    assert [path for path in paths(page) if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.docs_pages import PAGES, name_of, python_blocks
-from tests.tiny import awaken
-from tests.tiny_text import character_tokenizer, save_base, tiny_hybrid
+from tests.support.docs_pages import PAGES, name_of, python_blocks
+from tests.support.tiny import awaken
+from tests.support.tiny_text import character_tokenizer, save_base, tiny_hybrid
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]

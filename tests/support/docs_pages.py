@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # `<!-- not run: reason -->` before a block of Python that cannot run in a test
 _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+?) -->")
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")  # of text or of a picture
 _SHELL = ("", "sh", "bash", "shell")
+_OF_OTHERS = ("tests/test_decoder_models.py",)  # PEFT's
+_FOLDERS = ("trm_kernels", "hybrid", "bench", "examples", "tools", "native", "tests", "docs")
 
 
 class Block(NamedTuple):
@@ -67,6 +69,14 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
         if not re.match(r"[a-z]+:", found["target"]):
             path, _, anchor = found["target"].partition("#")
             yield path, anchor
+
+
+def paths(page: Path) -> Iterator[str]:
+    """Files of this repository that a page names in `code`, with a folder: `hybrid/config.py`."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|json|toml|md|yaml|h|c))`", text):
+        if name.split("/")[0] in _FOLDERS and name not in _OF_OTHERS:
+            yield name
 
 
 def anchors(page: Path) -> set[str]:
