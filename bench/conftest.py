@@ -1,4 +1,4 @@
-"""`pytest bench --card rtx4090`: whose batch sizes to take on a GPU."""
+"""`pytest bench --card rtx4090`: the card whose batch sizes are used on a GPU."""
 
 import pytest
 

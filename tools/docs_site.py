@@ -59,7 +59,10 @@ def public_names(package: str) -> list[str]:
 
 
 def undocumented(api: Path = DOCS / "api") -> Iterator[str]:
-    """A sentence for each public name that has no entry in the API pages, or no docstring."""
+    """A sentence for each public name that has no entry in the API pages, or no docstring.
+
+    Public are the names of each package's `__all__` and the public methods of its classes.
+    """
     import griffe
 
     entries = {
@@ -75,5 +78,15 @@ def undocumented(api: Path = DOCS / "api") -> Iterator[str]:
         for name in public_names(package):
             if f"{package}.{name}" not in entries:
                 yield f"{package}.{name} is public and has no entry `::: {package}.{name}` in {api.name}/"
-            if module[name].docstring is None:
-                yield f"{package}.{name} is public and has no docstring"
+            for path, member in _with_methods(f"{package}.{name}", module[name]):
+                if member.docstring is None:
+                    yield f"{path} is public and has no docstring"
+
+
+def _with_methods(path: str, member: Any) -> Iterator[tuple[str, Any]]:
+    """A public name and, of a class, its own public methods."""
+    yield path, member
+    if member.is_class:
+        for name, method in member.members.items():
+            if method.is_function and not name.startswith("_"):
+                yield f"{path}.{name}", method

@@ -75,7 +75,7 @@ def parameters() -> str:
 
 
 def resources() -> str:
-    """The most that any kernel takes, a row each architecture."""
+    """The maxima over all kernels, a row for each architecture."""
     rows = []
     for arch, cases in static.load("resources")["kernels"].items():
         used = [figures for kernels in cases.values() for figures in kernels.values()]
@@ -92,7 +92,7 @@ def resources() -> str:
 
 
 def predicted() -> str:
-    """Floors of each workload, in milliseconds; a prediction, whatever will be measured."""
+    """Predicted floors of each workload, in milliseconds."""
     rows = []
     for workload in WORKLOADS:
         row = [f"{workload.name}: {workload.title}"]
@@ -106,7 +106,7 @@ def predicted() -> str:
 
 
 def measured() -> str:
-    """Workloads by device: ours in milliseconds, and how much faster; only of devices that were measured."""
+    """Workloads by measured device: ours in milliseconds, and how much faster it is than others."""
     found = [m for m in read([RESULTS]) if m.kind != "flushed"]
     devices = list(dict.fromkeys(m.device for m in found))
     if not devices:
@@ -126,7 +126,7 @@ def measured() -> str:
 
 
 def _measured_cells(found: list[Measured]) -> list[str]:
-    """Ours, and ratios of medians to it: the better of plain and CUDA graph, each."""
+    """Ours, and the ratios of the others' medians to it: the better of plain and CUDA graph for each."""
 
     def best(*begins: str) -> float | None:
         return min((m.ms for m in found if m.ms and m.peer.startswith(begins)), default=None)
@@ -138,7 +138,7 @@ def _measured_cells(found: list[Measured]) -> list[str]:
 
 
 def plan_of_level(level: int) -> str:
-    """What `trm-hybrid plan --level` says of phase 1 on the guide's hardware, in short, and of phase 2."""
+    """The plan of a level on the guide's hardware in short: a row for phase 1 and one for phase 2."""
     cards, card = LEVEL_HARDWARE[level]
     base = PRESET_BASES[LEVELS[level]]
     run = Run(base, KNOWN_BASES[base], PRESETS[LEVELS[level]](), CARDS[card], cards)

@@ -771,22 +771,28 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         return Backbone(self, self.llm_model.get_decoder() if whole is self.llm_model else whole)
 
     def get_decoder(self) -> Backbone:
+        """The hybrid without its head: a call gives the last hidden state, through the TRMs."""
         return Backbone(self, self.llm_model.get_decoder())
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The language model's encoder for `modality`; the hybrid itself where there is none."""
         encoder = self.llm_model.get_encoder(modality=modality)
         return self if encoder is self.llm_model else encoder
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's embeddings."""
         return self.llm_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's embeddings."""
         self.llm_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
         return self.llm_model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's head."""
         self.llm_model.set_output_embeddings(value)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
