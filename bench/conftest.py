@@ -6,4 +6,4 @@ from bench.peers.workloads import CARDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--card", choices=CARDS, help="whose batch sizes to take; default: by the device's name")
+    parser.addoption("--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name")

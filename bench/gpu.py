@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the results")
     parser.add_argument(
-        "--card", choices=CARDS, help="whose batch sizes to take; default: by the device's name"
+        "--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name"
     )
     parser.add_argument(
         "--minutes", type=float, help=f"the budget; default {MINUTES:.0f}, {QUICK_MINUTES:.0f} quick"
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="some stages")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # one of them, in this process
-    parser.add_argument("--command", help=argparse.SUPPRESS)  # what the user said, for the record
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # the command line, for the record
     chosen = parser.parse_args(argv)
     if not chosen.dry_run and not torch.cuda.is_available():
         print("bench.gpu: expected a CUDA device, and PyTorch finds none; --dry-run needs none.")
