@@ -81,6 +81,7 @@ setup(
             "pytest-benchmark",
             "ruff",
             "mypy",
+            "markdown-it-py",
             "peft",
             "trl",
             "datasets",
