@@ -6,4 +6,6 @@ from bench.peers.workloads import CARDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name")
+    parser.addoption(
+        "--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name"
+    )
