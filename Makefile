@@ -11,7 +11,8 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors gpu bench static cubins resources native clean
+.PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors map docs gpu bench static \
+	cubins resources native clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -68,6 +69,14 @@ types: $(READY)
 floors: $(READY)
 	$(BIN)/pytest -q tests/test_floors.py
 
+# the map of CONTRIBUTING.md, from the first line of each module
+map: $(READY)
+	$(BIN)/python -m tools.house_map
+
+# the pages of docs/ as a site in build/site; a broken link or an undocumented public name fails
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # on a CUDA device: correctness, sanitizer, small questions, W1 to W6, within nine minutes; again, to go on
 gpu: $(READY)
 	$(BIN)/python -m bench.gpu --out build/gpu $(ARGS)
@@ -98,7 +107,7 @@ resources: $(READY)
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -c constraints.txt -e '.[test,docs]'
 	touch $@
 
 # the tests once more, on the oldest transformers that setup.py allows

@@ -17,16 +17,14 @@ def _static(chosen: argparse.Namespace) -> int:
         else:
             static.write(name, figures)
     if not chosen.check:
-        tables.rewrite()
         tables.rewrite_pages()
     print("\n".join(found) or ("nothing differs" if chosen.check else f"written to {static.FOLDER}"))
     return 1 if found else 0
 
 
 def _tables(chosen: argparse.Namespace) -> int:
-    print("README.md is written" if tables.rewrite() else "README.md is as it was")
-    for page in tables.rewrite_pages():
-        print(f"{page.name} is written")
+    changed = tables.rewrite_pages()
+    print("\n".join(f"docs/{page.name} is written" for page in changed) or "all tables are up to date")
     return 0
 
 
@@ -64,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--check", action="store_true", help="write nothing: say what differs, exit code 1")
     command.set_defaults(run=_static)
 
-    command = commands.add_parser("tables", help="make the README's tables anew from bench/results")
+    command = commands.add_parser(
+        "tables", help="write the tables of docs/ from bench/results and the planner"
+    )
     command.set_defaults(run=_tables)
 
     command = commands.add_parser("roofline", help="predicted floors of the workloads on four cards")

@@ -1,4 +1,4 @@
-"""`pytest bench --card rtx4090`: whose batch sizes to take on a GPU."""
+"""`pytest bench --card rtx4090`: the card whose batch sizes are used on a GPU."""
 
 import pytest
 
@@ -6,4 +6,6 @@ from bench.peers.workloads import CARDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--card", choices=CARDS, help="whose batch sizes to take; default: by the device's name")
+    parser.addoption(
+        "--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name"
+    )

@@ -1,18 +1,18 @@
-"""For a GPU that is at hand for minutes: correctness, sanitizer, small questions, W1 to W6, within a budget.
+"""The GPU run: correctness, sanitizer, small questions and W1 to W6, within a time budget of minutes.
 
     python -m bench.gpu --out build/gpu [--quick] [--card rtx4090 | a100 | h100 | h200]
 
-Stages run one after the other, each a process with a limit of its own, and all within the budget: what is
-worth most first, of every workload the main peers before the rest. Two files are written, results.json and
-log.txt. Everything is in them as soon as it is known, and a second call with the same folder, or with another
-that holds a copy of results.json, goes on where the first was cut. The last thing printed is a short table;
-the long one is made by `python -m bench report FOLDER`.
+Stages run one after the other. Each is a process with its own time limit, and all share the budget. The most
+useful figures come first: the main peers of every workload before the other peers. Two files are written,
+results.json and log.txt, and each result is written as soon as it is known. A second call with the same
+folder, or with a folder that holds a copy of results.json, resumes where the first call stopped. The last
+output is a short table; `python -m bench report FOLDER` makes the long one.
 
     --quick      two minutes instead of nine: fewer tests, the main peers only
-    --dry-run    the same on a CPU, at sizes that mean nothing: to see that it works
+    --dry-run    the same on a CPU, at sizes without meaning: a check that the script works
 
-Peers that are not installed are listed as absent. Liger-Kernel is pure Python: where there is no network,
-carry its wheel (`pip download --no-deps liger-kernel==0.8.5`) and `pip install --no-index --no-deps` it.
+Peers that are not installed are listed as absent. Liger-Kernel is pure Python. Without a network, bring its
+wheel (`pip download --no-deps liger-kernel==0.8.5`) and install it with `pip install --no-index --no-deps`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ _DRY_PEERS = ("ours", "eager", "TRM paper's eager")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run."""
+    """One stage of the run."""
 
     name: str
     minutes: float  # at most
@@ -78,13 +78,13 @@ STAGES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when every stage finished and nothing was wrong."""
+    """The exit code: 0 when every stage finished and nothing was wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder for the results")
     parser.add_argument(
-        "--card", choices=CARDS, help="whose batch sizes to take; default: by the device's name"
+        "--card", choices=CARDS, help="the card whose batch sizes are used; default: from the device's name"
     )
     parser.add_argument(
         "--minutes", type=float, help=f"the budget; default {MINUTES:.0f}, {QUICK_MINUTES:.0f} quick"
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES], help="some stages")
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # one of them, in this process
-    parser.add_argument("--command", help=argparse.SUPPRESS)  # what the user said, for the record
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # the command line, for the record
     chosen = parser.parse_args(argv)
     if not chosen.dry_run and not torch.cuda.is_available():
         print("bench.gpu: expected a CUDA device, and PyTorch finds none; --dry-run needs none.")
@@ -139,7 +139,7 @@ def _command(stage: str, chosen: argparse.Namespace) -> list[str]:
 
 
 def _run(command: list[str], seconds: float, log: Path) -> int | None:
-    """The exit code; None where the time limit came first. What it prints goes to the log."""
+    """Run a command, its output in the log. Returns the exit code; None when it ran into the time limit."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with log.open("a") as file:
@@ -214,7 +214,7 @@ def _device_name(device: str) -> str:
 
 
 def _environment(store: Store, device: str, is_tiny: bool) -> int:
-    """What machine this is, and its ceilings."""
+    """Record the machine and its measured ceilings."""
     import triton
 
     store.set_facts(
@@ -299,7 +299,7 @@ def _sanitizer(store: Store) -> int:
 
 
 def _small_cases(device: str) -> int:
-    """Each op forward and, where it has one, backward, once; to be watched by another tool."""
+    """Run each op once, forward and, where it has one, backward, under another tool (the sanitizer)."""
     from trm_kernels.testing.cases import CASES
 
     for case in CASES:
@@ -319,7 +319,7 @@ def _small_cases(device: str) -> int:
 
 
 def _first_calls(store: Store, chosen: argparse.Namespace) -> int:
-    """The seconds of each compiling peer's first call, all at once: what is timed later finds a cache."""
+    """Time each compiling peer's first call, in parallel. Later timings then find a warm cache."""
     names = [
         f"{workload.name}: {peer}"
         for workload in WORKLOADS

@@ -1,6 +1,6 @@
 """What is exact and needs no GPU: launches, bytes kept for backward, parameters. Counted, written, compared.
 
-    python -m bench static            count, and write bench/results/static/*.json and the README's tables
+    python -m bench static            count, and write bench/results/static/*.json and the tables of docs/
     python -m bench static --check    count, and print what differs from those files; exit code 1 if it does
 
 Registers, stack and shared memory of every kernel are in the same folder; `python -m trm_kernels.aot --write`
@@ -54,7 +54,7 @@ Figures = dict[str, Any]
 
 
 class Counted:
-    """The tensors of a recursion, so small or so empty that it can be run only to be counted."""
+    """The tensors of a recursion, small or without memory: it runs only to be counted."""
 
     def __init__(self, numbers: Recursion, device: str, tokens: int = 4, dtype: torch.dtype = torch.bfloat16):
         D, F = numbers.D, numbers.F
@@ -113,7 +113,7 @@ def _launches(run: Callable[[], tuple[Tensor, Tensor]], counted: Counted, with_b
 
 
 def _launch_row(make: Callable[[Recursion], tuple[Counted, Callable[[], Any]]]) -> list[float]:
-    """LAUNCH_COLUMNS. An evaluation's are half of what one step (two layers) more starts."""
+    """One row of LAUNCH_COLUMNS. An evaluation counts half of what one more step (two layers) starts."""
     row = []
     for with_backward in (False, True):
         one, two = (
@@ -147,10 +147,10 @@ def count_launches(with_compiled: bool = True) -> Figures:
 
 
 def _compiled_row() -> list[float]:
-    """From the code that inductor writes for one f: calls of its own kernels, of products, of attention.
+    """The same row from inductor's code for one f: calls of its kernels, of products and of attention.
 
-    It writes for the CPU here; what it fuses for a GPU may differ. The sums of gradients over the uses of a
-    weight, outside of f, are left out.
+    inductor compiles for the CPU here; its fusions for a GPU may differ. The sums of gradients over the uses
+    of a weight are outside f and are left out.
     """
     counted = Counted(W1._replace(num_recursion_steps=1, num_cycles=1), "cpu", tokens=16)
     forward = _calls_in_generated_code(counted, with_backward=False)
@@ -183,10 +183,10 @@ def _calls_in_generated_code(counted: Counted, with_backward: bool) -> int:
 
 
 def count_decode(with_compiled: bool = True) -> Figures:
-    """Kernels that the TRMs of level 1 start for one token of generate(): all that the base does not.
+    """Kernels that the TRMs of level 1 start for one token of generate(), beyond those of the base.
 
-    Batch 1, a dynamic cache, everything in bfloat16. Per op that is the recursions, the projections around
-    them, and RoPE's table, made once for both. In one launch it is one for each of the two injection points.
+    Batch 1, a dynamic cache, everything in bfloat16. Per op these are the recursions, the projections around
+    them, and RoPE's table, which is made once for both. In one launch it is one for each injection point.
     """
     preset = "llama_2_7b_level1"
     rows = {}
@@ -202,7 +202,7 @@ def count_decode(with_compiled: bool = True) -> Figures:
 
 @torch.no_grad()
 def _launches_of_a_token(model: HybridModel) -> int:
-    """After a prompt and a first token, for which a dynamic cache makes room."""
+    """The launches of a token after a prompt and a first token, so that the dynamic cache has room."""
     ids, cache = torch.zeros(1, 8, dtype=torch.long, device="meta"), None
     for first, end in ((0, 8), (8, 9), (9, 10)):
         positions = torch.arange(first, end, device="meta")[None]  # as generate() gives them
@@ -216,8 +216,8 @@ def _launches_of_a_token(model: HybridModel) -> int:
 def count_saved(with_compiled: bool = True) -> Figures:
     """Bytes kept for backward, for a token and an evaluation of a layer, at d 512.
 
-    By differences: of one step more, which is two evaluations, and of 16 tokens more, which leaves out what
-    does not grow with the text (a cast weight, kept at each use).
+    Computed from differences: of one more step, which is two evaluations, and of 16 more tokens. The second
+    leaves out what does not grow with the text (a cast weight, kept at each use).
     """
     one_cycle = W1._replace(num_cycles=1)
 
@@ -290,7 +290,7 @@ def write(name: str, figures: Figures, folder: Path = FOLDER) -> None:
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of numbers, old and new figure a line; all are better when less."""
+    """The differences between two trees of numbers, a line each with both figures. Less is better."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         at = [f"{path}, {key}" if path else str(key) for key in keys]
@@ -318,7 +318,7 @@ def _named(figures: Figures, of_ours: bool) -> dict[str, dict[str, float]]:
 
 
 def check(name: str, old: Figures, new: Figures) -> list[str]:
-    """What got worse or changed since `old` was written; rows that were not counted now are left out."""
+    """What got worse or changed since `old` was written. Rows that were not counted now are left out."""
     of_ours = old["torch"] != new["torch"]  # eager and compiled code are another version's then
     before, now = _named(old, of_ours), _named(new, of_ours)
     before = {row: figures for row, figures in before.items() if row in now or row != COMPILED}

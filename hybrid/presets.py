@@ -6,7 +6,7 @@ from hybrid.config import HybridConfig
 
 
 class PresetConfigs:
-    """One function a level. True parameter counts stand in README.md and come from `trm-hybrid info`."""
+    """One function a level. docs/points-and-width.md has their parameters, by `trm-hybrid info`."""
 
     @staticmethod
     def llama_2_7b_level1() -> HybridConfig:

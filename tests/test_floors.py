@@ -11,6 +11,7 @@ MAY_IMPORT = {
     "hybrid": {"trm_kernels"},
     "bench": {"trm_kernels", "hybrid"},
     "examples": {"trm_kernels", "hybrid"},
+    "tools": set(),
 }
 EXAMPLES = {  # run with examples/ on the path: no package before the name
     path.stem

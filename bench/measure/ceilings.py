@@ -1,4 +1,4 @@
-"""What this card reaches at best: bytes a second of a copy, operations a second of a bfloat16 product."""
+"""What this card reaches at best: bytes per second of a copy, operations per second of a bfloat16 product."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,7 +10,7 @@ from bench.measure.timing import Timer, spread
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured in the same run as what is compared with them."""
+    """Ceilings measured in the same run as the times that are compared with them."""
 
     bytes_per_s: float  # read and written, of a copy far larger than the L2 cache
     flops_per_s: float  # bfloat16, of the largest product below
@@ -22,7 +22,7 @@ SHAPES = ((8192, 8192, 8192), (768 * 97, 3072, 512), (768 * 97, 512, 1536), (819
 
 
 def calibrate(device: str, is_tiny: bool = False) -> Ceilings:
-    """Medians, on random numbers: products of zeros run faster."""
+    """Medians on random numbers, because products of zeros run faster."""
     timer = Timer(device)
     rounds, seconds = (3, 0.1) if is_tiny else (20, 1.0)
     count = 1 << (16 if is_tiny else 31)  # 2 GiB

@@ -1,4 +1,4 @@
-"""What reaches PyTorch, and what autograd keeps: counted, without a GPU."""
+"""Counts the calls that reach PyTorch and the bytes that autograd keeps, without a GPU."""
 
 import re
 from collections import Counter
@@ -17,8 +17,8 @@ _VIEWS = ("_unsafe_view", "_reshape_alias")  # which no schema calls so
 class Counting(TorchDispatchMode):
     """Counts the calls that reach PyTorch by name, ours among them, and the bytes that it allocates.
 
-    inside_ours   count what our custom ops ask of PyTorch (products, memory) in place of the ops themselves;
-                  their launches are the launch door's to record
+    inside_ours   count the PyTorch calls inside our custom ops (products, memory) instead of the ops
+                  themselves; runtime/launch.py records their launches
     """
 
     def __init__(self, inside_ours: bool = False) -> None:
@@ -44,5 +44,5 @@ class Counting(TorchDispatchMode):
         return out
 
     def computing(self) -> Counter[str]:
-        """The calls that compute or move something: of these PyTorch starts a kernel."""
+        """The calls that compute or move data: PyTorch starts a kernel for each."""
         return self._computing

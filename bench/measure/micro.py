@@ -1,8 +1,8 @@
-"""The figures that decide designs: one small question each, answered on the device.
+"""Microbenchmarks that decide designs: one small question each, answered on the device.
 
-launches     what starting a kernel costs: from PyTorch, from Triton, as a node of a CUDA graph
-barrier      what a barrier across the grid of one cooperative launch costs, by the size of the grid: whether
-             a whole recursion should be one launch hangs on it
+launches     the cost of starting a kernel: from PyTorch, from Triton, as a node of a CUDA graph
+barrier      the cost of a barrier across the grid of one cooperative launch, by the size of the grid. It
+             decides whether a whole recursion should be one launch
 products     our products with epilogues against torch.mm with one kernel beside it, and torch.mm alone
 attention    our attention against SDPA's backends at 97, 916 and 2048 tokens
 accumulate   a weight's gradient summed in float32 by addmm(out_dtype=float32), against bfloat16
@@ -47,7 +47,7 @@ def _barriers_kernel(counter_ptr, rounds):  # type: ignore[no-untyped-def]  # Tr
 
 
 class Bench:
-    """A device, its timer, and whether sizes are to mean anything."""
+    """A device, its timer, and whether the sizes are real or those of a dry run."""
 
     def __init__(self, device: str, is_tiny: bool) -> None:
         self.device, self.is_tiny = device, is_tiny
@@ -59,7 +59,7 @@ class Bench:
         return t.bfloat16()
 
     def rows(self, what: str, runs: Mapping[str, Run]) -> list[Row]:
-        """Each way's times, by turns; a way that raises is listed with its error."""
+        """The interleaved times of each way. A way that raises is listed with its error."""
         rows: list[Row] = []
         able = {}
         for name, run in runs.items():
@@ -77,7 +77,7 @@ class Bench:
 
 
 def launches(bench: Bench) -> list[Row]:
-    """Milliseconds of 200 launches that follow each other."""
+    """Milliseconds of 200 consecutive launches."""
     x = bench.random(16)
 
     def from_pytorch() -> None:
@@ -178,7 +178,7 @@ def _both(qkv: Tensor, do: Tensor, attend: Callable[[], Tensor]) -> None:
 
 
 def accumulate(bench: Bench) -> list[Row]:
-    """dW of W1's gate and up projections: dy^T x added to what is there."""
+    """dW of W1's gate and up projections: dy^T x added to an existing sum."""
     M, N, K = (16, 16, 16) if bench.is_tiny else (768 * 97, 3072, 512)
     dy, x = bench.random(M, N), bench.random(M, K)
     wide, narrow = (torch.zeros(N, K, dtype=d, device=bench.device) for d in (torch.float32, torch.bfloat16))
@@ -200,7 +200,7 @@ QUESTIONS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def run(store: Store, device: str, is_tiny: bool) -> None:
-    """Every question that `store` has no answer to yet."""
+    """Answer every question that `store` has no answer to."""
     for name, question in QUESTIONS.items():
         if store.is_done(name):
             continue

@@ -1,4 +1,4 @@
-"""Floors: how fast each workload could be at best, from operations and bytes, on four cards. No GPU needed.
+"""Floors: the least time of each workload, from operations and bytes, on four cards. No GPU needed.
 
 A kernel of F operations that moves B bytes through device memory takes at least max(F / peak, B / bandwidth).
 Two floors follow for a list of kernels:
@@ -6,12 +6,12 @@ Two floors follow for a list of kernels:
     ideal    max(sum F / peak, sum B / bandwidth): everything overlaps
     serial   the sum of each kernel's own: one after the other, as they run
 
-Assumed: each kernel reads each input once and writes each output once; nothing stays in the L2 cache between
-kernels; attention runs at a share of the products' peak; launches cost nothing. So a floor is a prediction.
+Assumed: each kernel reads each input once and writes each output once. Nothing stays in the L2 cache between
+kernels. Attention runs at a share of the products' peak. Launches cost nothing. So a floor is a prediction.
 In the lists below X is M rows of D bfloat16 numbers, 2 D M bytes, and J the same of F; S tokens a sequence.
 
-Peaks are data sheets' dense bfloat16 rates and memory bandwidths, times the share that products and copies
-are taken to reach (CARDS). A measured card brings its own (ceilings.py).
+Peaks are the data sheets' dense bfloat16 rates and memory bandwidths, times the share that products and
+copies are assumed to reach (CARDS). For a measured card its own ceilings replace them (ceilings.py).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from hybrid.plan.cards import CARDS as SHEETS
 
 @dataclass(frozen=True)
 class Reached:
-    """What a card reaches."""
+    """The rates that a card reaches."""
 
     flops_per_s: float  # bfloat16 products, dense
     bytes_per_s: float  # read and written
@@ -34,7 +34,7 @@ class Reached:
 def _reached(
     sheet: str, of_memory: float, attention: float = 0.62, attention_backward: float = 0.5
 ) -> Reached:
-    """A card of hybrid/plan/cards.py with the shares of its data sheet that are taken to be reached."""
+    """A card of hybrid/plan/cards.py, with the assumed shares of its data sheet's rates."""
     card = SHEETS[sheet]
     return Reached(
         card.flops_per_s * card.products, card.bytes_per_s * of_memory, attention, attention_backward
@@ -54,7 +54,7 @@ WAYS = ("eager", "torch.compile", "ours")
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something started once: operations and bytes."""
+    """One kernel launch: its operations and bytes."""
 
     name: str
     flops: float
@@ -207,7 +207,7 @@ def decode(n: Recursion, batch: int, context: int, way: str) -> list[Kernel]:
 
 
 def kernels_of(workload: Workload, batch: int, way: str) -> list[Kernel]:
-    """What `way` starts for a workload, as listed above."""
+    """The kernels that `way` starts for a workload, as listed above."""
     M, S, n = batch * workload.tokens, workload.tokens, workload.numbers
     if n is None:  # W5
         return blend(M, workload.width, 2048, way, with_backward=True)

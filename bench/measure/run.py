@@ -1,10 +1,11 @@
-"""One workload, each peer: checked, timed next to ours, written down.
+"""One workload and its peers: each is checked, timed next to ours, and stored.
 
-Checked: of the first row of the batch, what comes out and the gradient of what goes in, against float64.
-Wrong is an error above 1.5 times that of the TRM paper's own code in the same precision. Gradients of
-matrices, sums over the whole batch, are compared with those of that code. What is wrong is not timed.
+Checked: the outputs and the input gradients of the first row of the batch, against float64. An answer is
+wrong when its error exceeds 1.5 times that of the TRM paper's own code in the same precision. Gradients of
+matrices are sums over the whole batch; they are compared with those of that code. A wrong answer is not
+timed.
 
-Timed: in rounds, the peer and ours by turns; CUDA graphs next to ours as a CUDA graph.
+Timed: in rounds that alternate between the peer and ours. A CUDA graph is timed against ours as a CUDA graph.
 """
 
 import gc
@@ -40,7 +41,7 @@ class Budget:
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Relative, in the Frobenius norm; what is not finite counts as infinite."""
+    """The relative difference in the Frobenius norm; infinite when a value is not finite."""
     if not bool(torch.isfinite(got).all()):
         return float("inf")
     want = want.detach().double()
@@ -68,7 +69,7 @@ class Judge:
             self.matrices = None  # the paper's code does not fit: gradients of matrices are not compared
 
     def complaints(self, answer: list[Tensor]) -> tuple[float, list[str]]:
-        """The largest error of what was compared with float64, and what is wrong."""
+        """The largest error against float64, and a list of what is wrong."""
         found, worst = [], 0.0
         for i, (name, true) in enumerate(zip(("result", "gradient of the input"), self.truth, strict=False)):
             error = difference(answer[i][:1], true)
@@ -85,7 +86,7 @@ class Judge:
 
 
 def step_of(solver: Solver, problem: Problem) -> Run:
-    """What is timed."""
+    """The function that is timed."""
     step = problem.step(solver)
     if solver.is_graphed:
         return captured(step)
@@ -173,7 +174,7 @@ def _measure_one(
 def _ours_beside(
     name: str, is_graphed: bool, run: Run, problem: Problem, beside: dict[str, Run]
 ) -> Run | None:
-    """Ours in the same manner, for a pair; itself when it is ours, which shows the noise."""
+    """Ours, run in the same way, as the other half of a pair. Ours against itself shows the noise."""
     mine = "ours, CUDA graph" if is_graphed else "ours"
     if name == mine:
         beside[mine] = run
@@ -189,7 +190,7 @@ def _ours_beside(
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """TimeoutError in the block when it takes longer. Code of libraries is not interrupted midway."""
+    """Raise TimeoutError in the block when it takes longer. Native library code is not interrupted."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"took more than {seconds:.0f} s")

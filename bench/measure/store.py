@@ -1,8 +1,8 @@
-"""Results on disk: one JSON file a run, written whole after every record, so that a time limit loses nothing.
+"""Results on disk: one JSON file per run, rewritten after every record, so that a time limit loses nothing.
 
-It has a section for each stage of the run. Stages run one after the other: one process writes at a time. A
-record is first written as "running". One that is found so by a later run did not finish; it is tried anew,
-TRIES times in all, and then left as it is.
+The file has a section for each stage. Stages run one after the other, so one process writes at a time. A
+record is first written as "running". A later run that finds it so knows that it did not finish. It tries the
+record again, TRIES times in all, and then leaves it.
 """
 
 import json
@@ -52,6 +52,6 @@ class Store:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The sections of a file, {"facts", "records"} each; none where there is no file."""
+    """The sections of a file, each {"facts", "records"}; empty when there is no file."""
     stages: dict[str, Any] = json.loads(path.read_text())["stages"] if path.exists() else {}
     return stages

@@ -1,7 +1,7 @@
 """How time is read: interleaved, on the device, as a median with its spread.
 
-kinds of run    warm: again and again on the same tensors. flushed: after the L2 cache was overwritten
-interleaved     a, b, a, b, ... in one process, so that a change of the clock meets both
+kinds of run    warm: repeated on the same tensors. flushed: after the L2 cache was overwritten
+interleaved     a, b, a, b, ... in one process, so that a change of the clock rate affects both
 on a GPU        events before and after a whole step; on a CPU the host's clock
 """
 
@@ -21,7 +21,7 @@ _QUERY = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 def spread(milliseconds: list[float]) -> Spread:
-    """Median, 20th and 80th percentile, and of how many."""
+    """Median, 20th and 80th percentile, and the number of samples."""
     ordered = sorted(milliseconds)
 
     def at(share: float) -> float:
@@ -37,7 +37,7 @@ def ratios(of: list[float], to: list[float]) -> Spread:
 
 
 class Timer:
-    """Times on one device."""
+    """Measures times on one device."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -58,7 +58,7 @@ class Timer:
     def interleaved(
         self, runs: Mapping[str, Run], seconds: float, most: int = 60, flushed: bool = False
     ) -> dict[str, list[float]]:
-        """Milliseconds of each, in rounds: as many as fit into `seconds`, from 5 to `most`."""
+        """Milliseconds of each, in as many rounds as fit into `seconds`: at least 5, at most `most`."""
         one_round = sum(self.once(run) for run in runs.values())  # warms up as well
         one_round = min(one_round, sum(self.once(run) for run in runs.values()))
         rounds = max(5, min(most, int(seconds / max(one_round, 1e-6))))
@@ -108,7 +108,7 @@ def captured(run: Run) -> Run:
 
 
 def peak_bytes(run: Run, device: str) -> int | None:
-    """The most that `run` allocates on a GPU beside what is there already."""
+    """The peak bytes that `run` allocates on a GPU beyond what is allocated already."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()

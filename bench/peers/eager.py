@@ -1,8 +1,8 @@
-"""The recursion as people write it in PyTorch: what the kernels are compared with.
+"""The recursion in plain PyTorch: the baseline of the kernels.
 
-One loop, one layer, and `Parts`: where peers differ. PLAIN takes what PyTorch offers. PAPER is what the TRM
-paper's code does: parameters stay float32 and are cast at every use, so that each use has a gradient of its
-own, added up in float32; the norm and RoPE go through float32 tensors.
+One loop, one layer, and `Parts`, in which peers differ. PLAIN uses PyTorch's own ops. PAPER does what the TRM
+paper's code does: parameters stay float32 and are cast at every use. So each use has its own gradient, and
+these are summed in float32. The norm and RoPE go through float32 tensors.
 
 Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871, and its code,
          github.com/SamsungSAILMontreal/TinyRecursiveModels, models/layers.py; restated, not copied.
@@ -21,7 +21,7 @@ from trm_kernels.runtime.precision import wide
 
 
 class Recursion(NamedTuple):
-    """The numbers of a recursion."""
+    """The sizes and counts of a recursion."""
 
     D: int  # width
     H: int  # heads
@@ -43,7 +43,7 @@ Cache = tuple[Tensor, Tensor]
 
 
 class Parts(NamedTuple):
-    """Where peers differ."""
+    """The ops in which peers differ."""
 
     linear: Callable[[Tensor, Tensor], Tensor]
     rms: Callable[[Tensor, float], Tensor]
@@ -53,7 +53,7 @@ class Parts(NamedTuple):
 
 
 def turn(u: Tensor, angles: Angles) -> Tensor:
-    """u [B, T, N, K] turned, in float32 on the way; angles [B or 1, T, 1, K]."""
+    """u [B, T, N, K] rotated (RoPE), in float32 internally; angles [B or 1, T, 1, K]."""
     cos, sin = angles
     u_wide = wide(u)
     low, high = u_wide.chunk(2, dim=-1)
@@ -118,7 +118,7 @@ def layer(
 
 
 def write(cache: Cache, k: Tensor, v: Tensor) -> Cache:
-    """The cache, with the newest token's keys and values in it."""
+    """The cache with the newest token's keys and values written to it."""
     for all_tokens, newest in zip(cache, (k, v), strict=True):
         all_tokens[:, :, -1:] = newest
     return cache

@@ -1,8 +1,9 @@
-"""Who is timed: plain functions, each making a solver of the workloads, and those of the single ops.
+"""The peers: functions that each make a solver of the workloads, and functions for the single ops.
 
-A peer that needs what is not there raises, and is listed with what it said. All of them compute in bfloat16
-from the same tensors. torch.compile is given f, the shared block that the recursion applies again and again
-(whole, under "reduce-overhead", whose graphs would otherwise overwrite each other's results).
+A peer whose requirements are missing raises, and is listed with its error. All peers compute in bfloat16 from
+the same tensors. torch.compile compiles f, the shared block that the recursion applies repeatedly. Under
+"reduce-overhead" it compiles the whole recursion, because the graphs of f would overwrite each other's
+results.
 """
 
 import importlib.util
@@ -163,7 +164,7 @@ def liger() -> Solver:
 
 
 class _Newest:
-    """A cache whose last place is for the newest token, which a recursion in one launch writes by itself."""
+    """A cache whose last slot is for the newest token. A recursion in one launch writes it."""
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         self.caches = caches
@@ -176,11 +177,11 @@ class _Newest:
         return CacheRoom(keys, values, [], keys[0].shape[2] - 1)
 
     def written(self, tokens: int) -> None:
-        """The place is the same in the next run."""
+        """Write to the same slot in every run."""
 
 
 def ours(candidate: str | None = None, save: str = "auto", regime: str = "per_op") -> Solver:
-    """Triton kernels, never the reference in their place."""
+    """The Triton kernels; an error where they cannot run, never the reference instead."""
 
     def recursion(
         x: Tensor,
@@ -294,7 +295,7 @@ _ATTEND = ("SDPA", "Flex", "flash", "save=", "Liger")  # differ from others in t
 
 
 def peers_of(workload: Workload, all_of_them: bool) -> tuple[str, ...]:
-    """Who is timed at a workload: the main ones, or all that differ there."""
+    """The peers that are timed at a workload: the main ones, or all that differ there."""
     if not all_of_them:
         return MAIN if workload.has_backward else (*MAIN, *_INFERENCE)
     names = tuple(name for name in PEERS if not (workload.has_backward and name in _INFERENCE))
@@ -309,7 +310,7 @@ _CASES = {case.name: case for case in CASES}
 
 
 def eager_op(name: str) -> Op | None:
-    """The reference: eager PyTorch, one kernel for each line of it."""
+    """The reference: eager PyTorch, one kernel for each of its lines."""
     return _CASES[name].ref
 
 
@@ -319,7 +320,7 @@ def compiled_op(name: str, mode: str | None = None) -> Op | None:
 
 
 def ours_op(name: str) -> Op | None:
-    """The Triton kernels, never the reference in their place."""
+    """The op's Triton kernels; an error where they cannot run, never the reference instead."""
 
     def op(*tensors: Any) -> Any:
         with backend("triton"):

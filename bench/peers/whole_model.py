@@ -1,10 +1,10 @@
 """W3 and W4 whole: a level-1 hybrid on LLaMA-2-7B's shape, next to its base alone. The weights are random.
 
     training   a phase-1 step: forward, loss, gradients of the TRMs' parameters; the base is frozen
-    decoding   one token more, after a prompt of about 2048; each further call sees one token more
+    decoding   one more token after a prompt of about 2048; each further call has one more token in the cache
 
-What the hybrid costs is the difference to the base alone, which is the same model with its injections off.
-Ours is the kernels; eager is the reference with SDPA for its attention. Logits of the two must agree.
+The cost of the hybrid is its difference to the base alone, which is the same model with its injections off.
+Ours uses the kernels. Eager is the reference with SDPA for its attention. The logits of the two must agree.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ _TINY = LlamaConfig(
 
 
 def build(device: str, is_tiny: bool) -> HybridModel:
-    """A frozen base and a TRM with every W_out awake: a fresh one adds nothing."""
+    """A frozen base and a TRM whose W_out is random; a fresh W_out is zero and adds nothing."""
     torch.manual_seed(0)
     base_config = _TINY if is_tiny else KNOWN_BASES["llama-2-7b"]
     config = PresetConfigs.llama_2_7b_level1()
@@ -53,7 +53,7 @@ def build(device: str, is_tiny: bool) -> HybridModel:
 
 @contextmanager
 def as_peer(model: HybridModel, peer: str) -> Iterator[None]:
-    """The model computes as `peer` does, in the block."""
+    """In the block the model computes as `peer` does."""
     before = model.config.trm_attention
     if peer == "base alone":
         with model.disable_injection():
@@ -74,7 +74,7 @@ def _ids(model: HybridModel, batch: int, tokens: int) -> Tensor:
 
 
 def training(model: HybridModel, peer: str, batch: int, tokens: int) -> Run:
-    """A step; gives the loss, and what the logits were is up to `logits` below."""
+    """A training step. Returns the loss; `logits` below returns the logits."""
     ids = _ids(model, batch, tokens)
     trained = [p for p in model.trm_parameters() if p.requires_grad]
 
@@ -90,7 +90,7 @@ def training(model: HybridModel, peer: str, batch: int, tokens: int) -> Run:
 
 
 def decoding(model: HybridModel, peer: str, batch: int, context: int) -> Run:
-    """A token more at every call."""
+    """Decode one more token at every call."""
     ids = _ids(model, batch, context)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), as_peer(model, peer):
@@ -111,7 +111,7 @@ def _logits(model: HybridModel, peer: str, tokens: int) -> Tensor:
 
 
 def measure(store: Store, device: str, kind: str, batch: int, budget: Budget, is_tiny: bool) -> None:
-    """Every peer that `store` does not have yet. kind: "W3" or "W4"."""
+    """Measure every peer that is missing in `store`. kind: "W3" or "W4"."""
     if all(store.is_done(peer) for peer in PEERS):
         return
     timer, model = Timer(device), build(device, is_tiny)

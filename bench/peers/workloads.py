@@ -1,4 +1,4 @@
-"""What is timed: W1 to W6, each a problem that any peer can be asked to solve.
+"""The workloads W1 to W6: each is a problem that any peer can solve.
 
     W1   TRM Sudoku, the recursion of a training step          d 512, 8 heads, 2 layers, S 97, n 6, T 3
     W2   TRM ARC, the same                                     S 916, n 4, T 3
@@ -7,8 +7,8 @@
     W5   the injection's blend alone                           8192 tokens, 4096 to 2048 wide
     W6   one puzzle: W1's recursion, forward only
 
-All in bfloat16, with weights kept in float32 where they are trained. A problem holds tensors and knows what
-has to be computed; who computes it is a peer (peers.py).
+All in bfloat16, with weights kept in float32 where they are trained. A problem holds the tensors and what has
+to be computed. A peer (solvers.py) computes it.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ Step = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class Solver:
-    """What a peer brings: the three things a hybrid computes beside its base."""
+    """What a peer implements: the three computations of a hybrid beside its base."""
 
     recursion: Callable[..., tuple[Tensor, Tensor]]  # (x, y, z, weights, angles, numbers, caches)
     project_in: Callable[[Tensor, Tensor, float], Tensor]  # (h, w_in, eps)
@@ -51,13 +51,13 @@ def known_card(device_name: str) -> str | None:
 
 
 def card_of(device_name: str) -> str:
-    """The card whose batch sizes to take: the one named, else the smallest."""
+    """The card whose batch sizes are used: the named one, else the smallest."""
     return known_card(device_name) or CARDS[0]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One recursion's weights, its initial state, and, of an injection, what stands around it."""
+    """One recursion: its weights, its initial state and, in an injection, the projections around it."""
 
     weights: list[LayerWeights]
     y_init: Tensor  # [D]
@@ -66,7 +66,7 @@ class Block:
     w_out: Tensor | None = None  # [D, d]
 
     def tensors(self) -> list[Tensor]:
-        """Those that have gradients."""
+        """The tensors that have gradients."""
         flat = [t for w in self.weights for part in w for t in part]
         around = (self.w_in, self.w_out, self.y_init)
         return [*flat, *(t for t in around if t is not None and t.requires_grad)]
@@ -74,13 +74,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors, and what to do with them.
+    """The tensors of a workload, and what is computed from them.
 
-    h        [B, T, D], what comes in: the recursion's x or, with injections, the hidden state
+    h        [B, T, D], the input: the recursion's x or, with injections, the hidden state
     blocks   one a recursion, one after the other
     positions, angles   of the tokens [1, T], and RoPE's table of them
     caches   by block, where a token is decoded
-    dout     the gradient of what comes out; None without backward
+    dout     the gradient of the output; None without backward
     """
 
     numbers: Recursion
@@ -155,7 +155,7 @@ class Problem:
 
 
 class _Random:
-    """Random tensors of one seed on one device: never zeros, which can run faster than real numbers."""
+    """Random tensors of one seed on one device; never zeros, which can run faster."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -229,7 +229,7 @@ def _blend(tokens: int, width: int, d: int, batch: int, device: str) -> Problem:
 
 @dataclass(frozen=True)
 class Workload:
-    """A problem, how much of it fits each card, and how it is timed."""
+    """A problem, the batch that fits each card, and how it is timed."""
 
     name: str
     title: str

@@ -1,8 +1,8 @@
-"""Results read back: Markdown tables and plots, a comparison of two runs, the short table of a GPU run.
+"""Results as Markdown tables and plots, a comparison of two runs, the short table of a GPU run.
 
-Read are the files that bench/gpu.py writes (a section a stage; see store.py), and those of `pytest bench
---benchmark-json`, or folders with such. Times are medians; p20 and p80 are their spread, for pytest's files
-the quartiles.
+It reads the files of bench/gpu.py (a section per stage, see store.py), those of `pytest bench
+--benchmark-json`, and folders of such files. Times are medians. p20 and p80 are their spread; in pytest's
+files these are the quartiles.
 """
 
 import json
@@ -47,7 +47,7 @@ class Measured:
 
 
 def read(paths: Iterable[Path]) -> list[Measured]:
-    """All of what the folders and files hold; what else lies in a folder is passed over.
+    """All results in the folders and files; other files of a folder are skipped.
 
     Errors: ValueError for a file that was named and holds no results.
     """
@@ -107,7 +107,7 @@ def _of_pytest(benchmark: dict[str, Any]) -> Measured:
 
 
 def ceilings_of(run: Mapping[str, Any]) -> dict[str, Reached]:
-    """By device: what a run's own first stage reached, as the denominator of its floors."""
+    """By device: the ceilings that the first stage of its run measured, for its floors."""
     environment = run.get("environment", {"facts": {}, "records": {}})
     record = environment["records"].get("ceilings", {})
     if record.get("state") != "ok":
@@ -121,7 +121,7 @@ def ceilings_of(run: Mapping[str, Any]) -> dict[str, Reached]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column to the left, the others to the right."""
+    """A Markdown table: the first column is left-aligned, the others right-aligned."""
     lines = [f"| {' | '.join(columns)} |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -170,7 +170,7 @@ def markdown(measured: list[Measured], ceilings: dict[str, Reached]) -> str:
 
 
 def short_table(path: Path) -> str:
-    """A line a workload, and what went wrong: for the end of a GPU run."""
+    """A line per workload and a list of failures, for the end of a GPU run."""
     lines = []
     for stage in store.read(path).values():
         if "workload" in stage["facts"]:

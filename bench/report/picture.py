@@ -1,7 +1,7 @@
 """What is fused, in one picture: `python -m bench picture` draws docs/fused-recursion.png
 
-A column for each launch of one evaluation of a layer; in it, what eager PyTorch runs in its place. Those are
-the operators of bench/peers/eager.py's PAPER, counted while it runs.
+It has a column for each launch of one evaluation of a layer. The column lists what eager PyTorch runs
+instead: the operators of PAPER in bench/peers/eager.py, counted while it runs.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _LOOP = (
 
 
 class Column(NamedTuple):
-    """One launch of ours, and the names of the operators that it stands for."""
+    """One launch of ours, and the names of the operators that it replaces."""
 
     kernel: str
     formula: str

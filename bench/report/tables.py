@@ -1,4 +1,4 @@
-"""Tables of the README and of docs/level-*.md, from bench/results/** and the planner: no number by hand.
+"""The tables of docs/, from bench/results/** and the planner: no number by hand.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m bench tables` writes all anew.
 """
@@ -25,8 +25,12 @@ from hybrid.plan.table import text_tokens
 from hybrid.plan.work import speed, work
 from hybrid.presets import PRESETS
 
-README = Path(__file__).parents[2] / "README.md"
-PAGES = {level: README.parent / "docs" / f"level-{level}.md" for level in LEVELS}
+DOCS = Path(__file__).parents[2] / "docs"
+LEVEL_PAGES = {level: DOCS / f"level-{level}.md" for level in LEVELS}
+PAGES = (
+    *(DOCS / f"{name}.md" for name in ("points-and-width", "kernels", "one-launch", "benchmarks", "planner")),
+    *LEVEL_PAGES.values(),
+)
 # the guide's cards and text
 PLANNED = {
     1: "--cards 1xA100-80GB --gigabytes 1",
@@ -71,7 +75,7 @@ def parameters() -> str:
 
 
 def resources() -> str:
-    """The most that any kernel takes, a row each architecture."""
+    """The maxima over all kernels, a row for each architecture."""
     rows = []
     for arch, cases in static.load("resources")["kernels"].items():
         used = [figures for kernels in cases.values() for figures in kernels.values()]
@@ -88,7 +92,7 @@ def resources() -> str:
 
 
 def predicted() -> str:
-    """Floors of each workload, in milliseconds; a prediction, whatever will be measured."""
+    """Predicted floors of each workload, in milliseconds."""
     rows = []
     for workload in WORKLOADS:
         row = [f"{workload.name}: {workload.title}"]
@@ -102,7 +106,7 @@ def predicted() -> str:
 
 
 def measured() -> str:
-    """Workloads by device: ours in milliseconds, and how much faster; only of devices that were measured."""
+    """Workloads by measured device: ours in milliseconds, and how much faster it is than others."""
     found = [m for m in read([RESULTS]) if m.kind != "flushed"]
     devices = list(dict.fromkeys(m.device for m in found))
     if not devices:
@@ -122,7 +126,7 @@ def measured() -> str:
 
 
 def _measured_cells(found: list[Measured]) -> list[str]:
-    """Ours, and ratios of medians to it: the better of plain and CUDA graph, each."""
+    """Ours, and the ratios of the others' medians to it: the better of plain and CUDA graph for each."""
 
     def best(*begins: str) -> float | None:
         return min((m.ms for m in found if m.ms and m.peer.startswith(begins)), default=None)
@@ -134,7 +138,7 @@ def _measured_cells(found: list[Measured]) -> list[str]:
 
 
 def plan_of_level(level: int) -> str:
-    """What `trm-hybrid plan --level` says of phase 1 on the guide's hardware, in short, and of phase 2."""
+    """The plan of a level on the guide's hardware in short: a row for phase 1 and one for phase 2."""
     cards, card = LEVEL_HARDWARE[level]
     base = PRESET_BASES[LEVELS[level]]
     run = Run(base, KNOWN_BASES[base], PRESETS[LEVELS[level]](), CARDS[card], cards)
@@ -200,18 +204,18 @@ def rewritten(text: str) -> str:
     Errors: ValueError for a table of an unknown name, and for a marker without its end.
     """
     if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
-        raise ValueError(f"README tables: expected an end to each of {begun} tables, got {found}.")
+        raise ValueError(f"tables: expected an end to each of {begun} tables, got {found}.")
 
     def anew(block: re.Match[str]) -> str:
         if block["name"] not in TABLES:
-            raise ValueError(f"README tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
+            raise ValueError(f"tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
         return f"{block[1]}{TABLES[block['name']]()}\n{block[4]}"
 
     return _BLOCK.sub(anew, text)
 
 
-def rewrite(path: Path = README) -> bool:
-    """Whether the file changed."""
+def rewrite(path: Path) -> bool:
+    """Make the tables of a page anew. Returns whether the file changed."""
     old = path.read_text(encoding="utf-8")
     new = rewritten(old)
     if new != old:
@@ -220,5 +224,5 @@ def rewrite(path: Path = README) -> bool:
 
 
 def rewrite_pages() -> list[Path]:
-    """The levels' pages that changed."""
-    return [page for page in PAGES.values() if rewrite(page)]
+    """Make the tables of all pages anew. Returns the pages that changed."""
+    return [page for page in PAGES if rewrite(page)]

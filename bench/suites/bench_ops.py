@@ -1,8 +1,8 @@
 """Each op, each peer, forward, and forward with backward: `pytest bench`.
 
-An answer that is wrong is not timed. Times are medians over rounds, read after the device is idle, with
-their spread beside them. Without a GPU eager and torch.compile are timed on the CPU, for some ops, at small
-sizes: that shows that the benchmark works, and says nothing of a GPU.
+A wrong answer is not timed. Times are medians over rounds, read after the device is idle, with their spread.
+Without a GPU, eager and torch.compile are timed on the CPU, for some ops, at small sizes. That checks the
+benchmark and predicts nothing for a GPU.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def _run(op: Op, inputs: list[Tensor], backward: bool) -> list[Tensor]:
 
 
 def _check(case: Case, op: Op, inputs: list[Tensor], backward: bool) -> None:
-    """The rule of the tests: at most 1.1 times the error of eager, both against float64."""
+    """Apply the rule of the tests: at most 1.1 times the error of eager, both against float64."""
     doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     truth = _run(case.ref, doubles, backward)
     eager = _run(case.ref, inputs, backward)

@@ -1,7 +1,7 @@
 """W1 to W6, each peer: `pytest bench`. With a GPU at the card's sizes; without one small, and on the CPU.
 
-On a CPU the peers that need no GPU are timed, TRM's eager code and torch.compile among them: that shows that
-the benchmark works, and says nothing of a GPU. An answer that is wrong is not timed.
+On a CPU the peers that need no GPU are timed, TRM's eager code and torch.compile among them. That checks the
+benchmark and predicts nothing for a GPU. A wrong answer is not timed.
 """
 
 from typing import Any

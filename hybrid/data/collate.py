@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
-IGNORED = -100  # a label that is no token, in transformers and in torch
+IGNORED = -100  # the ignore index of transformers and torch: a label that is not counted
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -538,7 +538,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     def _angles(self, inputs: Tensor, positions: Tensor) -> Angles | None:
         """RoPE's table for the TRMs, all of which see the same positions.
 
-        None where they run in one launch, which makes its own: one that does not after all has its own made.
+        None where the TRMs run in one launch, which computes its own table. On fallback the table is computed
+        there.
         """
         (B, T), width = inputs.shape[:2], self.config.trm_hidden_size
         regime = self.config.trm_regime
@@ -776,22 +777,28 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         return Backbone(self, self.llm_model.get_decoder() if whole is self.llm_model else whole)
 
     def get_decoder(self) -> Backbone:
+        """The hybrid without its head: a call gives the last hidden state, through the TRMs."""
         return Backbone(self, self.llm_model.get_decoder())
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The language model's encoder for `modality`; the hybrid itself where there is none."""
         encoder = self.llm_model.get_encoder(modality=modality)
         return self if encoder is self.llm_model else encoder
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's embeddings."""
         return self.llm_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's embeddings."""
         self.llm_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
         return self.llm_model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's head."""
         self.llm_model.set_output_embeddings(value)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -800,6 +807,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
 
 CombinedTRMLLM = HybridModel
+"""The name of HybridModel in the training guide."""
 
 
 def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What each token may look at, in the form that the TRM's kernels understand.
+"""What each token may attend to, in the form that the TRM's kernels understand.
 
-The ordinary cases (causal, padded or not, with any cache) need no mask [B, 1, T, S]: the tokens look back by
-themselves, and who is padding is one row of keys a sequence.
+The ordinary cases (causal, padded or not, with any cache) need no mask [B, 1, T, S]: the kernels apply the
+causal mask themselves. Padding is a `[B, S]` key mask.
 
     tokens          cache      the TRM is given
     any             none       which tokens are no padding, or nothing

@@ -154,7 +154,7 @@ def _arithmetic(
 # The levels
 
 
-# the last of each is what the README plans with
+# the last of each is what docs/planner.md plans with
 _HARDWARE = {
     1: ((1, "RTX4090"), (1, "A100-80GB")),
     2: ((2, "A100-40GB"), (1, "A100-80GB")),

@@ -43,7 +43,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, what it takes as it is, and the run that fits. Work and time are of the latter."""
+    """A run, what it needs as given, and the run that fits. Work and time describe the run that fits."""
 
     run: Run
     memory: Memory
@@ -245,7 +245,7 @@ def _work_lines(made: Plan) -> Iterator[str]:
     yield f"  {'seconds a step':<38}{of_step.seconds:>13.3f}  {run.tokens_of_step:,} tokens"
     yield f"  {'tokens a second':<38}{of_step.tokens_per_second:>13,.0f}"
     if made.cost is None:
-        yield "  --tokens or --gigabytes say how long and how dear"
+        yield "  Pass --tokens or --gigabytes to estimate time and cost."
     else:
         yield ""
         yield from _cost_lines(f"cost of {made.cost.tokens / 1e9:,.4g} G tokens", made.cost, run)

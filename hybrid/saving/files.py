@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, onto the disk, then renamed."""
+"""Files that exist completely or not at all: written to a temporary path, flushed, atomically renamed."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ SAVING = ".saving-"
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: a reader sees the old one or the new one, whole.
+    """Write to a temporary path, then atomically rename: a reader sees the old file or the new one, whole.
 
     Also where several processes write into the folder. When this returns it is on the disk.
     """

@@ -6,9 +6,9 @@
     state.json            how far the run has come, the run's id, size and SHA-256 of every file beside it,
                           and a checksum of itself
 
-A checkpoint is written beside its place, file by file onto the disk, and renamed into it: a run killed at any
-moment leaves the last whole one. What is damaged is named and passed over. No pickle: a checkpoint from
-elsewhere can hold no code.
+Files are written to a temporary path, flushed to the disk, and atomically renamed. A run killed at any
+moment leaves the last complete checkpoint. A damaged checkpoint is reported and skipped. No pickle: a
+checkpoint from elsewhere cannot contain code.
 """
 
 import hashlib

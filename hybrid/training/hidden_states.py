@@ -4,7 +4,7 @@
     row-000000123.safetensors   hidden_states [T, D]; its checksum, and that of the tokens it came from
 
 The first time that a row is trained on, the layers below run for it and its file is written; from then on it
-is read. A file is written beside its place and renamed into it; a damaged one is computed and written again.
+is read. Files are written to a temporary path and atomically renamed; a damaged one is recomputed.
 Rows that bring their own labels have lengths T of their own: what pads them in a batch is not kept.
 The recursive block, the order of the data and how it is trained make no difference to the key: other runs go
 on with the same folder.

@@ -60,7 +60,7 @@ _MAY_CHANGE = (
     "accumulate",
     "shard",
 )
-_ROUNDING = 1  # beside (seed, step, rank): chance of its own
+_ROUNDING = 1  # beside (seed, step, rank): a separate random stream
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 

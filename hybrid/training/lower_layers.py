@@ -1,8 +1,8 @@
 """The decoder layers below the first injection point: what comes out of them, and forwards without them.
 
 The language model's own forward goes on walking through all of its layers. Those below the point answer at
-once with the hidden state that is handed in. The hook behind the last of them injects into it as ever, and
-what else the layers above are given (positions, masks, what is made of the tokens) is made as ever.
+once with the hidden state that is handed in. The injection hook still runs behind the last of them. The
+other inputs of the layers above (positions, masks, what is computed from the tokens) are as in any forward.
 """
 
 from collections.abc import Callable, Iterator

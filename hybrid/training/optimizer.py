@@ -1,4 +1,4 @@
-"""AdamW for what trains: torch's, or torchao's, which rounds bfloat16 weights by chance.
+"""AdamW for the trainable parameters: torch's, or torchao's, which rounds bfloat16 weights stochastically.
 
 A weight of bfloat16 has 8 significant bits: rounded to the nearest, a step smaller than half of the last one
 is lost, every time. Rounded up or down with the chance that makes its mean right, such steps count. Moments

@@ -191,7 +191,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelStep:
-    launch: Launch  # at one size, each number as aligned as it is at every size: what is compiled
+    launch: Launch  # what is compiled, at one size. Arguments use the alignment guaranteed at every size.
     grid: tuple[Term, Term, Term]
     values: tuple[Value, ...]  # in place of the launch's arguments
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 Forward = Callable[[Any, Any, dict[str, Tensor]], Any]
 
-_ROWS = {True: 2, False: 3}  # sequences in training mode, and in eval mode
+rows = {True: 2, False: 3}  # sequences in training mode, and in eval mode
 _OF_TORCH = frozenset(vars(nn.Module()))
 _NOISE = 0.02  # added to parameters
 _TOLERANCE = 1e-2  # relative, in float32: TF32 passes, another formula does not
@@ -42,7 +42,7 @@ def what_differs(inner: nn.Module, theirs: Forward, ours: Forward) -> str | None
     """
     try:
         with _left_alone(inner):
-            for training, rows in _ROWS.items():
+            for training, rows in rows.items():
                 given = _given(inner, rows)
                 inner.train(training)
                 getattr(inner, "puzzle_emb", nn.Identity()).eval()
@@ -103,7 +103,7 @@ def _given(inner: Any, rows: int) -> _Given:
     generator, device = torch.Generator().manual_seed(0), _device(inner)
 
     def random(shape: Any) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
     def clone(t: Tensor) -> Tensor:
         return t.detach().clone().to(torch.float32 if t.dtype in _HALVES else t.dtype)
@@ -124,9 +124,12 @@ def _given(inner: Any, rows: int) -> _Given:
     carry = replace(carry, **{name: random(shape) for name, shape in shapes.items()})
 
     tokens = torch.randint(
-        getattr(inner.config, "vocab_size", 2), (rows, inner.config.seq_len), generator=generator
+        getattr(inner.config, "vocab_size", 2),
+        (rows, inner.config.seq_len),
+        generator=generator,
+        device=generator.device,  # whatever `with torch.device(...)` patching happens in
     )
-    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(rows)}
+    batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(rows, device=generator.device)}
     return _Given(tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()})
 
 
@@ -156,7 +159,8 @@ def _outcome(inner: nn.Module, forward: Forward, given: _Given) -> _Outcome:
     loss = torch.zeros((), device=_device(inner))
     for t in outputs.values():
         if _is_float(t) and t.requires_grad:
-            loss = loss + (t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum()
+            weight = torch.randn(t.shape, generator=generator, device=generator.device).to(t.device)
+            loss = loss + (t.float() * weight).sum()
     learned = [tensors[name] for name in given.learned]
     gradients = torch.autograd.grad(loss, learned, allow_unused=True)
     named = zip(given.learned, gradients, strict=True)

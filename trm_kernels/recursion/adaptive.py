@@ -13,7 +13,7 @@ its last step: in an evaluation at step s each token's keys are those of step mi
 token stops depends on itself and on the tokens it looks at. In causal attention those are the earlier ones,
 and one call over all tokens, calls over parts of them with a cache, and token after token give the same
 answers after the same steps: in the cache, repeated keys stand in the place of those that were not computed.
-For in_order it keeps the numbers of steps as well. Where nobody stops early, it is recursion/recursion.py.
+For in_order it keeps the numbers of steps as well. Without early halting it equals `trm_recursion`.
 
 What is saved: f is computed for the tokens that go on, attention for the sequences that have one, and the
 loop ends when there are none. What it costs: `a` at every step, so 2 evaluations of f a step, where a fixed
@@ -386,7 +386,7 @@ class _Block:
         return v[0]
 
     def repeat_keys(self, steps: int, *kinds: str) -> None:
-        """Fill the cache for so many steps that nobody takes."""
+        """Pads the cache for `steps` skipped steps."""
         for _ in range(steps):
             for kind in kinds:
                 for i in range(len(self.weights)):

@@ -77,6 +77,14 @@ def test_patched_equals_unpatched_and_undo_restores(changes):
     assert all(torch.equal(gradients[name], want) for name, want in before[1].items())
 
 
+def test_it_patches_inside_of_a_block_with_another_default_device():
+    """The paper's pretrain.py makes its model in `with torch.device("cuda")`."""
+    model = make()
+    with torch.device("meta"):
+        patch = patch_reference_trm(model)
+    assert "forward" in vars(patch.inner)
+
+
 def test_a_with_block_restores_after_an_error():
     model = make()
     with pytest.raises(KeyError), patch_reference_trm(model):

@@ -39,7 +39,7 @@ def choose_regime(
 
     asked       one of tuning.REGIMES or "auto"
     x           [B, T, D], or a tensor like it
-    inputs      what a gradient may be wanted of, beside the weights
+    inputs      inputs that may require gradients, beside the weights
     find_room   of the cache; None: there is none
     projections [d, D] and [D, d], of an injection point: in x's dtype, whatever the other weights have
 
