@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 Forward = Callable[[Any, Any, dict[str, Tensor]], Any]
 
-rows = {True: 2, False: 3}  # sequences in training mode, and in eval mode
+_ROWS = {True: 2, False: 3}  # sequences in training mode, and in eval mode
 _OF_TORCH = frozenset(vars(nn.Module()))
 _NOISE = 0.02  # added to parameters
 _TOLERANCE = 1e-2  # relative, in float32: TF32 passes, another formula does not
@@ -42,7 +42,7 @@ def what_differs(inner: nn.Module, theirs: Forward, ours: Forward) -> str | None
     """
     try:
         with _left_alone(inner):
-            for training, rows in rows.items():
+            for training, rows in _ROWS.items():
                 given = _given(inner, rows)
                 inner.train(training)
                 getattr(inner, "puzzle_emb", nn.Identity()).eval()
