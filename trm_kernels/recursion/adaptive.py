@@ -37,8 +37,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trm_kernels.ops.attention.reference import UpdateCache
 from trm_kernels.ops.attention.rope import Angles
-from trm_kernels.ops.attention.rope_attention import UpdateCache, rope_attention
+from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.recursion.recursion import EvaluationCache, _angles, _layer, evaluations
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, in_dtype
 from trm_kernels.runtime.autocast import as_autocast

@@ -20,7 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.attention.rope_attention import _fill_rope_attention, _rope_attention_gradients
+from trm_kernels.ops.attention.launchers import (
+    AttentionContext,
+    fill_rope_attention,
+    rope_attention_gradients,
+)
 from trm_kernels.ops.linear_residual import _count_tiles, _fill_linear_residual
 from trm_kernels.ops.linear_swiglu import _fill_linear_swiglu, _swiglu_candidate
 from trm_kernels.ops.norm_add import _fill_norm_add, _fill_norm_add_bwd
@@ -43,6 +47,11 @@ class Setting(NamedTuple):
     query_offset: int
     eps: float
     candidate: str | None  # see products.runs_candidate
+
+    @property
+    def attention(self) -> AttentionContext:
+        """What the attention's kernels read besides q, k and v."""
+        return AttentionContext(self.cos, self.sin, self.key_mask, self.causal, self.query_offset)
 
 
 class AttentionInner(NamedTuple):
@@ -156,8 +165,7 @@ def _attention_forward(
     else:
         torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
         q, k, value = _heads(inner.qkv, s).split((s.H, s.G, s.G), dim=2)
-        o_heads, visible = o.view(s.B, s.T, -1), (s.key_mask, s.causal, s.query_offset)
-        _fill_rope_attention(o_heads, inner.lse, q, k, value, s.cos, s.sin, *visible)
+        fill_rope_attention(o.view(s.B, s.T, -1), inner.lse, q, k, value, s.attention)
     _fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.candidate)
 
 
@@ -190,18 +198,13 @@ def _attention_backward(
     s: Setting,
 ) -> Tensor:
     """The gradient of v in v + attention(v)."""
-    (dqkv,) = _rope_attention_gradients(
+    (dqkv,) = rope_attention_gradients(
         torch.mm(dh, w.o_proj).view(s.B, s.T, -1),
         (_heads(inner.qkv, s),),
-        s.cos,
-        s.sin,
-        s.key_mask,
+        (s.H, s.G),
+        s.attention,
         inner.o.view(s.B, s.T, -1),
         inner.lse,
-        s.H,
-        s.G,
-        s.causal,
-        s.query_offset,
     )
     dqkv = dqkv.view(inner.qkv.shape)
     if dw is not None:

@@ -8,12 +8,13 @@ and `torch.export` by `@launcher`. The custom op it turns into needs a fake: a f
 shapes. A launcher whose launches are kept and thrown away is just that, so it is its own fake.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial, wraps
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -99,12 +100,17 @@ def launcher(
 ) -> Callable[..., Any]:
     """Register a launcher as the custom op `trm_kernels::<its name>`.
 
-    Every parameter and the result need annotations, from which PyTorch reads the op's schema.
+    Every parameter and the result need annotations, from which PyTorch reads the op's schema. A schema has
+    neither dataclasses nor named tuples: a parameter that is one becomes its fields there, and theirs. Who
+    calls the op passes the fields, and the launcher is given the whole again.
 
-    mutates_args   the parameters that it writes to: tensors, or lists of them
+    Args:
+        function: Allocates and launches.
+        mutates_args: The parameters, or fields, that it writes to: tensors, or lists of them.
     """
     if function is None:
         return partial(launcher, mutates_args=mutates_args)
+    function = _with_fields(function)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         with nullcontext() if is_recording() else record():
@@ -115,3 +121,44 @@ def launcher(
     op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=mutates_args)
     op.register_fake(fake)
     return op
+
+
+def _with_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the fields of its dataclasses and named tuples as parameters, in their place."""
+    signature = inspect.signature(function)
+    kinds = [p.annotation for p in signature.parameters.values()]
+    if not any(map(_field_types, kinds)):
+        return function
+    flat_parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for parameter in signature.parameters.values()
+        for name, kind in _leaves(parameter.name, parameter.annotation)
+    ]
+    flat_signature = signature.replace(parameters=flat_parameters)
+
+    @wraps(function)
+    def flat(*args: Any, **kwargs: Any) -> Any:
+        values = iter(flat_signature.bind(*args, **kwargs).args)
+        return function(*(_build(kind, values) for kind in kinds))
+
+    flat.__signature__ = flat_signature  # type: ignore[attr-defined]
+    return flat
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass or a named tuple and their types; none of anything else."""
+    return get_type_hints(kind) if is_dataclass(kind) or hasattr(kind, "_fields") else {}
+
+
+def _leaves(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
+    """(name, type) of what a value of this type is made of, down to tensors, numbers, strings and lists."""
+    if not (fields := _field_types(kind)):
+        yield name, kind
+    for field_name, field_kind in fields.items():
+        yield from _leaves(field_name, field_kind)
+
+
+def _build(kind: Any, values: Iterator[Any]) -> Any:
+    """A value of this type, made of its leaves, in order."""
+    fields = _field_types(kind)
+    return kind(*(_build(field_kind, values) for field_kind in fields.values())) if fields else next(values)

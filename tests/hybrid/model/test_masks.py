@@ -10,8 +10,8 @@ import trm_kernels.recursion.injection
 from hybrid.model import masks
 from hybrid.model.cache import make_room
 from tests.support.tiny import FAMILIES, LAYERS, tiny_base, tiny_hybrid, tokens
-from trm_kernels.ops.attention import decode_attention, rope_attention
-from trm_kernels.ops.attention.rope_attention import visibility
+from trm_kernels.ops.attention import decode_attention, launchers
+from trm_kernels.ops.attention.reference import visibility
 from trm_kernels.runtime.backend import backend, interpreting
 
 pytestmark = pytest.mark.kernels
@@ -264,7 +264,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
     hybrid, ids = tiny_hybrid(**BRIEF).to(DEVICE), tokens(length=7).to(DEVICE)
     real = slice(None) if mask is None else mask.bool()
     launched = []
-    for module in (decode_attention, rope_attention):
+    for module in (decode_attention, launchers):
         launch = module.launch
 
         def count(kernel, *args, launch=launch, **meta):
@@ -290,7 +290,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
     with backend("triton"):
         got = run()
     evaluations = hybrid.llm_model.model.layers[1].trm.recursion.evaluations() * 2
-    assert launched.count("_rope_attention_fwd_kernel") == evaluations
+    assert launched.count("rope_attention_fwd_kernel") == evaluations
     assert launched.count("_decode_attention_fwd_kernel") == 3 * evaluations
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -67,9 +67,9 @@ BUGS = [
     ("rope_attention-padded", "rope_attention.bwd_dkv", "tl.maximum(0, start_n - query_offset)", "BLOCK_M"),
     ("rope_attention-tile", "rope_attention.bwd_tile", "dp - delta[:, None]", "dp"),
     ("rope_attention-tile", "rope_attention.bwd_tile", "tl.trans(p.to(do.dtype))", "p.to(do.dtype)"),
-    ("rope_attention", "rope_attention._store_turned_back", "-sin", "sin"),
-    ("rope_attention", "rope_attention._load_turned", "cos, sin)", "cos, -sin)"),
-    ("rope_attention-padded", "rope_attention._only_visible", "key <= query", "key < query"),
+    ("rope_attention", "kernels._store_turned_back", "-sin", "sin"),
+    ("rope_attention", "kernels._load_turned", "cos, sin)", "cos, -sin)"),
+    ("rope_attention-padded", "kernels._only_visible", "key <= query", "key < query"),
     ("decode_attention", "decode_attention.fwd", "chunk * BLOCK_H", "0"),
     ("decode_attention", "decode_attention.softmax_step", "total * shrink", "total"),
     ("decode_attention", "decode_attention.fwd", "highest + tl.log2(total)", "tl.log2(total)"),
@@ -98,9 +98,10 @@ BUGS = [
 @pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
 def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):
     file, part = place.rsplit(".", 1)
-    (found,) = (ROOT / "trm_kernels").rglob(f"{file.replace('.', '/')}.py")
+    path = "attention/launchers" if file == "rope_attention" else file.replace(".", "/")
+    (found,) = (ROOT / "trm_kernels").rglob(f"{path}.py")
     op_file = importlib.import_module(".".join(found.relative_to(ROOT).with_suffix("").parts))
-    kernel = part if hasattr(op_file, part) else f"_{file}_{part}_kernel"
+    kernel = next(k for k in (part, f"_{file}_{part}_kernel", f"{file}_{part}_kernel") if hasattr(op_file, k))
     function = getattr(op_file, kernel).fn
     source, home = inspect.getsource(function), sys.modules[function.__module__]
     assert right in source

@@ -117,7 +117,7 @@ def _rope_fwd_kernel(
 
 
 @launcher
-def _rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+def rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
     B, T, N, K = u.shape
     row = tuning.lookup("rope", arch_of(u), triton.next_power_of_2(int(K)))
     y = u.new_empty(B, T, N, K)
@@ -149,11 +149,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rope_fwd(u, cos, sin, False)
+        return rope_fwd(u, cos, sin, False)
 
     @staticmethod
     def backward(ctx, dy):
-        return _rope_fwd(rows(dy), *ctx.saved_tensors, True), None, None
+        return rope_fwd(rows(dy), *ctx.saved_tensors, True), None, None
 
 
 def rows(t: Tensor) -> Tensor:
