@@ -32,10 +32,11 @@ from trm_kernels.export.check import Compiled, compile_for
 from trm_kernels.modules.trm import check_sizes, default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
-from trm_kernels.ops.linear_residual import _fill_linear
-from trm_kernels.recursion.custom_op import Call, fused_recursion_with_cache
+from trm_kernels.ops.linear_residual import fill_linear
+from trm_kernels.recursion.custom_op import fused_recursion_with_cache
+from trm_kernels.recursion.fused_layer import Setting
 from trm_kernels.recursion.fused_recursion import recursion_forward
-from trm_kernels.recursion.recursion import evaluations
+from trm_kernels.recursion.spec import RecursionSpec, evaluations
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.gemm_common import rows_of
@@ -255,7 +256,7 @@ class _WithoutLibraries(TorchDispatchMode):
         if name == "mm":
             v, w = args
             out = kwargs["out"] if "out" in kwargs else v.new_empty(v.shape[0], w.shape[1])
-            _fill_linear(out, v, w.t())
+            fill_linear(out, v, w.t())
             return out
         if name == "copy_":
             self.launches.append(Copy(args[0], args[1]))
@@ -304,16 +305,23 @@ def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recordi
             qkv, None, H, G, None, True, None, update_cache, angles=angles, implementation="triton"
         )
 
-    is_token_mixer = [False] * v.num_layers
-    loop = v.num_recursion_steps, v.num_cycles, 0, "all"
-    settings = Call(is_token_mixer, H, G, v.causal, 0, v.eps, "fused", *loop)
+    spec = RecursionSpec(
+        H,
+        G,
+        v.num_recursion_steps,
+        v.num_cycles,
+        grad_cycles=0,
+        causal=v.causal,
+        eps=v.eps,
+        save="all",
+        candidate="fused",
+    )
     with torch.no_grad(), record(arch) as launches, _WithoutLibraries(launches):
         if call in CACHE_CALLS:
-            out = fused_recursion_with_cache(x, y, z, weights, settings, attend)
+            out = fused_recursion_with_cache(x, y, z, weights, spec, attend)
         else:
-            setting = settings.setting(x, cos, sin, None)
-            rows = rows_of(x), rows_of(y), rows_of(z)
-            out = recursion_forward(*rows, weights, setting, settings.loop)[:2]
+            setting = Setting(B, T, spec, cos, sin, None)
+            out = recursion_forward(rows_of(x), rows_of(y), rows_of(z), weights, setting)[:2]
     owned += [(Buffer("y_out"), out[0]), (Buffer("z_out"), out[1])]
     return Recording(tuple(launches), tuple(owned))
 

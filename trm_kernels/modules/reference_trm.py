@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels.modules.reference_trial import what_differs
-from trm_kernels.recursion.recursion import AttentionWeights, LayerWeights, SwiGLUWeights, trm_recursion
+from trm_kernels.recursion.recursion import trm_recursion
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 
 _EXPECTED = ("L_level", "_input_embeddings", "lm_head", "q_head", "puzzle_emb_len", "config")
 _CONFIG = ("H_cycles", "L_cycles", "rms_norm_eps", "rope_theta", "seq_len", "hidden_size")

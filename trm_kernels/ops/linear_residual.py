@@ -235,7 +235,7 @@ def _residual_candidate(v: Tensor, w: Tensor, candidate: str | None) -> str:
     return tuning.choose("linear_residual", arch_of(v), *sizes, candidate)
 
 
-def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
+def count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
     """Sums of squares a row."""
     if _residual_candidate(v, w, candidate) == "mm":
         return 1
@@ -243,7 +243,7 @@ def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
     return int(triton.cdiv(w.shape[0], gemm.BLOCK_N))
 
 
-def _fill_linear_residual(
+def fill_linear_residual(
     h: Tensor,
     squares: Tensor | None,
     v: Tensor,
@@ -252,7 +252,7 @@ def _fill_linear_residual(
     row_scale: Tensor | None,
     candidate: str | None,
 ) -> None:
-    """h [M, N] and, where they are wanted, squares [M, _count_tiles]."""
+    """h [M, N] and, where they are wanted, squares [M, count_tiles]."""
     M, K = v.shape
     N = w.shape[0]
     arch = arch_of(v)
@@ -273,10 +273,10 @@ def _fill_linear_residual(
             **tile.meta,
         )
         return
-    _fill_linear(h, v, w, r, row_scale, squares)
+    fill_linear(h, v, w, r, row_scale, squares)
 
 
-def _fill_linear(
+def fill_linear(
     h: Tensor,
     v: Tensor,
     w: Tensor,
@@ -315,8 +315,8 @@ def _linear_residual_fwd(
     v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
     h = v.new_empty(v.shape[0], w.shape[0])
-    squares = v.new_empty(v.shape[0], _count_tiles(v, w, candidate), dtype=torch.float32)
-    _fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
+    squares = v.new_empty(v.shape[0], count_tiles(v, w, candidate), dtype=torch.float32)
+    fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
     return h, squares
 
 

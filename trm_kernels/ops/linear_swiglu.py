@@ -47,7 +47,7 @@ def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = Non
 
 
 @triton.jit
-def _rstd_of_tiles(
+def rstd_of_tiles(
     squares_ptr, stride_squaresm, offs_m, in_m, D, eps, TILES: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """[BLOCK_M]: rstd of rows of D elements, from the sums of squares of their tiles [M, TILES]."""
@@ -148,7 +148,7 @@ def _linear_swiglu_fwd_kernel(
         tl.store(gu_ptrs + N, u.to(gu_ptr.dtype.element_ty), mask=mask)
     if row_scale_ptr is not None:
         if squares_ptr is not None:
-            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            row_scale = rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
             tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tile_n == 0))
         else:
             row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
@@ -187,7 +187,7 @@ def _linear_swiglu_act_kernel(
     u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
     if row_scale_ptr is not None:
         if squares_ptr is not None:
-            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            row_scale = rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
             tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tl.program_id(1) == 0))
         else:
             row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
@@ -198,7 +198,7 @@ def _linear_swiglu_act_kernel(
 
 
 @triton.jit
-def _swiglu_gradient(da, g, u):
+def swiglu_gradient(da, g, u):
     """a, dg and du of a = silu(g) * u, in float32."""
     sigmoid = tl.sigmoid(g)
     silu = g * sigmoid
@@ -239,12 +239,12 @@ def _linear_swiglu_bwd_kernel(
         g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
-            a, dg, du = _swiglu_gradient(da, g * row_scale, u * row_scale)
+            a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
             drow_scale += tl.sum(dg * g + du * u, axis=1)
             dg *= row_scale
             du *= row_scale
         else:
-            a, dg, du = _swiglu_gradient(da, g, u)
+            a, dg, du = swiglu_gradient(da, g, u)
 
         tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
         tl.store(dgu_ptrs + N, du.to(dgu_ptr.dtype.element_ty), mask=mask)
@@ -255,13 +255,13 @@ def _linear_swiglu_bwd_kernel(
         tl.store(drow_scale_ptr + offs_m, drow_scale, mask=in_m)
 
 
-def _swiglu_candidate(v: Tensor, gate_up: Tensor, candidate: str | None) -> str:
+def swiglu_candidate(v: Tensor, gate_up: Tensor, candidate: str | None) -> str:
     """Which of the two computes a: the one asked for, or the table's."""
     sizes = v.element_size(), v.shape[1], are_aligned(v, gate_up)
     return tuning.choose("linear_swiglu", arch_of(v), *sizes, candidate)
 
 
-def _fill_linear_swiglu(
+def fill_linear_swiglu(
     a: Tensor,
     gu: Tensor | None,
     v: Tensor,
@@ -281,7 +281,7 @@ def _fill_linear_swiglu(
     tiles = 1 if squares is None else int(squares.shape[1])
     of_norm = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
     stride_squaresm = 0 if squares is None else squares.stride(0)
-    if _swiglu_candidate(v, gate_up, candidate) == "mm":
+    if swiglu_candidate(v, gate_up, candidate) == "mm":
         assert gu is not None, "torch.mm leaves its products in memory"
         torch.mm(v, gate_up.t(), out=gu)
         tile = tuning.tile("linear_swiglu", arch)
@@ -329,19 +329,19 @@ def _fill_linear_swiglu(
 
 
 @launcher
-def _linear_swiglu_fwd(
+def linear_swiglu_fwd(
     v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
     M, N = v.shape[0], gate_up.shape[0] // 2
     a = v.new_empty(M, N)
-    wants_gu = save_gu or _swiglu_candidate(v, gate_up, candidate) == "mm"
+    wants_gu = save_gu or swiglu_candidate(v, gate_up, candidate) == "mm"
     gu = v.new_empty(M, 2 * N) if wants_gu else None
-    _fill_linear_swiglu(a, gu, v, gate_up, row_scale, candidate)
+    fill_linear_swiglu(a, gu, v, gate_up, row_scale, candidate)
     return a, gu if gu is not None and save_gu else v.new_empty(0, 2 * N)
 
 
 @launcher
-def _linear_swiglu_bwd(
+def linear_swiglu_bwd(
     da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, N = da.shape
@@ -372,7 +372,7 @@ def _linear_swiglu_bwd(
 class _LinearSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, gate_up, row_scale, save_gu, candidate):
-        a, gu = _linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
+        a, gu = linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
         ctx.save_for_backward(v, gate_up, row_scale, gu if save_gu else None)
         return a
 
@@ -381,7 +381,7 @@ class _LinearSwiGLU(torch.autograd.Function):
         v, gate_up, row_scale, gu = ctx.saved_tensors
         if gu is None:
             gu = torch.mm(v, gate_up.t())
-        dgu, _, drow_scale = _linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
+        dgu, _, drow_scale = linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
         needs_v, needs_gate_up, needs_scale, *_ = ctx.needs_input_grad
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None

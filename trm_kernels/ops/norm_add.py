@@ -104,7 +104,7 @@ def _norm_add_bwd_kernel(
     )
 
 
-def _fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed: bool = False) -> None:
+def fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed: bool = False) -> None:
     """y = rms(h) + r, all [M, D]; or h + r, where h is normed already."""
     M, D = y.shape[0], int(y.shape[1])
     BLOCK_D = triton.next_power_of_2(D)
@@ -129,7 +129,7 @@ def _fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed
     )
 
 
-def _fill_norm_add_bwd(
+def fill_norm_add_bwd(
     dh: Tensor,
     dy: Tensor,
     h: Tensor,
@@ -173,14 +173,14 @@ def _fill_norm_add_bwd(
 @launcher
 def _norm_add_fwd(h: Tensor, r: Tensor | None, eps: float) -> Tensor:
     y = h.new_empty(h.shape)
-    _fill_norm_add(y, h, r, eps)
+    fill_norm_add(y, h, r, eps)
     return y
 
 
 @launcher
 def _norm_add_bwd(dy: Tensor, h: Tensor, eps: float) -> Tensor:
     dh = h.new_empty(h.shape)
-    _fill_norm_add_bwd(dh, dy, h, eps)
+    fill_norm_add_bwd(dh, dy, h, eps)
     return dh
 
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels.ops.linear_swiglu import (
-    _linear_swiglu_bwd,
-    _linear_swiglu_fwd,
-    _swiglu_gradient,
+    linear_swiglu_bwd,
+    linear_swiglu_fwd,
     linear_swiglu_ref,
+    swiglu_gradient,
 )
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.autocast import as_autocast
@@ -94,13 +94,13 @@ def _swiglu_mlp_bwd_kernel(
     u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        a, dg, du = _swiglu_gradient(da, g * row_scale, u * row_scale)
+        a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
         drow_scale = tl.sum(dg * g + du * u, axis=1)
         tl.store(drow_scale_ptr + offs_m * stride_drow_scalem + tile_n, drow_scale, mask=in_m)
         dg *= row_scale
         du *= row_scale
     else:
-        a, dg, du = _swiglu_gradient(da, g, u)
+        a, dg, du = swiglu_gradient(da, g, u)
 
     dgu_ptrs = dgu_ptr + offs_m[:, None] * stride_dgum + offs_n[None, :]
     tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
@@ -109,7 +109,7 @@ def _swiglu_mlp_bwd_kernel(
 
 
 @launcher
-def _swiglu_mlp_bwd(
+def swiglu_mlp_bwd(
     do: Tensor, down: Tensor, gu: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, K = do.shape
@@ -117,7 +117,7 @@ def _swiglu_mlp_bwd(
     arch = arch_of(do)
     is_aligned = are_aligned(do, down)
     if tuning.choose("swiglu_mlp", arch, do.element_size(), K, is_aligned, candidate) == "mm":
-        return _linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True)
+        return linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True)
     gemm = tuning.gemm("swiglu_mlp", arch, do.element_size(), is_aligned)
     dgu = torch.empty_like(gu)
     a = do.new_empty(M, N)
@@ -152,7 +152,7 @@ def _swiglu_mlp_bwd(
 class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, gate_up, down, row_scale, save_gu, candidate):
-        a, gu = _linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
+        a, gu = linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
         ctx.save_for_backward(v, gate_up, down, row_scale, gu if save_gu else None)
         ctx.candidate = candidate
         return torch.mm(a, down.t())
@@ -163,7 +163,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         if gu is None:
             gu = torch.mm(v, gate_up.t())
         do = rows_of(do)
-        dgu, a, drow_scale = _swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate)
+        dgu, a, drow_scale = swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate)
         needs_v, needs_gate_up, needs_down, needs_scale, *_ = ctx.needs_input_grad
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None

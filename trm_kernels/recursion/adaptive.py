@@ -37,11 +37,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.attention.reference import UpdateCache
 from trm_kernels.ops.attention.rope import Angles
-from trm_kernels.ops.attention.rope_attention import rope_attention
-from trm_kernels.recursion.recursion import EvaluationCache, _angles, _layer, evaluations
-from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, in_dtype
+from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache
+from trm_kernels.recursion.recursion import apply_layer, attend_to, rope_table
+from trm_kernels.recursion.spec import RecursionSpec, evaluations
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, flat_weights, in_dtype
 from trm_kernels.runtime.autocast import as_autocast
 from trm_kernels.runtime.gemm_common import wants_gradient
 from trm_kernels.runtime.precision import wide
@@ -111,6 +111,19 @@ def adaptive_evaluations(
     return evaluations(num_layers, num_recursion_steps, num_cycles)
 
 
+class Waiting(NamedTuple):
+    """What a halting rule reads besides the state.
+
+    Attributes:
+        is_token: [B, T] bool, False for padding, which nobody waits for; None: all are tokens.
+        steps_before: [num_cycles, B, S], the `steps` of the tokens in the cache, in any dtype, 0 in empty
+            slots. A rule with in_order needs them.
+    """
+
+    is_token: Tensor | None = None
+    steps_before: Tensor | None = None
+
+
 def adaptive_recursion(
     x: Tensor,
     y: Tensor,
@@ -129,30 +142,93 @@ def adaptive_recursion(
     eps: float = 1e-5,
     update_cache: EvaluationCache | None = None,
     key_mask: Tensor | None = None,
-    query_offset: int | None = None,
     attention: str = "auto",
     angles: Angles | None = None,
     is_token: Tensor | None = None,
     steps_before: Tensor | None = None,
 ) -> Adapted:
-    """See the top of this file; arguments that are not here are trm_recursion's.
+    """Runs the recursion until every token has stopped. Formula, dtypes and source: the top of this file.
 
-    halting               when a token stops
-    num_recursion_steps   n: a token that has not stopped by then stops
-    update_cache          keeps keys and values of adaptive_evaluations(...) evaluations of a layer, cycle by
-                          cycle and step by step; in a step z's come before the answer's
-    is_token              [B, T] bool, False for padding, which nobody waits for; None: all are
-    steps_before          [num_cycles, B, S], the `steps` of the tokens in the cache, in any dtype, 0 in slots
-                          that are empty; in_order needs them
+    Arguments that are not here are trm_recursion's.
+
+    Args:
+        x: [B, T, D].
+        y: [B, T, D].
+        z: [B, T, D].
+        weights: The layers' matrices, with attention.
+        halting: When a token stops.
+        num_recursion_steps: n: a token that has not stopped by then stops.
+        update_cache: Keeps keys and values of adaptive_evaluations(...) evaluations of a layer, cycle by
+            cycle and step by step; in a step z's come before the answer's.
+        is_token: [B, T] bool, False for padding, which nobody waits for; None: all are tokens.
+        steps_before: [num_cycles, B, S], the `steps` of the tokens in the cache, in any dtype, 0 in empty
+            slots. A rule with in_order needs them.
+
+    Raises:
+        ValueError: For counts below one, mlp_t, or shapes that disagree.
+        RuntimeError: For a call with gradient or under torch.compile.
     """
-    check_count("adaptive_recursion", "num_recursion_steps", num_recursion_steps)
-    check_count("adaptive_recursion", "num_cycles", num_cycles)
+    spec = RecursionSpec(
+        num_heads,
+        num_key_value_heads or num_heads,
+        num_recursion_steps,
+        num_cycles,
+        None,
+        causal,
+        rope_theta,
+        eps,
+        attention,
+    )
+    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
+    return run_adaptive(x, y, z, weights, spec, inputs, halting, Waiting(is_token, steps_before))
+
+
+def run_adaptive(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    spec: RecursionSpec,
+    inputs: AttentionInputs,
+    halting: Halting,
+    waiting: Waiting,
+) -> Adapted:
+    """adaptive_recursion with its settings and attention inputs as one value each."""
+    _check(x, y, z, weights, spec, waiting.is_token)
+    (B, T, D), num_cycles = x.shape, spec.num_cycles
+    inputs = inputs._replace(angles=rope_table(x, weights, spec, inputs))
+    x, y, z = as_autocast(x, y, z)
+    block = _Block(in_dtype(weights, x.dtype), spec, inputs, x)
+    x, y, z = (t.reshape(B * T, D) for t in (x, y, z))
+    is_token = (
+        x.new_ones(B * T, dtype=torch.bool) if waiting.is_token is None else waiting.is_token.reshape(-1)
+    )
+
+    steps = torch.zeros(num_cycles, B * T, dtype=torch.int64, device=x.device)
+    for cycle in range(num_cycles):
+        before = None if waiting.steps_before is None else waiting.steps_before[cycle]
+        order = Order(B, T, spec.causal, inputs.mask, before) if halting.in_order else None
+        y, z = _cycle(x, y, z, block, halting, is_token, steps[cycle], order)
+    y, z = (t.view(B, T, D) for t in (y, z))
+    return Adapted(y, z, steps.view(num_cycles, B, T), block.computed.view(B, T))
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    spec: RecursionSpec,
+    is_token: Tensor | None,
+) -> None:
+    check_count("adaptive_recursion", "num_recursion_steps", spec.num_recursion_steps)
+    check_count("adaptive_recursion", "num_cycles", spec.num_cycles)
     if not (x.ndim == 3 and x.shape == y.shape == z.shape):
         got = ", ".join(str(tuple(t.shape)) for t in (x, y, z))
         raise ValueError(f"adaptive_recursion: expected x, y and z of one shape [B, T, D], got {got}.")
     if not weights or not all(isinstance(w.mixer, AttentionWeights) for w in weights):
         raise ValueError("adaptive_recursion: expected layers with attention, got none or mlp_t.")
-    B, T, D = x.shape
+    B, T, _ = x.shape
     if is_token is not None and (is_token.shape != (B, T) or is_token.dtype != torch.bool):
         raise ValueError(
             f"adaptive_recursion: expected is_token {(B, T)} of bool, "
@@ -161,29 +237,13 @@ def adaptive_recursion(
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "adaptive_recursion: expected no torch.compile (for generate() disable_compile=True), got one: a "
-            "graph cannot ask after every step who goes on."
+            "graph cannot ask after every step which tokens go on."
         )
-    if wants_gradient(x, y, z, *(t for w in weights for part in w for t in part)):
+    if wants_gradient(x, y, z, *flat_weights(weights)):
         raise RuntimeError(
             "adaptive_recursion: expected a call without gradient (torch.no_grad()), got one with: tokens "
             "that stop are for inference."
         )
-    H, G = num_heads, num_key_value_heads or num_heads
-    angles = _angles(x, weights, H, positions, rope_theta, query_offset, angles)
-    attends = _Attention(H, G, mask, causal, key_mask, query_offset, angles, attention)
-    x, y, z = as_autocast(x, y, z)
-    weights = in_dtype(weights, x.dtype)
-    block = _Block(weights, eps, attends, update_cache, x)
-    x, y, z = (t.reshape(B * T, D) for t in (x, y, z))
-    is_token = x.new_ones(B * T, dtype=torch.bool) if is_token is None else is_token.reshape(-1)
-
-    steps = torch.zeros(num_cycles, B * T, dtype=torch.int64, device=x.device)
-    for cycle in range(num_cycles):
-        before = None if steps_before is None else steps_before[cycle]
-        order = Order(B, T, causal, mask, before) if halting.in_order else None
-        y, z = _cycle(x, y, z, block, halting, num_recursion_steps, is_token, steps[cycle], order)
-    y, z = (t.view(B, T, D) for t in (y, z))
-    return Adapted(y, z, steps.view(num_cycles, B, T), block.computed.view(B, T))
 
 
 def _cycle(
@@ -192,23 +252,22 @@ def _cycle(
     z: Tensor,
     block: "_Block",
     halting: Halting,
-    num_recursion_steps: int,
     is_token: Tensor,
     steps: Tensor,
     order: "Order | None",
 ) -> tuple[Tensor, Tensor]:
     """(y, z) after one cycle, all [B T, D]; counts in `steps` [B T]."""
-    y_and_x, watches_z = y + x, halting.watch == "latent"
+    y_and_x, watches_z, n = y + x, halting.watch == "latent", block.spec.num_recursion_steps
     answer: Tensor | None = None
     quiet = torch.zeros_like(steps)  # steps in a row without a change
     block.go_on(None)
-    for step in range(1, num_recursion_steps + 1):
+    for step in range(1, n + 1):
         going, before = block.going, z if watches_z else answer
         z = _replaced(z, going, block.f("z", _of(z, going) + _of(y_and_x, going)))
         if not watches_z:
             answer = _replaced(answer, going, block.f("answer", _of(y, going) + _of(z, going)))
         steps += 1 if going is None else torch.zeros_like(steps).index_fill_(0, going, 1)
-        if step == num_recursion_steps:
+        if step == n:
             break
         goes_on = is_token & (steps == step)
         after = z if watches_z else answer
@@ -220,7 +279,7 @@ def _cycle(
             goes_on = order.keep_waiting(goes_on, step) & is_token
         if not block.go_on(goes_on):
             break
-    block.repeat_keys(num_recursion_steps - step, *(("z",) if watches_z else ("z", "answer")))
+    block.repeat_keys(n - step, *(("z",) if watches_z else ("z", "answer")))
     if answer is None:
         block.go_on(None)
         answer = block.f("answer", y + z)
@@ -280,48 +339,18 @@ def _replaced(rows: Tensor | None, which: Tensor | None, new: Tensor) -> Tensor:
     return rows.index_copy(0, which, new)
 
 
-class _Attention(NamedTuple):
-    """rope_attention over some of the sequences."""
+def _of_sequences(inputs: AttentionInputs, sequences: Tensor) -> AttentionInputs:
+    """The attention inputs of the sequences with these numbers."""
 
-    num_heads: int
-    num_key_value_heads: int
-    mask: Tensor | None
-    causal: bool
-    key_mask: Tensor | None
-    query_offset: int | None
-    angles: Angles | None
-    implementation: str
+    def pick(t: Tensor) -> Tensor:
+        return t[sequences] if t.shape[0] > 1 else t  # one row is all sequences'
 
-    def of(self, sequences: Tensor | None) -> "_Attention":
-        """That of the sequences with these numbers; None: all."""
-        if sequences is None:
-            return self
-
-        def pick(t: Tensor) -> Tensor:
-            return t[sequences] if t.shape[0] > 1 else t  # one row is all sequences'
-
-        is_each = self.mask is not None and self.mask.ndim == 4
-        return self._replace(
-            mask=pick(self.mask) if is_each else self.mask,  # type: ignore[arg-type]
-            key_mask=None if self.key_mask is None else self.key_mask[sequences],
-            angles=None if self.angles is None else Angles(*map(pick, self.angles)),
-        )
-
-    def __call__(self, qkv: Tensor, update_cache: UpdateCache) -> Tensor:
-        return rope_attention(
-            qkv,
-            None,
-            self.num_heads,
-            self.num_key_value_heads,
-            self.mask,
-            self.causal,
-            None,
-            update_cache,
-            key_mask=self.key_mask,
-            query_offset=self.query_offset,
-            angles=self.angles,
-            implementation=self.implementation,
-        )
+    has_rows = inputs.mask is not None and inputs.mask.ndim == 4
+    return inputs._replace(
+        mask=pick(inputs.mask) if has_rows else inputs.mask,  # type: ignore[arg-type]
+        key_mask=None if inputs.key_mask is None else inputs.key_mask[sequences],
+        angles=None if inputs.angles is None else Angles(*map(pick, inputs.angles)),
+    )
 
 
 class _Block:
@@ -334,16 +363,15 @@ class _Block:
     def __init__(
         self,
         weights: Sequence[LayerWeights],
-        eps: float,
-        attention: _Attention,
-        update_cache: EvaluationCache | None,
+        spec: RecursionSpec,
+        inputs: AttentionInputs,
         x: Tensor,
     ) -> None:
-        self.weights, self.eps, self.update_cache = weights, eps, update_cache
+        self.weights, self.spec, self.update_cache = weights, spec, inputs.update_cache
         self.B, self.T = x.shape[:2]
         self.computed = torch.zeros(self.B * self.T, dtype=torch.int64, device=x.device)
         self.going: Tensor | None = None
-        self._all, self._attention = attention, attention
+        self._all, self._inputs = inputs, inputs
         self._sequences: Tensor | None = None  # numbers of those in which a token goes on; None: all
         self._places: Tensor | None = None  # [M], of these tokens among the tokens of these sequences
         self._keeps: Tensor | None = None  # [sequences, 1, T, 1] bool: tokens whose keys stay as they are
@@ -353,7 +381,7 @@ class _Block:
     def go_on(self, which: Tensor | None) -> bool:
         """Choose the tokens [B T] bool that go on, or all; whether there are any. Waits for the device."""
         self.going = self._sequences = self._places = self._keeps = None
-        self._attention = self._all
+        self._inputs = self._all
         if which is None:
             return True
         going = which.nonzero()[:, 0]
@@ -368,7 +396,7 @@ class _Block:
         self._places = places[going // self.T] * self.T + going % self.T
         self._keeps = ~of_sequences[sequences][:, None, :, None]
         if len(sequences) < self.B:
-            self._sequences, self._attention = sequences, self._all.of(sequences)
+            self._sequences, self._inputs = sequences, _of_sequences(self._all, sequences)
         return True
 
     def f(self, kind: str, v: Tensor) -> Tensor:
@@ -378,7 +406,8 @@ class _Block:
         """
         v = v[None]
         for i, layer in enumerate(self.weights):
-            v = _layer(v, layer, partial(self._attend, (kind, i)), self._evaluation, self.eps)
+            attend = partial(self._attend, (kind, i))
+            v = apply_layer(v, layer, attend, self._evaluation, self.spec.eps)
             self._evaluation += 1
         if self.going is None:
             self.computed += 1
@@ -403,7 +432,7 @@ class _Block:
         else:  # queries that nobody asks for are zero
             rows = qkv.new_zeros(sequences * self.T, qkv.shape[2]).index_copy_(0, self._places, qkv[0])
         update = partial(self._update, slot, evaluation)
-        o = self._attention(rows.view(sequences, self.T, -1), update).flatten(0, 1)
+        o = attend_to(rows.view(sequences, self.T, -1), self.spec, self._inputs, update).flatten(0, 1)
         return (o if self._places is None else o[self._places])[None]
 
     def _update(self, slot: tuple[str, int], evaluation: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

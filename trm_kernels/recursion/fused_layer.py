@@ -25,10 +25,11 @@ from trm_kernels.ops.attention.launchers import (
     fill_rope_attention,
     rope_attention_gradients,
 )
-from trm_kernels.ops.linear_residual import _count_tiles, _fill_linear_residual
-from trm_kernels.ops.linear_swiglu import _fill_linear_swiglu, _swiglu_candidate
-from trm_kernels.ops.norm_add import _fill_norm_add, _fill_norm_add_bwd
-from trm_kernels.ops.swiglu_mlp import _swiglu_mlp_bwd
+from trm_kernels.ops.linear_residual import count_tiles, fill_linear_residual
+from trm_kernels.ops.linear_swiglu import fill_linear_swiglu, swiglu_candidate
+from trm_kernels.ops.norm_add import fill_norm_add, fill_norm_add_bwd
+from trm_kernels.ops.swiglu_mlp import swiglu_mlp_bwd
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.runtime.gemm_common import add_weight_gradient
 
@@ -38,20 +39,15 @@ class Setting(NamedTuple):
 
     B: int
     T: int
-    H: int
-    G: int
+    spec: RecursionSpec
     cos: Tensor | None  # [B or 1, T, K/2] float32
     sin: Tensor | None
-    key_mask: Tensor | None  # [B, T] uint8, 0 where no query may look
-    causal: bool
-    query_offset: int
-    eps: float
-    candidate: str | None  # see products.runs_candidate
+    key_mask: Tensor | None  # [B, T] uint8, 0 for keys that no query attends to
 
     @property
     def attention(self) -> AttentionContext:
         """What the attention's kernels read besides q, k and v."""
-        return AttentionContext(self.cos, self.sin, self.key_mask, self.causal, self.query_offset)
+        return AttentionContext(self.cos, self.sin, self.key_mask, self.spec.causal, 0)
 
 
 class AttentionInner(NamedTuple):
@@ -101,7 +97,7 @@ def empty_inner(v: Tensor, w: LayerWeights, s: Setting, is_kept: bool) -> Inner:
     return AttentionInner(
         qkv=v.new_empty(M, w.mixer.qkv_proj.shape[0]),
         o=v.new_empty(M, w.mixer.o_proj.shape[1]),
-        lse=v.new_empty(s.B, s.H, s.T, dtype=torch.float32),
+        lse=v.new_empty(s.B, s.spec.num_heads, s.T, dtype=torch.float32),
         h=v.new_empty(M, D),
         rstd=v.new_empty(M, dtype=torch.float32),
         gu=gu,
@@ -114,12 +110,12 @@ def empty_scratch(v: Tensor, w: LayerWeights, s: Setting) -> Scratch:
     a = v.new_empty(M, w.mlp.down_proj.shape[1])
     if isinstance(w.mixer, SwiGLUWeights):
         return Scratch(a, None, v.new_empty(s.B * D, w.mixer.down_proj.shape[1]))
-    tiles = _count_tiles(v.new_empty(M, w.mixer.o_proj.shape[1]), w.mixer.o_proj, s.candidate)
+    tiles = count_tiles(v.new_empty(M, w.mixer.o_proj.shape[1]), w.mixer.o_proj, s.spec.candidate)
     return Scratch(a, v.new_empty(M, tiles, dtype=torch.float32), None)
 
 
 def _empty_gu(v: Tensor, w: SwiGLUWeights, s: Setting, is_kept: bool) -> Tensor | None:
-    if is_kept or _swiglu_candidate(v, w.gate_up_proj, s.candidate) == "mm":
+    if is_kept or swiglu_candidate(v, w.gate_up_proj, s.spec.candidate) == "mm":
         return v.new_empty(v.shape[0], w.gate_up_proj.shape[0])
     return None
 
@@ -134,7 +130,7 @@ def layer_forward(
     attend: Attend | None = None,
 ) -> None:
     """Fills inner and, where it is wanted, h2 [M, D] from v [M, D]."""
-    rstd = squares = None
+    rstd, squares, candidate = None, None, s.spec.candidate
     if isinstance(inner, AttentionInner):
         assert isinstance(w.mixer, AttentionWeights)
         _attention_forward(v, w.mixer, inner, scratch, s, attend)
@@ -142,12 +138,12 @@ def layer_forward(
     else:
         assert isinstance(w.mixer, SwiGLUWeights) and scratch.tokens_a is not None
         rows = _tokens_last(v, s)
-        _fill_linear_swiglu(scratch.tokens_a, inner.tokens_gu, rows, w.mixer.gate_up_proj, None, s.candidate)
-        _fill_linear_residual(inner.h, None, scratch.tokens_a, w.mixer.down_proj, rows, None, s.candidate)
+        fill_linear_swiglu(scratch.tokens_a, inner.tokens_gu, rows, w.mixer.gate_up_proj, None, candidate)
+        fill_linear_residual(inner.h, None, scratch.tokens_a, w.mixer.down_proj, rows, None, candidate)
         r = _normed_over_tokens(inner.h, s)
-    _fill_linear_swiglu(scratch.a, inner.gu, r, w.mlp.gate_up_proj, rstd, s.candidate, squares, s.eps)
+    fill_linear_swiglu(scratch.a, inner.gu, r, w.mlp.gate_up_proj, rstd, candidate, squares, s.spec.eps)
     if h2 is not None:
-        _fill_linear_residual(h2, None, scratch.a, w.mlp.down_proj, r, rstd, s.candidate)
+        fill_linear_residual(h2, None, scratch.a, w.mlp.down_proj, r, rstd, candidate)
 
 
 def _attention_forward(
@@ -164,9 +160,10 @@ def _attention_forward(
         o = attend(qkv.view(s.B, s.T, -1)).reshape(o.shape)
     else:
         torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
-        q, k, value = _heads(inner.qkv, s).split((s.H, s.G, s.G), dim=2)
+        H, G = s.spec.num_heads, s.spec.num_key_value_heads
+        q, k, value = _heads(inner.qkv, s).split((H, G, G), dim=2)
         fill_rope_attention(o.view(s.B, s.T, -1), inner.lse, q, k, value, s.attention)
-    _fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.candidate)
+    fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.spec.candidate)
 
 
 def layer_backward(
@@ -179,12 +176,12 @@ def layer_backward(
         assert isinstance(w.mixer, AttentionWeights)
         scaled_dr = _mlp_backward(dh2, inner.h, inner.rstd, inner.gu, w.mlp, dmlp, s)
         dh = torch.empty_like(inner.h)
-        _fill_norm_add_bwd(dh, dh2, inner.h, s.eps, scaled_dy=scaled_dr)
+        fill_norm_add_bwd(dh, dh2, inner.h, s.spec.eps, scaled_dy=scaled_dr)
         return _attention_backward(dh, v, w.mixer, inner, dmixer, s)
     assert isinstance(w.mixer, SwiGLUWeights) and inner.tokens_gu is not None
     dr = _mlp_backward(dh2, _normed_over_tokens(inner.h, s), None, inner.gu, w.mlp, dmlp, s)
     dh = torch.empty_like(inner.h)
-    _fill_norm_add_bwd(dh, _tokens_last(dr, s), inner.h, s.eps)
+    fill_norm_add_bwd(dh, _tokens_last(dr, s), inner.h, s.spec.eps)
     dv = _mlp_backward(dh, _tokens_last(v, s), None, inner.tokens_gu, w.mixer, dmixer, s)
     return _tokens_first(dv, s)
 
@@ -201,7 +198,7 @@ def _attention_backward(
     (dqkv,) = rope_attention_gradients(
         torch.mm(dh, w.o_proj).view(s.B, s.T, -1),
         (_heads(inner.qkv, s),),
-        (s.H, s.G),
+        (s.spec.num_heads, s.spec.num_key_value_heads),
         s.attention,
         inner.o.view(s.B, s.T, -1),
         inner.lse,
@@ -218,7 +215,7 @@ def _mlp_backward(
     do: Tensor, r: Tensor, rstd: Tensor | None, gu: Tensor, w: SwiGLUWeights, dw: Dw, s: Setting
 ) -> Tensor:
     """The gradient of r in r + mlp(r); with rstd, rstd times that of n = rstd r in mlp(n)."""
-    dgu, a, _ = _swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.candidate)
+    dgu, a, _ = swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.spec.candidate)
     if dw is not None:
         dgate_up_proj, ddown_proj = dw
         add_weight_gradient(ddown_proj, do, a)
@@ -227,7 +224,7 @@ def _mlp_backward(
 
 
 def _heads(qkv: Tensor, s: Setting) -> Tensor:
-    return qkv.view(s.B, s.T, s.H + 2 * s.G, -1)
+    return qkv.view(s.B, s.T, s.spec.num_heads + 2 * s.spec.num_key_value_heads, -1)
 
 
 def _tokens_last(rows: Tensor, s: Setting) -> Tensor:
@@ -243,5 +240,5 @@ def _tokens_first(rows: Tensor, s: Setting) -> Tensor:
 def _normed_over_tokens(h: Tensor, s: Setting) -> Tensor:
     """rms(h) of h [B D, T], as [B T, D]."""
     y = torch.empty_like(h)
-    _fill_norm_add(y, h, None, s.eps)
+    fill_norm_add(y, h, None, s.spec.eps)
     return _tokens_first(y, s)

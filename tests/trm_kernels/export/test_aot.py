@@ -19,7 +19,7 @@ from trm_kernels.recursion.recursion import trm_recursion
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.runtime.launch import Launch, record
-from trm_kernels.testing.cases import CASES, _by_names
+from trm_kernels.testing.cases import CASES, layer_of
 
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -239,7 +239,7 @@ def test_one_launch_with_weights_in_fp8(arch):
     """No case of CASES: an A100 has no such type."""
 
     def recursion(*tensors):
-        weights, scales = (_by_names(tensors[i : i + 4]) for i in (1, 5))
+        weights, scales = (layer_of(tensors[i : i + 4]) for i in (1, 5))
         sizes = {"num_heads": 16, "num_recursion_steps": 1, "causal": True}
         x = tensors[0]
         return trm_recursion(x, x, x, [weights], scales=[scales], regime="one_launch", **sizes)

@@ -32,7 +32,7 @@ BUGS = [
     ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale[:, None]", "pass"),
     ("linear_swiglu-mm", "linear_swiglu.act", "tl.sigmoid(g)", "tl.sigmoid(u)"),
     ("linear_swiglu-mm", "linear_swiglu.bwd", "drow_scale += ", "drow_scale = "),
-    ("linear_swiglu", "linear_swiglu.bwd", "_swiglu_gradient(da, g, u)", "_swiglu_gradient(da, u, g)"),
+    ("linear_swiglu", "linear_swiglu.bwd", "swiglu_gradient(da, g, u)", "swiglu_gradient(da, u, g)"),
     ("swiglu_mlp", "swiglu_mlp.bwd", "BLOCK_K * stride_downk", "BLOCK_K"),
     ("swiglu_mlp", "swiglu_mlp.bwd", "a.to(", "da.to("),
     ("swiglu_mlp-scaled", "swiglu_mlp.bwd", "dg * g + du * u", "dg * g"),

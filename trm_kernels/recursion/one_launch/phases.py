@@ -24,7 +24,7 @@ Rows are [M, D] with M = B T. The states lie in one tensor h [4, M, D], squares 
 from trm_kernels.ops.attention.decode_attention import merge_parts, softmax_step
 from trm_kernels.ops.attention.rope import turn
 from trm_kernels.ops.linear_residual import rows_by_weight
-from trm_kernels.ops.linear_swiglu import _rstd_of_tiles, rows_by_two_weights
+from trm_kernels.ops.linear_swiglu import rows_by_two_weights, rstd_of_tiles
 from trm_kernels.runtime.gemm_common import as_wide_as
 from trm_kernels.runtime.optional_triton import tl, triton
 
@@ -37,10 +37,10 @@ STATE_X = tl.constexpr(
 
 
 @triton.jit
-def _rstd(
+def rstd_of(
     squares_ptr, state, M, offs_m, in_m, eps, D: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    return _rstd_of_tiles(squares_ptr + state * M * TILES, TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
+    return rstd_of_tiles(squares_ptr + state * M * TILES, TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
 
 
 @triton.jit
@@ -56,11 +56,11 @@ def _rstds_at_start(
     BLOCK_T: tl.constexpr,
 ):
     """By what rows of z, y and x are multiplied in _sum_at_start; of an x that is not normed, 1."""
-    rstd_z = _rstd(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-    rstd_y = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_z = rstd_of(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_y = rstd_of(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
     rstd_x = tl.full(rstd_z.shape, 1.0, tl.float32)
     if NORMS_X:
-        rstd_x = _rstd(squares_ptr, STATE_X, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd_x = rstd_of(squares_ptr, STATE_X, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
     return rstd_z, rstd_y, rstd_x
 
 
@@ -216,7 +216,7 @@ def project_phase(
                 BLOCK_N,
                 BLOCK_K,
             )
-            rstd = _rstd(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+            rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             low *= rstd[:, None]
             high *= rstd[:, None]
         low *= _channel_scale(scale_ptr, column, in_p)
@@ -372,7 +372,7 @@ def mix_phase(
             )
             h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
         else:
-            rstd = _rstd(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+            rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             v = tl.load(h_ptr + STATE_PASSING * M * D + offs, mask=mask, other=0.0)
             h += v.to(tl.float32) * rstd[:, None]
         _store_state(h, h_ptr, squares_ptr, STATE_MIXED, M, tile_n, offs, offs_m, in_m, mask, D, TILES)
@@ -418,7 +418,7 @@ def gate_up_phase(
             BLOCK_N,
             BLOCK_K,
         )
-        rstd = _rstd(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         g *= rstd[:, None] * _channel_scale(scale_ptr, offs_n, in_n)
         u *= rstd[:, None] * _channel_scale(scale_ptr, F + offs_n, in_n)
         a = g * tl.sigmoid(g) * u
@@ -457,7 +457,7 @@ def down_phase(
         )
         h2 *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
-        rstd = _rstd(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         h = tl.load(h_ptr + STATE_MIXED * M * D + offs, mask=mask, other=0.0)
         h2 += h.to(tl.float32) * rstd[:, None]
         _store_state(h2, h_ptr, squares_ptr, state, M, tile_n, offs, offs_m, in_m, mask, D, TILES)
