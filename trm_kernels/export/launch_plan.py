@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trm_kernels.export.check import Compiled, compile_for
+from trm_kernels.export.compile import Compiled, compile_for
 from trm_kernels.modules.trm import check_sizes, default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
@@ -213,7 +213,7 @@ class CopyStep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The steps of one call, and the bytes of each work buffer."""
 
     call: str
@@ -230,7 +230,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedCall:
     """The recursion at one size: what it does, in order, and whose memory is whose."""
 
     steps: tuple[Launch | Copy, ...]
@@ -266,7 +266,7 @@ class _WithoutLibraries(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recording:
+def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> RecordedCall:
     """What `call` does at these sizes with the settings of `arch`."""
     v, dtype = variant, DTYPES[variant.dtype]
     H, G, K = v.num_heads, v.num_key_value_heads, v.head_width
@@ -323,7 +323,7 @@ def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recordi
             setting = Setting(B, T, spec, cos, sin, None)
             out = recursion_forward(rows_of(x), rows_of(y), rows_of(z), weights, setting)[:2]
     owned += [(Buffer("y_out"), out[0]), (Buffer("z_out"), out[1])]
-    return Recording(tuple(launches), tuple(owned))
+    return RecordedCall(tuple(launches), tuple(owned))
 
 
 # Sizes at which a call is recorded: some large, so that no number of blocks is 1 at all of them; odd, so
@@ -366,7 +366,7 @@ def decode_keys(variant: Variant, arch: str) -> int:
     return tuning.lookup_decode(arch, variant.head_width, size).keys
 
 
-def plan(variant: Variant, call: str, arch: str) -> Plan:
+def plan(variant: Variant, call: str, arch: str) -> LaunchPlan:
     """The plan of a call with the settings of `arch`."""
     probes = _PROBES[call]
     recordings = [record_call(variant, call, arch, sizes) for sizes in probes]
@@ -374,13 +374,13 @@ def plan(variant: Variant, call: str, arch: str) -> Plan:
     work = [term(sizes, probes) for sizes in zip(*(each.work_bytes for each in lowered), strict=True)]
     steps = [_merge(step, probes) for step in zip(*(each.steps for each in lowered), strict=True)]
     slots, work = _share(steps, work)
-    return Plan(call, tuple(_with_slots(step, slots) for step in steps), tuple(work))
+    return LaunchPlan(call, tuple(_with_slots(step, slots) for step in steps), tuple(work))
 
 
 class _Lowered:
     """One recording with buffers for tensors."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: RecordedCall) -> None:
         self.buffers = {t.untyped_storage()._cdata: buffer for buffer, t in recording.owned}
         self.work_bytes: list[int] = []
         self.steps: list[Any] = []

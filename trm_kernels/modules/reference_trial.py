@@ -59,7 +59,7 @@ class Latents:
     z_L: Tensor
 
 
-class Batch(dict[str, Tensor]):
+class WatchedBatch(dict[str, Tensor]):
     """A batch that remembers which keys it was asked for."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class Batch(dict[str, Tensor]):
         return super().__contains__(key)
 
 
-class _Given(NamedTuple):
+class _TrialInputs(NamedTuple):
     """What both forwards are given."""
 
     tensors: dict[str, Tensor]  # in place of the module's parameters and buffers
@@ -96,7 +96,7 @@ class _Outcome(NamedTuple):
     asked: set[Any]  # keys of the batch
 
 
-def _given(inner: Any) -> _Given:
+def _given(inner: Any) -> _TrialInputs:
     generator, device = torch.Generator().manual_seed(0), _device(inner)
 
     def random(shape: Any) -> Tensor:
@@ -124,7 +124,9 @@ def _given(inner: Any) -> _Given:
         getattr(inner.config, "vocab_size", 2), (_ROWS, inner.config.seq_len), generator=generator
     )
     batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(_ROWS)}
-    return _Given(tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()})
+    return _TrialInputs(
+        tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()}
+    )
 
 
 class _Call(nn.Module):
@@ -138,13 +140,13 @@ class _Call(nn.Module):
         return self.function(self.inner, carry, batch)
 
 
-def _outcome(inner: nn.Module, forward: Forward, given: _Given) -> _Outcome:
+def _outcome(inner: nn.Module, forward: Forward, given: _TrialInputs) -> _Outcome:
     torch.default_generator.manual_seed(0)
     if _device(inner).type == "cuda":
         with torch.cuda.device(_device(inner)):
             torch.cuda.manual_seed(0)
     tensors = {name: t.clone().requires_grad_(name in given.learned) for name, t in given.tensors.items()}
-    batch = Batch(given.batch)
+    batch = WatchedBatch(given.batch)
     result = torch.func.functional_call(
         _Call(inner, forward), {f"inner.{name}": t for name, t in tensors.items()}, (given.carry, batch)
     )

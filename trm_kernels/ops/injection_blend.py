@@ -262,37 +262,66 @@ def _injection_blend_fwd(
     gate_bias: Tensor | None,
     candidate: str | None,
 ) -> tuple[Tensor, Tensor]:
-    M, N = h.shape
-    K = y.shape[1]
-    arch = arch_of(h)
-    out = h.new_empty(M, N)
+    """(h', the gate [M] float32, or an empty one where there is none)"""
+    M, K = y.shape
+    out = h.new_empty(h.shape)
     gate = h.new_empty(0 if gate_weight is None else M, dtype=torch.float32)
     is_aligned = are_aligned(y, w_out)
-    if tuning.choose("injection_blend", arch, y.element_size(), K, is_aligned, candidate) == "mm":
-        u = torch.mm(y, w_out.t())
-        tile = tuning.tile("injection_blend", arch)
-        launch(
-            _injection_blend_add_kernel,
-            (triton.cdiv(M, tile.BLOCK_M),),
-            h,
-            y,
-            u,
-            gate_weight,
-            gate_bias,
-            out,
-            None if gate_weight is None else gate,
-            M,
-            N,
-            K,
-            h.stride(0),
-            y.stride(0),
-            u.stride(0),
-            out.stride(0),
-            strength,
-            **tile.meta,
-        )
-        return out, gate
-    gemm = tuning.gemm("injection_blend", arch, y.element_size(), is_aligned)
+    if tuning.choose("injection_blend", arch_of(h), y.element_size(), K, is_aligned, candidate) == "mm":
+        _fill_blend(out, gate, h, y, torch.mm(y, w_out.t()), strength, gate_weight, gate_bias)
+    else:
+        _fill_fused(out, gate, h, y, w_out, strength, gate_weight, gate_bias)
+    return out, gate
+
+
+def _fill_blend(
+    out: Tensor,
+    gate: Tensor,
+    h: Tensor,
+    y: Tensor,
+    u: Tensor,
+    strength: float,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+) -> None:
+    """out and gate, from the product u = y W_out^T [M, N] that torch.mm computed."""
+    (M, N), K = h.shape, y.shape[1]
+    tile = tuning.tile("injection_blend", arch_of(h))
+    launch(
+        _injection_blend_add_kernel,
+        (triton.cdiv(M, tile.BLOCK_M),),
+        h,
+        y,
+        u,
+        gate_weight,
+        gate_bias,
+        out,
+        None if gate_weight is None else gate,
+        M,
+        N,
+        K,
+        h.stride(0),
+        y.stride(0),
+        u.stride(0),
+        out.stride(0),
+        strength,
+        **tile.meta,
+    )
+
+
+def _fill_fused(
+    out: Tensor,
+    gate: Tensor,
+    h: Tensor,
+    y: Tensor,
+    w_out: Tensor,
+    strength: float,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+) -> None:
+    """out and gate, by one kernel."""
+    (M, N), K = h.shape, y.shape[1]
+    gemm = tuning.gemm("injection_blend", arch_of(h), y.element_size(), are_aligned(y, w_out))
     launch(
         _injection_blend_fwd_kernel,
         grid(M, N, gemm),
@@ -314,7 +343,6 @@ def _injection_blend_fwd(
         PRECISION=input_precision(),
         **gemm.meta,
     )
-    return out, gate
 
 
 @launcher

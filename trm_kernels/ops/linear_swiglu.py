@@ -275,35 +275,14 @@ def fill_linear_swiglu(
 
     squares   [M, tiles], the sums of squares of v: row_scale is filled as well, with rstd
     """
-    M, K = v.shape
-    N = a.shape[1]
-    arch = arch_of(v)
-    tiles = 1 if squares is None else int(squares.shape[1])
-    of_norm = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
-    stride_squaresm = 0 if squares is None else squares.stride(0)
     if swiglu_candidate(v, gate_up, candidate) == "mm":
         assert gu is not None, "torch.mm leaves its products in memory"
         torch.mm(v, gate_up.t(), out=gu)
-        tile = tuning.tile("linear_swiglu", arch)
-        launch(
-            _linear_swiglu_act_kernel,
-            (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
-            gu,
-            squares,
-            row_scale,
-            a,
-            M,
-            N,
-            K,
-            gu.stride(0),
-            stride_squaresm,
-            a.stride(0),
-            eps,
-            **of_norm,
-            **tile.meta,
-        )
+        _fill_activation(a, gu, v.shape[1], row_scale, squares, eps)
         return
-    gemm = tuning.gemm("linear_swiglu", arch, v.element_size(), are_aligned(v, gate_up))
+    M, K = v.shape
+    N = a.shape[1]
+    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), are_aligned(v, gate_up))
     launch(
         _linear_swiglu_fwd_kernel,
         grid(M, N, gemm),
@@ -318,14 +297,44 @@ def fill_linear_swiglu(
         K,
         v.stride(0),
         gate_up.stride(0),
-        stride_squaresm,
+        0 if squares is None else squares.stride(0),
         a.stride(0),
         2 * N if gu is None else gu.stride(0),
         eps,
-        **of_norm,
+        **_norm_meta(squares),
         PRECISION=input_precision(),
         **gemm.meta,
     )
+
+
+def _fill_activation(
+    a: Tensor, gu: Tensor, K: int, row_scale: Tensor | None, squares: Tensor | None, eps: float
+) -> None:
+    """a [M, N] from products gu [M, 2N] that torch.mm computed; K is the width of the rows it multiplied."""
+    M, N = a.shape
+    tile = tuning.tile("linear_swiglu", arch_of(a))
+    launch(
+        _linear_swiglu_act_kernel,
+        (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
+        gu,
+        squares,
+        row_scale,
+        a,
+        M,
+        N,
+        K,
+        gu.stride(0),
+        0 if squares is None else squares.stride(0),
+        a.stride(0),
+        eps,
+        **_norm_meta(squares),
+        **tile.meta,
+    )
+
+
+def _norm_meta(squares: Tensor | None) -> dict[str, int]:
+    tiles = 1 if squares is None else int(squares.shape[1])
+    return {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
 
 
 @launcher

@@ -198,7 +198,7 @@ def run_adaptive(
     (B, T, D), num_cycles = x.shape, spec.num_cycles
     inputs = inputs._replace(angles=rope_table(x, weights, spec, inputs))
     x, y, z = as_autocast(x, y, z)
-    block = _Block(in_dtype(weights, x.dtype), spec, inputs, x)
+    block = _AdaptiveBlock(in_dtype(weights, x.dtype), spec, inputs, x)
     x, y, z = (t.reshape(B * T, D) for t in (x, y, z))
     is_token = (
         x.new_ones(B * T, dtype=torch.bool) if waiting.is_token is None else waiting.is_token.reshape(-1)
@@ -250,7 +250,7 @@ def _cycle(
     x: Tensor,
     y: Tensor,
     z: Tensor,
-    block: "_Block",
+    block: "_AdaptiveBlock",
     halting: Halting,
     is_token: Tensor,
     steps: Tensor,
@@ -353,7 +353,7 @@ def _of_sequences(inputs: AttentionInputs, sequences: Tensor) -> AttentionInputs
     )
 
 
-class _Block:
+class _AdaptiveBlock:
     """f for the tokens that go on, and what the others left for it: their keys and values.
 
     going      [M] int64, the numbers of the tokens that go on, from 0 to B T - 1; None: all

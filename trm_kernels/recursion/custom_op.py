@@ -50,7 +50,7 @@ def _saved(tensors: Iterator[Tensor], mixes_tokens: Sequence[bool], spec: Recurs
     return found
 
 
-class _Given(NamedTuple):
+class _OpInputs(NamedTuple):
     """What both ops are given. The backward has the y and z with which gradients start."""
 
     x: Tensor  # [B, T, D], as y and z
@@ -68,7 +68,7 @@ class _Given(NamedTuple):
 
 
 @launcher
-def _trm_recursion_fwd(given: _Given, spec: RecursionSpec) -> list[Tensor]:
+def _trm_recursion_fwd(given: _OpInputs, spec: RecursionSpec) -> list[Tensor]:
     """y, z, and what backward needs."""
     x, y, z = map(rows_of, given[:3])
     y_end, z_end, starts, kept = recursion_forward(
@@ -85,7 +85,7 @@ def _trm_recursion_fwd(given: _Given, spec: RecursionSpec) -> list[Tensor]:
 def _trm_recursion_bwd(
     dy: Tensor | None,
     dz: Tensor | None,
-    given: _Given,
+    given: _OpInputs,
     saved: list[Tensor],
     wants_weights: bool,
     spec: RecursionSpec,
@@ -114,7 +114,7 @@ class _FusedRecursion(torch.autograd.Function):
     def forward(ctx: Any, spec: RecursionSpec, mixes_tokens: list[bool], *tensors: Any) -> Any:
         x, y, z, cos, sin, key_mask, *weights = tensors
         of_attention = cos, sin, key_mask
-        given = _Given(x, y, z, weights, mixes_tokens, *of_attention)
+        given = _OpInputs(x, y, z, weights, mixes_tokens, *of_attention)
         y_end, z_end, *saved = _trm_recursion_fwd(*given, *spec.fields)
         if spec.differentiated_cycles < spec.num_cycles:
             y, z, *saved = saved
@@ -133,7 +133,7 @@ class _FusedRecursion(torch.autograd.Function):
         weights, saved = rest[:count], rest[count:]
         _, _, needs_x, needs_y, needs_z, _, _, _, *needs_weights = ctx.needs_input_grad
         wants_weights = any(needs_weights)
-        given = _Given(x, y, z, weights, mixes_tokens, cos, sin, key_mask)
+        given = _OpInputs(x, y, z, weights, mixes_tokens, cos, sin, key_mask)
         dx, dy, dz, *dw = _trm_recursion_bwd(dy, dz, *given, saved, wants_weights, *spec.fields)
         starts_at_arguments = spec.differentiated_cycles == spec.num_cycles
         return (
@@ -175,7 +175,7 @@ def fused_recursion(
     if wants_gradient(x, y, z, *flat):
         y, z = _FusedRecursion.apply(spec, mixes_tokens, x, y, z, *of_attention, *flat)
         return y, z
-    given = _Given(x, y, z, flat, mixes_tokens, *of_attention)
+    given = _OpInputs(x, y, z, flat, mixes_tokens, *of_attention)
     y, z = _trm_recursion_fwd(*given, *replace(spec, grad_cycles=0).fields)
     return y, z
 

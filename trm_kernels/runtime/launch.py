@@ -35,12 +35,12 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _RecordedLaunches:
     arch: str | None
     launches: list[Launch] = field(default_factory=list)
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("trm_kernels_recording", default=None)
+_recording: ContextVar[_RecordedLaunches | None] = ContextVar("trm_kernels_recording", default=None)
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each custom op runs, by the op's name
 
@@ -64,7 +64,7 @@ def record(arch: str | None = None) -> Iterator[list[Launch]]:
 
     Without an arch each tensor's own device decides. Holds for the thread (the context) that entered.
     """
-    recording = _Recording(arch)
+    recording = _RecordedLaunches(arch)
     token = _recording.set(recording)
     try:
         yield recording.launches

@@ -108,7 +108,7 @@ def _one_launch_injection(
     return blended
 
 
-class _Sizes(NamedTuple):
+class _LaunchSizes(NamedTuple):
     """What follows from shapes and settings. Letters as in CONTRIBUTING.md."""
 
     B: int
@@ -142,12 +142,12 @@ class _Prepared(NamedTuple):
     phases: int
 
 
-def _sizes(t: _Tensors, spec: RecursionSpec, keys: Sequence[Tensor], row: tuning.OneLaunch) -> _Sizes:
+def _sizes(t: _Tensors, spec: RecursionSpec, keys: Sequence[Tensor], row: tuning.OneLaunch) -> _LaunchSizes:
     (B, T), D = t.y.shape[:2], int(t.y.shape[2])
     L, H, G = len(t.weights) // 4, spec.num_heads, spec.num_key_value_heads
     capacity = keys[0].shape[2]
     keys_per_part = row.keys if T == 1 else capacity
-    return _Sizes(
+    return _LaunchSizes(
         B,
         T,
         D,
@@ -217,7 +217,7 @@ def _own_room(x: Tensor, t: _Tensors, spec: RecursionSpec) -> CacheRoom:
 
 
 def _of_around(
-    x: Tensor, spec: RecursionSpec, around: _Around | None, s: _Sizes
+    x: Tensor, spec: RecursionSpec, around: _Around | None, s: _LaunchSizes
 ) -> tuple[Tensor | None, ...]:
     """The hidden state, the projections and the gate, the positions and RoPE's frequencies."""
     if around is None:
@@ -249,7 +249,7 @@ def _of_lists(
     )
 
 
-def _work(x: Tensor, spec: RecursionSpec, s: _Sizes) -> tuple[Tensor, ...]:
+def _work(x: Tensor, spec: RecursionSpec, s: _LaunchSizes) -> tuple[Tensor, ...]:
     """Room to work in: h, squares, q, o, a, parts and lse."""
     M, H = s.M, spec.num_heads
     return (
@@ -263,7 +263,9 @@ def _work(x: Tensor, spec: RecursionSpec, s: _Sizes) -> tuple[Tensor, ...]:
     )
 
 
-def _meta(spec: RecursionSpec, s: _Sizes, around: _Around | None, row: tuning.OneLaunch) -> dict[str, Any]:
+def _meta(
+    spec: RecursionSpec, s: _LaunchSizes, around: _Around | None, row: tuning.OneLaunch
+) -> dict[str, Any]:
     """What the kernel is compiled with."""
     return {
         "L": s.L,
