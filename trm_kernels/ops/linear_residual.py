@@ -1,9 +1,9 @@
 """linear_residual: h = v W^T + s r, and the sums of squares of h from which its RMS norm follows
 
 The norm that comes after has no weight, so rms(h) W'^T = rstd * (h W'^T): h stays un-normalised, its sums of
-squares are kept for each row and tile of columns, and whoever multiplies h scales the product (deferred RMS
-norm). `rstd_from_squares` turns the sums into rstd. Each sum has one writer: no atomics, equal reruns. s is 1
-or one number a row: r may be un-normalised rows as well, and s their rstd.
+squares are kept for each row and tile of columns, and the op that multiplies h scales the product (deferred
+RMS norm). `rstd_from_squares` makes rstd of the sums. Each sum has one writer: no atomics, equal reruns. s is
+1 or one number a row: r may be un-normalised rows as well, and s their rstd.
 
 Shapes   v [..., K]; w [N, K]; r, h [..., N]; row_scale s [...]; squares [..., tiles], the number of tiles
          being up to the launch settings, and 1 in the reference.
@@ -284,7 +284,7 @@ def fill_linear(
     row_scale: Tensor | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """h = v W^T + s r by one kernel; without r the plain product, for who has no torch.mm (native/)."""
+    """h = v W^T + s r by one kernel; without r the plain product, where there is no torch.mm (native/)."""
     M, K = v.shape
     N = w.shape[0]
     gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w))

@@ -3,7 +3,7 @@
 Shapes   q [B, H, K]; k, v [B, G, S, K] with H a multiple of G; o [B, H, K]; q and k have RoPE already.
 Visible  key s to row b, when all that is given agrees: starts[b] <= s < ends[b]; key_mask[b, s] is True.
          starts [B] are left padding, ends [B] the filled part of a cache, both integer; key_mask [B, S] bool.
-         A row that may look at nothing has o = 0.
+         A row that may attend to nothing has o = 0.
 Dtypes   q, k and v of one floating dtype, o has it too; softmax and sums in float32 (float64 for float64).
 Gradient that of the reference; the kernels have none, and `auto` takes the reference where one is wanted.
 Errors   ValueError when sizes, dtypes or devices disagree or K is above the widest tuned head.

@@ -3,11 +3,11 @@
 Shapes and source: rope_attention.py. In all of them a program has one head, or one group, of one sequence.
 """
 
-from trm_kernels.ops.attention.rope import turn
+from trm_kernels.ops.attention.rope import rotate
 from trm_kernels.runtime.optional_triton import tl, triton
 
-# What the kernels share: loads that turn, stores that turn back, and who may look at whom. A block of rows is
-# given by their numbers `offs_r` and by which of them exist.
+# What the kernels share: loads that rotate, stores that rotate back, and which keys a query may attend to. A
+# block of rows is given by their numbers `offs_r` and by which of them exist.
 
 
 @triton.jit
@@ -29,26 +29,26 @@ def _load_angles(cos_ptr, sin_ptr, offs_r, in_r, J: tl.constexpr, BLOCK_J: tl.co
 
 
 @triton.jit
-def _load_turned(u_ptr, stride_u, cos_ptr, sin_ptr, offs_r, in_r, K: tl.constexpr, BLOCK_J: tl.constexpr):
+def _load_rotated(u_ptr, stride_u, cos_ptr, sin_ptr, offs_r, in_r, K: tl.constexpr, BLOCK_J: tl.constexpr):
     """As _load_halves, with RoPE applied where there are angles."""
     low, high = _load_halves(u_ptr, stride_u, offs_r, in_r, K, BLOCK_J)
     if cos_ptr is not None:
         cos, sin = _load_angles(cos_ptr, sin_ptr, offs_r, in_r, K // 2, BLOCK_J)
-        turned_low, turned_high = turn(low.to(tl.float32), high.to(tl.float32), cos, sin)
-        low, high = turned_low.to(low.dtype), turned_high.to(high.dtype)
+        rotated_low, rotated_high = rotate(low.to(tl.float32), high.to(tl.float32), cos, sin)
+        low, high = rotated_low.to(low.dtype), rotated_high.to(high.dtype)
     return low, high
 
 
 @triton.jit
-def _store_turned_back(
+def _store_rotated_back(
     du_ptr, stride_du, low, high, cos_ptr, sin_ptr, offs_r, in_r, K: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """The gradient of u from that of its turned halves, both float32."""
+    """The gradient of u from that of its rotated halves, both float32."""
     J: tl.constexpr = (K + 1) // 2
     offs_j = tl.arange(0, BLOCK_J)[None, :]
     if cos_ptr is not None:
         cos, sin = _load_angles(cos_ptr, sin_ptr, offs_r, in_r, J, BLOCK_J)
-        low, high = turn(low, high, cos, -sin)
+        low, high = rotate(low, high, cos, -sin)
     du_ptr += offs_r.to(tl.int64)[:, None] * stride_du + offs_j
     tl.store(du_ptr, low.to(du_ptr.dtype.element_ty), mask=in_r[:, None] & (offs_j < J))
     tl.store(du_ptr + J, high.to(du_ptr.dtype.element_ty), mask=in_r[:, None] & (offs_j < K - J))
@@ -80,7 +80,7 @@ def _is_seen(seen_ptr, offs_n, S):
 
 @triton.jit
 def _only_visible(scores, seen, key, query, query_offset, IS_CAUSAL: tl.constexpr):
-    """The scores, -inf where a query may not look; seen, key and query shaped to broadcast."""
+    """The scores, -inf where a query may not attend; seen, key and query shaped to broadcast."""
     visible = seen
     if IS_CAUSAL:
         visible = visible & (key <= query + query_offset)
@@ -94,7 +94,7 @@ def rope_attention_fwd_kernel(
     v_ptr,  # [B, S, G, K]
     cos_ptr,  # [B or 1, T, J] float32, or None: q and k are taken as they are
     sin_ptr,
-    seen_ptr,  # [B, S] uint8, 0 where no query may look, or None
+    seen_ptr,  # [B, S] uint8, 0 for keys that no query attends to, or None
     o_ptr,  # [B, T, H, K], out
     lse_ptr,  # [B, H, T] float32, out: log2(sum(exp2(scores))), inf where nothing is visible
     T,
@@ -123,7 +123,7 @@ def rope_attention_fwd_kernel(
     BLOCK_J: tl.constexpr,
     WIDTH: tl.constexpr,  # K, rounded up to a power of two
 ):
-    # one program: BLOCK_M queries of one head, over all keys they may look at
+    # one program: BLOCK_M queries of one head, over all keys they may attend to
     num_m = tl.cdiv(T, BLOCK_M)
     start_m = tl.program_id(0) % num_m * BLOCK_M
     h = (tl.program_id(0) // num_m % H).to(tl.int64)
@@ -141,7 +141,7 @@ def rope_attention_fwd_kernel(
     if seen_ptr is not None:
         seen_ptr += b * S
 
-    q_low, q_high = _load_turned(q_ptr, stride_qt, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
+    q_low, q_high = _load_rotated(q_ptr, stride_qt, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
     highest = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, so that -inf - highest is no NaN
     total = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -152,7 +152,7 @@ def rope_attention_fwd_kernel(
     for start_n in range(0, end_n, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         in_n, seen = offs_n < S, _is_seen(seen_ptr, offs_n, S)
-        k_low, k_high = _load_turned(k_ptr, stride_ks, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)
+        k_low, k_high = _load_rotated(k_ptr, stride_ks, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
         scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION) * scale
         scores = _only_visible(
@@ -168,7 +168,7 @@ def rope_attention_fwd_kernel(
         highest = higher
 
     sees = total > 0.0
-    o = o / tl.where(sees, total, 1.0)[:, None]  # a query that may look at nothing: o = 0
+    o = o / tl.where(sees, total, 1.0)[:, None]  # a query that may attend to nothing: o = 0
     o_ptr += b * stride_ob + h * K
     _store_rows(o_ptr, stride_ot, o, offs_m, in_m, K, WIDTH)
     lse = tl.where(sees, highest + tl.log2(total), float("inf"))
@@ -178,8 +178,8 @@ def rope_attention_fwd_kernel(
 @triton.jit
 def rope_attention_bwd_dq_kernel(
     do_ptr,  # [B, T, H, K]
-    q_ptr,  # [B, T, H, K], turned
-    k_ptr,  # [B, S, G, K], turned
+    q_ptr,  # [B, T, H, K], rotated
+    k_ptr,  # [B, S, G, K], rotated
     v_ptr,  # [B, S, G, K]
     cos_ptr,  # [B or 1, T, J] float32, or None
     sin_ptr,
@@ -275,7 +275,7 @@ def rope_attention_bwd_dq_kernel(
     LN_2: tl.constexpr = 0.6931471805599453
     to_scores = scale * LN_2  # 1 / sqrt(K)
     dq_ptr += b * stride_dqb + h * stride_dqh
-    _store_turned_back(
+    _store_rotated_back(
         dq_ptr,
         stride_dqt,
         dq_low * to_scores,
@@ -292,8 +292,8 @@ def rope_attention_bwd_dq_kernel(
 @triton.jit
 def rope_attention_bwd_dkv_kernel(
     do_ptr,  # [B, T, H, K]
-    q_ptr,  # [B, T, H, K], turned
-    k_ptr,  # [B, S, G, K], turned
+    q_ptr,  # [B, T, H, K], rotated
+    k_ptr,  # [B, S, G, K], rotated
     v_ptr,  # [B, S, G, K]
     cos_ptr,  # [B or 1, T, J] float32, or None
     sin_ptr,
@@ -334,7 +334,7 @@ def rope_attention_bwd_dkv_kernel(
     BLOCK_J: tl.constexpr,
     WIDTH: tl.constexpr,  # K, rounded up to a power of two
 ):
-    # one program: BLOCK_N keys of one group, over its heads and all queries that may look at them;
+    # one program: BLOCK_N keys of one group, over its heads and all queries that may attend to them;
     # dv = sum of p^T do,  dk = sum of ds^T q: always in the same order, so always to the same bit
     num_n = tl.cdiv(S, BLOCK_N)
     G = H // GROUP
@@ -360,7 +360,7 @@ def rope_attention_bwd_dkv_kernel(
     dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
 
     first = 0
-    if IS_CAUSAL:  # the first block with a query that may look at the first of these keys
+    if IS_CAUSAL:  # the first block with a query that may attend to the first of these keys
         first = tl.maximum(0, start_n - query_offset) // BLOCK_M
     blocks = tl.cdiv(T, BLOCK_M) - first
     for i in range(0, GROUP * blocks):  # one loop for heads and blocks: two, nested, spill
@@ -392,7 +392,7 @@ def rope_attention_bwd_dkv_kernel(
     to_scores = scale * LN_2
     dk_ptr += b * stride_dkb + g * stride_dkg
     dv_ptr += b * stride_dvb + g * stride_dvg
-    _store_turned_back(
+    _store_rotated_back(
         dk_ptr,
         stride_dks,
         dk_low * to_scores,
@@ -467,8 +467,8 @@ def rope_attention_bwd_tile_kernel(
 
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kg
-    q_low, q_high = _load_turned(q_ptr, stride_qt, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
-    k_low, k_high = _load_turned(k_ptr, stride_ks, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)
+    q_low, q_high = _load_rotated(q_ptr, stride_qt, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
+    k_low, k_high = _load_rotated(k_ptr, stride_ks, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)
     seen = _is_seen(seen_ptr, offs_n, S)
     lse = tl.load(lse_ptr + (b * H + h) * T + offs_m, mask=in_m, other=float("inf"))
     scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
@@ -490,9 +490,9 @@ def rope_attention_bwd_tile_kernel(
     dq_low = tl.dot(ds, k_low, input_precision=PRECISION)
     dq_high = tl.dot(ds, k_high, input_precision=PRECISION)
     dq_ptr += b * stride_dqb + h * stride_dqh
-    _store_turned_back(dq_ptr, stride_dqt, dq_low, dq_high, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
+    _store_rotated_back(dq_ptr, stride_dqt, dq_low, dq_high, cos_ptr, sin_ptr, offs_m, in_m, K, BLOCK_J)
 
     dk_low = tl.dot(tl.trans(ds), q_low, input_precision=PRECISION)
     dk_high = tl.dot(tl.trans(ds), q_high, input_precision=PRECISION)
     dk_ptr += b * stride_dkb + h * stride_dkg
-    _store_turned_back(dk_ptr, stride_dks, dk_low, dk_high, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)
+    _store_rotated_back(dk_ptr, stride_dks, dk_low, dk_high, cos_ptr, sin_ptr, offs_n, in_n, K, BLOCK_J)

@@ -1,4 +1,4 @@
-"""rope: each pair (u[j], u[j + K/2]) of a head turned by the angle position * theta^(-2j/K)
+"""rope: each pair (u[j], u[j + K/2]) of a head rotated by the angle position * theta^(-2j/K)
 
 Shapes   u [B, T, N, K], N heads of any kind; angles [B, T, K/2] or [1, T, K/2]; the result has u's shape.
 Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in float32 (float64 for float64).
@@ -46,15 +46,15 @@ def tables(angles: Angles | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def rope_ref(u: Tensor, angles: Angles) -> Tensor:
-    """The meaning of the op; u in float32 while it turns."""
+    """The meaning of the op; u is rotated in float32."""
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
     low, high = wide(u).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(u.dtype)
 
 
 @triton.jit
-def turn(low, high, cos, sin):
-    """The two halves of some heads, turned by an angle; -sin turns back."""
+def rotate(low, high, cos, sin):
+    """The two halves of some heads, rotated by an angle; -sin rotates back."""
     return low * cos - high * sin, high * cos + low * sin
 
 
@@ -109,7 +109,7 @@ def _rope_fwd_kernel(
     high = tl.load(u_ptr + J, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    low, high = turn(low, high, cos, -sin if IS_BACK else sin)
+    low, high = rotate(low, high, cos, -sin if IS_BACK else sin)
 
     y_ptr += offs_m[:, None] * (2 * J) + offs_j
     tl.store(y_ptr, low.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """What an injection point adds to a recursion in one launch: work at its start, and another end
 
     angles      RoPE's cosines and sines of every token           as ops/attention/rope.py
-    in          x = rms(h) W_in^T, its norm left to who reads it  as ops/injection_in.py
+    in          x = rms(h) W_in^T, its norm left to the reader  as ops/injection_in.py
     blend       h' = h + strength * gate * (rms(y) W_out^T)       as ops/injection_blend.py
 
 The first two belong to the start: nothing in it waits for anything else in it. The third is the end, in place
