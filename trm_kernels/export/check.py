@@ -51,7 +51,7 @@ class Job:
     dtype: torch.dtype
     settings: str
     kernel: Compiled
-    number: int = 1  # among those of one name that the case starts there: rope turns, and turns back
+    number: int = 1  # among those of one name that the case starts there: rope rotates, and rotates back
 
     @property
     def label(self) -> str:

@@ -24,7 +24,7 @@ SHARED_LIMIT = {"sm80": 163 << 10, "sm86": 99 << 10, "sm89": 99 << 10, "sm90": 2
 class MainLoop:
     """How a kernel multiplies matrices: what multiplies, and how its factors come from global memory.
 
-    A tile is copied into shared memory while the one before it is multiplied; one that RoPE turns as well,
+    A tile is copied into shared memory while the one before it is multiplied; one that RoPE rotates as well,
     and read back into registers for that. It is loaded through registers, and waited for, where there is no
     loop to copy it ahead in, and where its rows are not aligned: an asynchronous copy has 4 bytes at least.
     """

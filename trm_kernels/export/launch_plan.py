@@ -2,9 +2,9 @@
 
 The recursion runs on "meta" tensors while its launches are recorded, at a few sizes. What comes out differs
 in numbers only, and each of them is one term: a constant times some of the sizes, or times how many blocks
-cover some of them. A plan holds these terms instead of the numbers, so that whoever has a plan can run the
-recursion at any size without Python: the library that CMakeLists.txt builds. Nothing is said twice: the
-kernels, their settings and the order they run in are those of ops/.
+cover some of them. A plan holds these terms instead of the numbers, so that a program with a plan can run the
+recursion at any size without Python: the library that CMakeLists.txt builds. Kernels, their settings and
+their order are recorded, not written down again.
 
 Sizes    B batch, T tokens, P tokens before them in the cache, S = P + T, C tokens the cache has room for
 Calls    forward   from the initial state
@@ -94,7 +94,7 @@ class Variant:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """What a plan is made for: only who never looks ahead can keep keys and values."""
+        """What a plan is made for: only causal attention can keep keys and values."""
         return CALLS if self.causal else CALLS[:2]
 
 
@@ -192,7 +192,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelStep:
-    launch: Launch  # at one size, each number as aligned as it is at every size: what is compiled
+    launch: Launch  # at one size; arguments use the alignment guaranteed at every size: what is compiled
     grid: tuple[Term, Term, Term]
     values: tuple[Value, ...]  # in place of the launch's arguments
 
@@ -432,7 +432,7 @@ def _merge(same: Sequence[Any], probes: Sequence[Sizes]) -> KernelStep | CopySte
 
 
 def _representative(value: Term) -> int:
-    """What a kernel is compiled for in place of a number: one as aligned as the term always is."""
+    """A number that a kernel is compiled for: with the alignment that the term has at every size."""
     if value.is_constant:
         return value.constant
     return 32 if value.constant % 16 == 0 else 33

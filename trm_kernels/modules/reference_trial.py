@@ -2,8 +2,8 @@
 
     what_differs(inner, type(inner).forward, _forward)      # None, or in words
 
-patch_reference_trm asks before it replaces a forward. What somebody changed in that forward (a gate on what
-`L_level` gives, one more latent, dropout) then shows, whatever it is called.
+patch_reference_trm compares before it replaces a forward. Changes that users made in theirs (a gate on what
+`L_level` returns, one more latent, dropout) show, whatever they are called.
 
 Both run on clones of the module's parameters and buffers, with random numbers of their own: the module's
 tensors, their `.grad`, its modes and torch's generators stay as they are. Half precision becomes float32 for

@@ -133,27 +133,33 @@ _OF_SPEC = (
 class TRM(nn.Module):
     """A Tiny Recursive Model: `num_layers` post-norm layers, applied to their own state again and again.
 
-    hidden_size            D, the width of x, y and z
-    num_heads              H; D must be a multiple of it
-    num_key_value_heads    G; H must be a multiple of it; default H
-    intermediate_size      the MLP's inner width; default 8/3 D rounded up to a multiple of 256
-    num_recursion_steps    n, updates of z in a cycle (the paper's L_cycles); a call may choose another
-    num_cycles             T, updates of y (the paper's H_cycles)
-    grad_cycles            the last cycles that pass gradients; None = all
-    causal                 no token looks at a later one
-    rope_theta             RoPE's base; None for no positions
-    mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
-    seq_len                tokens in every input, with mlp_t only
-    attention              who computes it: one of ops/attention/rope_attention.py's implementations
-    save                   what is kept for backward, "auto", "all", "layer" or "step": see
-                           recursion/recursion.py
-    regime                 how a call without gradient is launched, "auto", "per_op", "one_launch" or
-                           "per_phase": see recursion/recursion.py; one with a gradient is launched per op
-    quantize               None, or "int8" or "fp8": the matrices in 8 bits, see quantize.py; for calls
-                           without gradient only. Copies are made anew when a matrix has changed
-
-    Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
     Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+
+    Args:
+        hidden_size: D, the width of x, y and z.
+        num_heads: H; D is a multiple of it.
+        num_layers: Layers in f.
+        num_key_value_heads: G; H is a multiple of it. Default H.
+        intermediate_size: The MLP's inner width; default 8/3 D rounded up to a multiple of 256.
+        num_recursion_steps: n, updates of z in a cycle (the paper's L_cycles); a call may choose another.
+        num_cycles: T, updates of y (the paper's H_cycles).
+        grad_cycles: How many of the last cycles are differentiated; None for all.
+        causal: Whether no token attends to a later one.
+        rope_theta: RoPE's base; None for no positions.
+        mlp_t: Whether a SwiGLU over the token axis mixes tokens instead of attention; needs seq_len.
+        seq_len: Tokens in every input; with mlp_t only.
+        eps: Added to the mean of squares in every norm.
+        attention: One of rope_attention's implementations.
+        save: What is kept for backward: "auto", "all", "layer" or "step"; see trm_recursion.
+        regime: How a call without gradient is launched: "auto", "per_op", "one_launch" or "per_phase"; see
+            trm_recursion. A call with a gradient is launched per op.
+        quantize: None, "int8" or "fp8": the matrices in 8 bits, see recursion/quantize.py; for calls without
+            gradient only. The copies are made anew when a matrix has changed.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: When the numbers cannot be combined, with what was expected and what came.
     """
 
     def __init__(
@@ -222,7 +228,7 @@ class TRM(nn.Module):
         return RecursionSpec(**{name: getattr(self, name) for name in _OF_SPEC})
 
     def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
-        """Evaluations of a layer in one call, the most: the key/value slabs that a cache has to keep."""
+        """The most evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
         n = num_recursion_steps or self.num_recursion_steps
         return adaptive_evaluations(len(self.layers), n, self.num_cycles, halting)
 
@@ -254,8 +260,8 @@ class TRM(nn.Module):
 
         Args:
             x: [B, T, D].
-            y: [B, T, D], the answer to go on from; None starts from y_init.
-            z: [B, T, D], the latent state to go on from; None starts from z_init.
+            y: [B, T, D], the answer to start from; None starts from y_init.
+            z: [B, T, D], the latent state to start from; None starts from z_init.
             positions: [B, T] or [1, T] for RoPE, in tokens; None counts from 0.
             mask: General mask, see ops/attention/rope_attention.py.
             key_mask: [B, S] bool, False for keys that no query attends to.
@@ -263,7 +269,7 @@ class TRM(nn.Module):
             num_recursion_steps: n for this call; None takes the spec's.
             angles: rope_angles of the positions, for a caller with more than one call.
             halting: When a token stops before n, see recursion/adaptive.py; None: never.
-            is_token: [B, T] bool, False for padding, which nobody waits for; with halting.
+            is_token: [B, T] bool, False for padding, for which no token waits; with halting.
             steps_before: [num_cycles, B, S], the steps of the tokens in the cache; with halting.
             report_steps: With halting, is called with steps [num_cycles, B, T] and evaluations of f [B, T].
             injection: The projections and the gate, in x's dtype.
@@ -340,16 +346,23 @@ class TRM(nn.Module):
         z: Tensor | None = None,
         **arguments: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(y, z) after each of `steps` calls; every call goes on from the y and z before, without gradient.
+        """Runs `steps` calls; each starts from the y and z of the one before, detached.
 
         Deep supervision as in the paper's figure 3: a loss, a backward and an optimizer step after each.
 
             for y, z in trm.supervision_steps(lambda: embed(puzzle), 16):
                 loss(y).backward(); optimizer.step(); optimizer.zero_grad()
 
-        x           [B, T, D]; a function makes it anew for each call, as it has to be where its own
-                    parameters learn and the losses are not summed for one backward
-        arguments   of a call, but for update_cache
+        Args:
+            x: [B, T, D], or a function that makes it anew for each call. A function is needed where x has
+                parameters of its own and the losses are not summed for one backward.
+            steps: Calls.
+            y: [B, T, D], as in a call.
+            z: [B, T, D], as in a call.
+            arguments: Of a call, but for update_cache.
+
+        Yields:
+            (y, z) after each call.
         """
         for _ in range(steps):
             y, z = self(x if isinstance(x, Tensor) else x(), y, z, **arguments)
@@ -399,7 +412,7 @@ class TRM(nn.Module):
         return run_adaptive(x, y, z, layers, spec, inputs, halting, waiting)
 
     def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The state to go on from. Errors: ValueError for an x of other sizes."""
+        """The state to start from. Errors: ValueError for an x of other sizes."""
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
         if self.seq_len is not None and x.shape[1] != self.seq_len:
@@ -436,12 +449,19 @@ class TRM(nn.Module):
         return known[1], known[2]
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Load a state dict of the TRM paper's code; returns the keys it left alone (embeddings, heads).
+        """Loads a state dict of the TRM paper's code.
 
-        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and
-        `z_init`, whatever stands before them (`model.inner.`, `_orig_mod.`).
+        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and `z_init`,
+        whatever their prefix (`model.inner.`, `_orig_mod.`).
 
-        Errors: ValueError when a weight is missing, comes twice or has another shape; nothing is loaded then.
+        Args:
+            state_dict: Tensors by the paper's names.
+
+        Returns:
+            The keys that were not loaded (embeddings, heads), sorted.
+
+        Raises:
+            ValueError: When a weight is missing, comes twice or has another shape; nothing is loaded then.
         """
         ours, left_alone = {}, []
         for key, tensor in state_dict.items():
@@ -505,9 +525,19 @@ def check_sizes(
     uses_rope: bool,
     prefix: str = "",
 ) -> None:
-    """Refuse sizes that make no attention: ValueError with what was expected and what came.
+    """Refuse sizes that make no attention.
 
-    prefix   what stands before the names where the caller's caller set them
+    Args:
+        who: The caller's name, for the error.
+        hidden_size: D.
+        num_heads: H.
+        num_key_value_heads: G.
+        num_layers: Layers.
+        uses_rope: Whether the head width has to be even.
+        prefix: Of the names in the error, such as "trm_".
+
+    Raises:
+        ValueError: With what was expected and what came.
     """
     counts = {
         "hidden_size": hidden_size,

@@ -1,8 +1,8 @@
 """injection_blend: h' = h + strength * gate * (y W_out^T), the way back into the language model
 
-gate is 1, or sigmoid(y g + b): one score a token, read from the recursion's answer. u = y W_out^T is not
-written to memory: the score is summed while y is multiplied, and the blend is the end of the product. Nor
-does the gradient need u. Per token, with t = dh' W_out,
+gate is 1, or sigmoid(y g + b): one score a token, computed from the recursion's answer. u = y W_out^T is not
+written to memory: the score is summed while y is multiplied, and the blend is the product's epilogue. The
+gradient does not need u either. Per token, with t = dh' W_out,
 
     sum over D of dh' * u = sum over d of t * y
 
@@ -414,9 +414,24 @@ def injection_blend(
     *,
     candidate: str | None = None,
 ) -> Tensor:
-    """h + strength * gate * (y W_out^T). See the top of this file for shapes and dtypes.
+    """h + strength * gate * (y W_out^T), from the recursion back to the language model; differentiable.
 
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        h: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        y: [..., d], as w_out and the gate in one dtype, which need not be h's.
+        w_out: [D, d].
+        strength: The factor of what is added.
+        gate_weight: [1, d], or None for a gate of 1.
+        gate_bias: [1]; given with gate_weight only.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        h', [..., D], in h's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or the gate comes without its bias.
+        RuntimeError: For a candidate that cannot run.
     """
     D, d = (h.shape[-1], y.shape[-1]) if h.ndim and y.ndim else (0, 0)
     if w_out.shape != (D, d) or h.shape[:-1] != y.shape[:-1]:

@@ -386,9 +386,22 @@ def linear_residual(
     *,
     candidate: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(v W^T + s r, its sums of squares). See the top of this file for shapes and dtypes.
+    """v W^T + s r and its sums of squares; differentiable.
 
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        v: [..., K], float32, float16 or bfloat16 (float64 by the reference).
+        w: [N, K], in v's dtype.
+        r: [..., N], in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        h, [..., N], in v's dtype, and squares, [..., tiles] float32. The settings say how many tiles.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     if w.ndim != 2 or v.ndim == 0 or v.shape[-1] != w.shape[1] or r.shape != (*v.shape[:-1], w.shape[0]):
         got = ", ".join(str(tuple(t.shape)) for t in (v, w, r))

@@ -405,10 +405,22 @@ def linear_swiglu(
     recompute: bool = False,
     candidate: str | None = None,
 ) -> Tensor:
-    """silu(v Wg^T) * (v Wu^T). See the top of this file for shapes and dtypes.
+    """silu(s v Wg^T) * (s v Wu^T); differentiable.
 
-    recompute   keep only v for backward, and compute the products [M, 2F] there once more
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        v: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        gate_up: [2F, D], the gate's F rows first, in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        recompute: Keep only v for backward, and compute the products [M, 2F] there once more.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        a, [..., F], in v's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     if gate_up.ndim != 2 or gate_up.shape[0] % 2 or v.ndim == 0 or v.shape[-1] != gate_up.shape[1]:
         raise ValueError(

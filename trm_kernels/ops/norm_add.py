@@ -200,7 +200,19 @@ class _NormAdd(torch.autograd.Function):
 
 
 def norm_add(h: Tensor, r: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """rms(h) + r over the last axis. See the top of this file for shapes and dtypes."""
+    """rms(h) + r over the last axis; differentiable.
+
+    Args:
+        h: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        r: [..., D], in h's dtype, or None.
+        eps: Added to the mean of squares.
+
+    Returns:
+        y, [..., D], in h's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or D is 0 or above the widest tuned row.
+    """
     if h.ndim == 0 or h.shape[-1] == 0 or (r is not None and r.shape != h.shape):
         got = tuple(h.shape) if r is None else f"{tuple(h.shape)} and {tuple(r.shape)}"
         raise ValueError(f"norm_add: expected h and r of one shape [..., D] with D > 0, got {got}.")

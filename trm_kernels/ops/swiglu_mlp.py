@@ -180,11 +180,23 @@ def swiglu_mlp(
     recompute: bool = False,
     candidate: str | None = None,
 ) -> Tensor:
-    """(silu(v Wg^T) * (v Wu^T)) Wd^T. See the top of this file for shapes and dtypes.
+    """(silu(s v Wg^T) * (s v Wu^T)) Wd^T; differentiable.
 
-    recompute   keep only v for backward, and compute the products [M, 2F] there once more
-    candidate   "fused", the activation and its gradient inside the products; "mm", torch.mm and one kernel
-                each; None: as the table of settings says
+    Args:
+        v: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        gate_up: [2F, D], the gate's F rows first, in v's dtype.
+        down: [D', F], in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        recompute: Keep only v for backward, and compute the products [M, 2F] there once more.
+        candidate: "fused" for the activation and its gradient inside the products; "mm" for torch.mm and one
+            kernel each; None for what the settings table says.
+
+    Returns:
+        o, [..., D'], in v's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     F2, D = gate_up.shape if gate_up.ndim == 2 else (1, 0)
     if F2 % 2 or v.ndim == 0 or v.shape[-1] != D or down.ndim != 2 or down.shape[1] != F2 // 2:

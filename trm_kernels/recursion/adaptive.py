@@ -1,30 +1,30 @@
-"""adaptive_recursion: the loop of recursion/recursion.py, in which every token stops by itself
+"""adaptive_recursion: the loop of recursion.py, in which each token stops when its answer no longer changes
 
     repeat num_cycles times:
-        repeat at most num_recursion_steps times, while a token goes on, for tokens that go on:
+        repeat at most num_recursion_steps times, for the tokens that are active, while there are any:
             z = f(z + (y + x))
             a = f(y + z)                        # the answer, had this step been the last
             stop where |a - a before| <= threshold * |a|, patience times in a row, and, in_order, where no
-            token that this one looks at goes on
+            token that this one attends to is active
         y = a
 
-A token that stopped keeps its z and its a. What others see of it in later steps are the keys and values of
-its last step: in an evaluation at step s each token's keys are those of step min(s, its last). So whether a
-token stops depends on itself and on the tokens it looks at. In causal attention those are the earlier ones,
-and one call over all tokens, calls over parts of them with a cache, and token after token give the same
-answers after the same steps: in the cache, repeated keys stand in the place of those that were not computed.
-For in_order it keeps the numbers of steps as well. Where nobody stops early, it is recursion/recursion.py.
+A token that stopped keeps its z and its a. In later steps other tokens attend to the keys and values of its
+last step: in an evaluation at step s each token's keys are those of step min(s, its last). So whether a token
+stops depends on itself and on the tokens it attends to. In causal attention those are the earlier ones.
+Therefore one call over all tokens, calls over parts of them with a cache, and token-by-token calls give the
+same answers after the same steps: the cache holds repeated keys in the place of skipped ones. For in_order it
+holds the numbers of steps as well. Without early halting the result equals trm_recursion's.
 
-What is saved: f is computed for the tokens that go on, attention for the sequences that have one, and the
-loop ends when there are none. What it costs: `a` at every step, so 2 evaluations of f a step, where a fixed
-n takes n + 1. `watch="latent"` looks at the change of z in place of a's, and computes `a` once, in the end.
+Saved work: f is computed for active tokens only, attention for sequences with an active token, and the loop
+ends when no token is active. Cost: `a` is computed at every step, so 2 evaluations of f a step, where a fixed
+n takes n + 1. `watch="latent"` watches the change of z instead, and computes `a` once, at the end.
 
 Shapes   x, y, z [B, T, D]; weights of a layer: see recursion/weights.py, attention only.
 Dtypes   as recursion/recursion.py; changes in float32 (float64 for float64).
 Errors   ValueError for what recursion/recursion.py refuses, and for mlp_t, which mixes tokens by no keys;
          RuntimeError for a call with gradient or under torch.compile.
-Runs     op by op, on either backend: the host asks the device after every step who goes on, so that neither
-         one launch nor a graph (CUDA's, torch.compile's) can hold the loop.
+Runs     op by op, on either backend: after every step the host asks the device which tokens are active, so
+         that neither one launch nor a graph (CUDA's, torch.compile's) can hold the loop.
 Source   stopping where a state saturates, and copying it to the depths that were skipped: "Confident Adaptive
          Language Modeling", Schuster et al., 2022; patience: "BERT Loses Patience", Zhou et al., 2020.
 """
@@ -51,16 +51,18 @@ WATCHED = ("answer", "latent")
 
 @dataclass(frozen=True)
 class Halting:
-    """When a token stops: a change is known from the second step on.
+    """When a token stops. A change is known from the second step on.
 
-    threshold   relative change that counts as none: |new - old| <= threshold * |new|
-    patience    so many steps in a row without a change
-    min_steps   no token stops before
-    watch       "answer": the change of y; "latent": that of z, for half the evaluations
-    in_order    no token stops before those that it may look at. While they are still busy, one that needs
-                what they will find out does not change either, and would stop too early
+    Attributes:
+        threshold: Relative change that counts as none: |new - old| <= threshold * |new|.
+        patience: Steps in a row without a change after which a token stops.
+        min_steps: No token stops before so many steps.
+        watch: "answer" watches y; "latent" watches z, for half the evaluations.
+        in_order: No token stops before the tokens it attends to. A token whose inputs are unfinished can look
+            converged, and would stop too early.
 
-    Errors: ValueError, with what was expected and what came.
+    Raises:
+        ValueError: With what was expected and what came.
     """
 
     threshold: float
@@ -83,17 +85,19 @@ class Halting:
 
 
 def check_count(who: str, name: str, value: object) -> None:
-    """Refuse what is no whole number from 1 on."""
+    """Refuse all but whole numbers of at least 1. Errors: ValueError with what was expected and what came."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{who}: expected {name} to be a count of at least 1, got {value!r}.")
 
 
 class Adapted(NamedTuple):
-    """What a call gives.
+    """What a call returns.
 
-    y, z          [B, T, D]
-    steps         [num_cycles, B, T] int64: steps until the token stopped
-    evaluations   [B, T] int64: how often f was computed for it, answers included, in all cycles
+    Attributes:
+        y: [B, T, D], the answer.
+        z: [B, T, D], the latent state.
+        steps: [num_cycles, B, T] int64, steps until the token stopped.
+        evaluations: [B, T] int64, how often f was computed for the token, answers included, in all cycles.
     """
 
     y: Tensor
@@ -105,7 +109,7 @@ class Adapted(NamedTuple):
 def adaptive_evaluations(
     num_layers: int, num_recursion_steps: int, num_cycles: int, halting: Halting | None
 ) -> int:
-    """How many key/value slabs a cache needs; without a rule as many as recursion/recursion.py fills."""
+    """How many key/value slabs a cache needs; without a halting rule as many as trm_recursion fills."""
     if halting is not None and halting.watch == "answer":
         return num_cycles * 2 * num_recursion_steps * num_layers
     return evaluations(num_layers, num_recursion_steps, num_cycles)
@@ -115,7 +119,7 @@ class Waiting(NamedTuple):
     """What a halting rule reads besides the state.
 
     Attributes:
-        is_token: [B, T] bool, False for padding, which nobody waits for; None: all are tokens.
+        is_token: [B, T] bool, False for padding, for which no token waits; None: all are tokens.
         steps_before: [num_cycles, B, S], the `steps` of the tokens in the cache, in any dtype, 0 in empty
             slots. A rule with in_order needs them.
     """
@@ -160,7 +164,7 @@ def adaptive_recursion(
         num_recursion_steps: n: a token that has not stopped by then stops.
         update_cache: Keeps keys and values of adaptive_evaluations(...) evaluations of a layer, cycle by
             cycle and step by step; in a step z's come before the answer's.
-        is_token: [B, T] bool, False for padding, which nobody waits for; None: all are tokens.
+        is_token: [B, T] bool, False for padding, for which no token waits; None: all are tokens.
         steps_before: [num_cycles, B, S], the `steps` of the tokens in the cache, in any dtype, 0 in empty
             slots. A rule with in_order needs them.
 
@@ -287,10 +291,7 @@ def _cycle(
 
 
 class Order:
-    """Which tokens wait for others.
-
-    steps_before   [B, S] of the tokens in the cache
-    """
+    """Which tokens wait for others: those that attend to an active one."""
 
     def __init__(
         self, B: int, T: int, causal: bool, mask: Tensor | None, steps_before: Tensor | None
@@ -302,13 +303,13 @@ class Order:
             if self.longest is not None or mask.shape[-1] != T:
                 raise ValueError(
                     "adaptive_recursion: in_order expected a general mask without a cache, got one with: "
-                    "whom its tokens wait for is not known. Halting(in_order=False) waits for nobody."
+                    "which tokens its tokens wait for is not known. Halting(in_order=False) waits for none."
                 )
             mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
             self.visible = mask if mask.ndim < 4 else mask.any(dim=1)  # [B, T, T], or what broadcasts to it
 
     def keep_waiting(self, goes_on: Tensor, step: int) -> Tensor:
-        """[B T] bool: those that go on after `step`, and those that may look at one of them."""
+        """[B T] bool: the tokens that are active after `step`, and those that attend to one of them."""
         waits = goes_on.view(self.B, self.T)
         if self.visible is not None:
             fewer = None
@@ -354,10 +355,11 @@ def _of_sequences(inputs: AttentionInputs, sequences: Tensor) -> AttentionInputs
 
 
 class _AdaptiveBlock:
-    """f for the tokens that go on, and what the others left for it: their keys and values.
+    """f for the active tokens, and the keys and values that the stopped ones left.
 
-    going      [M] int64, the numbers of the tokens that go on, from 0 to B T - 1; None: all
-    computed   [B T] int64: evaluations of f so far
+    Attributes:
+        going: [M] int64, the numbers of the active tokens, from 0 to B T - 1; None for all.
+        computed: [B T] int64, evaluations of f so far.
     """
 
     def __init__(
@@ -372,14 +374,14 @@ class _AdaptiveBlock:
         self.computed = torch.zeros(self.B * self.T, dtype=torch.int64, device=x.device)
         self.going: Tensor | None = None
         self._all, self._inputs = inputs, inputs
-        self._sequences: Tensor | None = None  # numbers of those in which a token goes on; None: all
+        self._sequences: Tensor | None = None  # numbers of those with an active token; None: all
         self._places: Tensor | None = None  # [M], of these tokens among the tokens of these sequences
         self._keeps: Tensor | None = None  # [sequences, 1, T, 1] bool: tokens whose keys stay as they are
         self._kept: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # keys and values [B, G, T, K] of all
         self._evaluation = 0
 
     def go_on(self, which: Tensor | None) -> bool:
-        """Choose the tokens [B T] bool that go on, or all; whether there are any. Waits for the device."""
+        """Sets the active tokens [B T] bool, or all; returns whether there are any. Waits for the device."""
         self.going = self._sequences = self._places = self._keeps = None
         self._inputs = self._all
         if which is None:
@@ -400,9 +402,9 @@ class _AdaptiveBlock:
         return True
 
     def f(self, kind: str, v: Tensor) -> Tensor:
-        """f of the tokens that go on, [M, D].
+        """f of the active tokens, [M, D].
 
-        kind   "z" or "answer": those who stopped are seen by the keys of their last evaluation of this kind
+        kind is "z" or "answer": of stopped tokens, the keys of their last evaluation of this kind are used.
         """
         v = v[None]
         for i, layer in enumerate(self.weights):
@@ -416,7 +418,7 @@ class _AdaptiveBlock:
         return v[0]
 
     def repeat_keys(self, steps: int, *kinds: str) -> None:
-        """Fill the cache for so many steps that nobody takes."""
+        """Pads the cache for skipped steps."""
         for _ in range(steps):
             for kind in kinds:
                 for i in range(len(self.weights)):
@@ -429,7 +431,7 @@ class _AdaptiveBlock:
         sequences = self.B if self._sequences is None else len(self._sequences)
         if self._places is None:
             rows = qkv[0]
-        else:  # queries that nobody asks for are zero
+        else:  # queries of stopped tokens are zero
             rows = qkv.new_zeros(sequences * self.T, qkv.shape[2]).index_copy_(0, self._places, qkv[0])
         update = partial(self._update, slot, evaluation)
         o = attend_to(rows.view(sequences, self.T, -1), self.spec, self._inputs, update).flatten(0, 1)
@@ -445,7 +447,7 @@ class _AdaptiveBlock:
         return (k, v) if self._sequences is None else (k[self._sequences], v[self._sequences])
 
     def _with_kept(self, new: Tensor, kept: Tensor) -> Tensor:
-        """Those of all tokens, from those of some sequences; in the others nobody goes on."""
+        """Those of all tokens, from those of the sequences that have an active token."""
         assert self._keeps is not None
         if self._sequences is None:
             return torch.where(self._keeps, kept, new)

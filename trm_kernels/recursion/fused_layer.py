@@ -3,7 +3,7 @@
     h = v + mix(v);  h2 = rms(h) + mlp(rms(h))
 
 h and h2 stay un-normalised. The product after h is scaled by its rstd, which follows from the sums of squares
-that the residual's kernel leaves (ops/linear_residual.py); who comes after h2 norms it while reading it
+that the residual's kernel leaves (ops/linear_residual.py); the op after h2 norms it while reading it
 (ops/norm_add.py).
 
 mix is attention or, with mlp_t, the same MLP over the token axis. Its products run over the transposed axis:
@@ -51,14 +51,14 @@ class Setting(NamedTuple):
 
 
 class AttentionInner(NamedTuple):
-    """What lies between v and h2, and backward needs."""
+    """What lies between v and h2 and is needed by backward."""
 
     qkv: Tensor  # [M, (H + 2G) K]
     o: Tensor  # [M, H K]
     lse: Tensor  # [B, H, T] float32
     h: Tensor  # [M, D]
     rstd: Tensor  # [M] float32, of h
-    gu: Tensor | None  # [M, 2F]; None where backward is not to come and nobody else needs it
+    gu: Tensor | None  # [M, 2F]; None where neither backward nor the candidate needs it
 
 
 class TokensInner(NamedTuple):
@@ -73,7 +73,7 @@ Inner = AttentionInner | TokensInner
 
 
 class Scratch(NamedTuple):
-    """What lies between v and h2, and nobody needs afterwards."""
+    """What lies between v and h2, and is not needed afterwards."""
 
     a: Tensor  # [M, F]
     squares: Tensor | None  # [M, tiles] float32, of h; with attention
@@ -83,7 +83,7 @@ class Scratch(NamedTuple):
 # the float32 gradients of the two matrices of a mixer or an MLP
 Dw = tuple[Tensor, Tensor] | None
 
-# qkv [B, T, (H + 2G) K] -> o [B, T, H K]: attention over more than these tokens, by somebody else
+# qkv [B, T, (H + 2G) K] -> o [B, T, H K]: attention over more than these tokens, from outside
 Attend = Callable[[Tensor], Tensor]
 
 

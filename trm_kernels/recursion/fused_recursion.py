@@ -1,4 +1,4 @@
-"""The loop of recursion/recursion.py as launches: all cycles, steps and layers, forward and backward, by hand
+"""The loop of recursion.py as launches: all cycles, steps and layers, forward and backward
 
 Cycles without gradient run in one set of buffers and keep nothing. Cycles with gradient keep, for each token
 and evaluation of a layer, what `save` says. X is a row of D elements and J one of F, in the dtype of x:
@@ -36,7 +36,7 @@ from trm_kernels.recursion.fused_layer import (
 )
 from trm_kernels.recursion.weights import LayerWeights, map_weights
 
-# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K]: attention that looks into a cache
+# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K]: attention that reads a cache
 AttendEvaluation = Callable[[int, Tensor], Tensor]
 
 Room = TypeVar("Room")

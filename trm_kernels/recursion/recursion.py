@@ -10,14 +10,14 @@
 mix is attention or, with mlp_t weights, a SwiGLU over the token axis; then the rms before the MLP
 runs over the token axis as well, as in TRM's own code.
 
-On the triton backend the whole loop is one op, custom_op.py. Elsewhere, and where attention is not by
-our kernels or not by them alone (a general mask, a library, a cache under torch.compile), it runs op by op.
-Without gradient it may be one launch, recursion/one_launch/launchers.py.
+On the triton backend the whole loop is one op, custom_op.py. It runs op by op elsewhere, and where attention
+is not done by our kernels alone: with a general mask, by a library, with a cache under torch.compile. Without
+gradient it may be one launch, one_launch/launchers.py.
 
 Shapes   x, y, z [B, T, D]; weights of a layer: see recursion/weights.py; y and z are returned.
 Dtypes   one floating dtype for all (autocast: see autocast.py); norms and softmax in float32 (float64 for
          float64).
-Gradient flows through the last `grad_cycles` cycles; None means all of them.
+Gradient flows through the last `grad_cycles` cycles; None means through all of them.
 Errors   ValueError for counts below one, no layers, or shapes that disagree.
 Source   TRM, "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871, figure 3.
 """
@@ -99,7 +99,7 @@ def trm_recursion_ref(
 
 
 def _on_backend(name: str, function: Callable[..., Tensor], *args: object) -> Tensor:
-    """What is computed again runs on its forward's backend: backward may have a thread that chose none."""
+    """Recomputation uses the forward's backend: backward may run in a thread that chose none."""
     with backend(name):
         return function(*args)
 

@@ -1,7 +1,7 @@
 """The one door to the device: every kernel launch passes through `launch`.
 
-`record()` keeps launches instead of running them. Given tensors on the "meta" device, an op then tells
-without a GPU which kernels it would start, on what grid and with which arguments.
+`record()` keeps launches instead of running them. On tensors of the "meta" device this shows, without a GPU,
+which kernels an op would start, on what grid and with which arguments.
 
 A launcher (the function of an op file that allocates and launches) becomes visible to `torch.compile`
 and `torch.export` by `@launcher`. The custom op it turns into needs a fake: a function from shapes to
@@ -46,7 +46,14 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each custom op runs, by th
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Start `kernel` on the device its tensors live on, or keep the launch while recording."""
+    """Starts a kernel on the device of its tensors, or keeps the launch while recording.
+
+    Args:
+        kernel: A function with `triton.jit`.
+        grid: Programs along each axis.
+        args: The kernel's arguments; at least one tensor.
+        meta: Its constants, and Triton's options.
+    """
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, meta))
@@ -60,9 +67,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def record(arch: str | None = None) -> Iterator[list[Launch]]:
-    """Keep launches, choosing settings as if the tensors lived on `arch`, such as "sm90".
+    """Keeps launches instead of running them, for the thread (the context) that entered.
 
-    Without an arch each tensor's own device decides. Holds for the thread (the context) that entered.
+    Args:
+        arch: Settings are chosen as if the tensors were on it, such as "sm90". None: by each tensor's device.
+
+    Yields:
+        The launches, in order.
     """
     recording = _RecordedLaunches(arch)
     token = _recording.set(recording)

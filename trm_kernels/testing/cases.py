@@ -616,7 +616,7 @@ CASES: tuple[Case, ...] = (
         causal=False,
         shapes=((1, 9, 24 * 16), (1, 33, 24 * 8), (1, 35, 24 * 16)),
         bench=((768, 97, 24 * 64), (192, 916, 24 * 64)),
-        launches_with_gradient=4,  # one to turn q and k, two of the gradient; in 16 bits sm90 does it in one
+        launches_with_gradient=4,  # one rotates q and k, two of the gradient; in 16 bits sm90 does it in one
     ),
     _attention(
         "rope_attention_causal",  # in a language model

@@ -5,8 +5,8 @@ Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in 
 Errors   ValueError when sizes or devices disagree, K is odd, or above the widest tuned head.
 Source   "RoFormer", Su et al., 2021, section 3.2, in its rotate-half form.
 
-The cosines and sines are a table made once for all heads, layers and steps: made in this kernel they would be
-made again for each of them. A recursion in one launch makes the table itself, by `cos_and_sin`.
+The cosines and sines are a table, made once for all heads, layers and steps. A recursion in one launch makes
+the table itself, by `cos_and_sin`.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,16 @@ def rope_frequencies(head_width: int, theta: float, device: torch.device) -> Ten
 
 
 def rope_angles(positions: Tensor, head_width: int, theta: float) -> Angles:
-    """The table for tokens at `positions` [B, T] or [1, T]."""
+    """RoPE's table for some tokens, made once for all heads, layers and steps.
+
+    Args:
+        positions: [B, T] or [1, T], in tokens, of any dtype.
+        head_width: K, even.
+        theta: RoPE's base.
+
+    Returns:
+        cos and sin of position * theta^(-2j/K), [B or 1, T, K/2] float32.
+    """
     angles = positions[..., None].float() * rope_frequencies(head_width, theta, positions.device)
     return Angles(angles.cos(), angles.sin())
 
@@ -157,11 +166,12 @@ class _Rope(torch.autograd.Function):
 
 
 def rows(t: Tensor) -> Tensor:
-    """t with neighbouring elements of the last axis side by side."""
+    """t, copied where neighbouring elements of its last axis do not lie side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
+    """Refuse a table of other sizes. Errors: ValueError with what was expected and what came."""
     for t in angles:
         if K % 2 or t.shape[0] not in (1, B) or t.shape[1:] != (T, K // 2) or t.dtype != torch.float32:
             raise ValueError(
@@ -171,7 +181,18 @@ def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
 
 
 def rope(u: Tensor, angles: Angles) -> Tensor:
-    """u with RoPE applied. See the top of this file for shapes and dtypes."""
+    """u with RoPE applied; differentiable.
+
+    Args:
+        u: [B, T, N, K] of any floating dtype, N heads of any kind.
+        angles: rope_angles of the tokens' positions, [B or 1, T, K/2] float32.
+
+    Returns:
+        The rotated heads, [B, T, N, K], in u's dtype.
+
+    Raises:
+        ValueError: When sizes or devices disagree, or K is odd or above the widest tuned head.
+    """
     if u.ndim != 4 or not u.is_floating_point():
         raise ValueError(f"rope: expected floating u [B, T, N, K], got {tuple(u.shape)} of {u.dtype}.")
     check_angles("rope", angles, u.shape[0], u.shape[1], u.shape[3])

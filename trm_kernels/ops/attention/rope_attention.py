@@ -1,13 +1,13 @@
 """rope_attention: o = softmax(rot(q) rot(k)^T / sqrt(K), where visible) v, from the fused projection q|k|v
 
-rot turns each pair (u[j], u[j + K/2]) by the angle position * theta^(-2j/K): RoPE, see ops/attention/rope.py.
+rot rotates each pair (u[j], u[j + K/2]) by the angle position * theta^(-2j/K): RoPE, see rope.py.
 
 Shapes   qkv [B, T, (H + 2G) K] with H query heads, G key/value heads (H a multiple of G), head width K;
          positions [B, T] or [1, T], in tokens; S keys, S = T without a cache; o [B, T, H K].
 Visible  key s to query t of row b, when all that is given agrees: key_mask[b, s] is True; with `causal`,
-         s <= t + query_offset. Or `mask`, which says it all, broadcast to [B, H, T, S]: bool (True = may look
-         at) or floating (added to the scores). A query that may look at nothing has o = 0 and passes no
-         gradient (with a floating mask it is what the softmax makes of it).
+         s <= t + query_offset. Or `mask` alone, broadcast to [B, H, T, S]: bool (True: may attend to) or
+         floating (added to the scores). A query that may attend to nothing has o = 0 and no gradient (with a
+         floating mask, the softmax of equal scores).
 Dtypes   qkv: any floating dtype, o has it too; angles, softmax and sums in float32 (float64 for float64).
 Errors   ValueError when sizes disagree, H is no multiple of G, RoPE meets an odd K, or the implementation
          cannot do what was asked; RuntimeError when it is not there.
@@ -81,16 +81,33 @@ def rope_attention(
     angles: Angles | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention over the fused projection. See the top of this file for shapes, dtypes and what is visible.
+    """Attention with RoPE over the fused projection; differentiable.
 
-    positions        None counts from 0, or from query_offset
-    rope_theta       None leaves positions out
-    update_cache     given the new keys (RoPE applied) and values, returns those of all tokens
-    query_offset     keys before the first query; None: the last query is the last key
-    angles           rope_angles(positions, K, rope_theta), for a caller who calls more than once
-    implementation   "auto": Triton or SDPA on CUDA, by the settings table (SDPA for a general mask), and the
-                     reference elsewhere; "triton": our kernels, which take no general mask; "reference"; or
-                     one of ops/attention/library.py. One that was asked for is had, or is an error.
+    Args:
+        qkv: [B, T, (H + 2G) K] of any floating dtype: queries, keys and values, in that order.
+        positions: [B, T] or [1, T], in tokens; None counts from 0, or from query_offset.
+        num_heads: H.
+        num_key_value_heads: G, of which H is a multiple; None for H.
+        mask: General mask, broadcast to [B, H, T, S]: bool (True: may attend to), or floating, which is added
+            to the scores.
+        causal: Whether no query attends to a later key.
+        rope_theta: RoPE's base; None for no positions.
+        update_cache: Called with the new keys (rotated) and values [B, G, T, K]; returns those of all tokens
+            so far, [B, G, S, K].
+        key_mask: [B, S] bool, False for keys that no query attends to; not with a general mask.
+        query_offset: Keys before the first query; None: the last query is at the last key.
+        angles: rope_angles(positions, K, rope_theta), for a caller with more than one call.
+        implementation: "auto" takes Triton or SDPA on CUDA, by the settings table (SDPA for a general mask),
+            and the reference elsewhere. "triton": our kernels, which take no general mask. "reference", or
+            one of library.py's. One that was asked for by name runs or is an error.
+
+    Returns:
+        o, [B, T, H K], in qkv's dtype.
+
+    Raises:
+        ValueError: When sizes disagree, H is no multiple of G, RoPE meets an odd K, or the implementation
+            cannot do what was asked.
+        RuntimeError: When the implementation is not there.
     """
     H, G = num_heads, num_key_value_heads or num_heads
     _check(qkv, H, G, positions, mask, key_mask, angles, rope_theta)

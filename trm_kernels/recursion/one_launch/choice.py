@@ -58,7 +58,7 @@ def choose_regime(
     if regime == "per_op":
         return regime, None
     flat = [*projections, *flat_weights(weights)]
-    # rows that are not aligned load slowly; where a graph is traced, nobody knows where they lie
+    # rows that are not aligned load slowly; while a graph is traced, addresses are not known
     is_auto = spec.regime == "auto"
     if is_auto and not torch.compiler.is_compiling() and not are_aligned(*map(rows_of, flat)):
         return "per_op", None

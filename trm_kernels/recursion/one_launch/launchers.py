@@ -13,7 +13,7 @@ One token a sequence (decoding) splits long keys into parts of a fixed length; m
     one_launch   all phases in one cooperative launch, a program on each multiprocessor
     per_phase    the same kernel, launched once a phase: the fallback, and what one_launch is held against
 
-What can run this way says choice.py.
+choice.py decides what runs this way.
 
 Errors   RuntimeError where a cooperative launch is impossible, see cooperative.py, or the grid too large.
 """
