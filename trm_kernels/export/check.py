@@ -63,6 +63,7 @@ class Job:
 
     @property
     def complaints(self) -> list[str]:
+        """What keeps it from running, or from running well."""
         return self.kernel.complaints(self.case.max_registers)
 
 

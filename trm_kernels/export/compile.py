@@ -42,6 +42,7 @@ class MainLoop:
         return self.instruction + copied + loaded
 
     def complaints(self) -> list[str]:
+        """What is slower than this GPU allows."""
         found = []
         if self.wants_wgmma and self.instruction != "wgmma":
             found.append(f"multiplies by {self.instruction}, not wgmma")

@@ -85,6 +85,7 @@ class Variant:
 
     @property
     def head_width(self) -> int:
+        """K."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -109,6 +110,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(B: int, T: int, P: int = 0, C: int | None = None) -> Sizes:
+    """The sizes of a call; without C the cache is exactly full."""
     return Sizes(B, T, P, P + T, P + T if C is None else C)
 
 
@@ -122,6 +124,7 @@ class Term(NamedTuple):
     times: int = 1
 
     def at(self, sizes: Sizes) -> int:
+        """Its value at these sizes."""
         value = self.constant * _product(self.of, sizes)
         if self.blocks_of:
             value *= -(-self.times * _product(self.blocks_of, sizes) // self.block)
@@ -129,6 +132,7 @@ class Term(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
+        """Whether it has the same value at all sizes."""
         return not self.of and not self.blocks_of
 
 
@@ -192,6 +196,8 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelStep:
+    """A kernel's launch, with terms and addresses in place of numbers and tensors."""
+
     launch: Launch  # at one size; arguments use the alignment guaranteed at every size: what is compiled
     grid: tuple[Term, Term, Term]
     values: tuple[Value, ...]  # in place of the launch's arguments

@@ -58,6 +58,7 @@ class Matrix(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self) -> Tensor:
+        """The weight, [out, in]."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -73,6 +74,7 @@ class Attention(nn.Module):
         self.o_proj = Matrix(width, width, **factory)
 
     def forward(self, dtype: torch.dtype) -> AttentionWeights:
+        """Both matrices in `dtype`; differentiable."""
         return AttentionWeights(self.qkv_proj().to(dtype), self.o_proj().to(dtype))
 
 
@@ -85,6 +87,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Matrix(width, intermediate_size, **factory)
 
     def forward(self, dtype: torch.dtype) -> SwiGLUWeights:
+        """Both matrices in `dtype`; differentiable."""
         return SwiGLUWeights(self.gate_up_proj().to(dtype), self.down_proj().to(dtype))
 
 
@@ -108,7 +111,7 @@ class TRMLayer(nn.Module):
         self.mlp = SwiGLU(width, intermediate_size, **factory)
 
     def forward(self, dtype: torch.dtype) -> LayerWeights:
-        """The layer's matrices in `dtype`; gradients flow back to the parameters."""
+        """The layer's matrices in `dtype`; differentiable."""
         mixer = self.mlp_t if hasattr(self, "mlp_t") else self.self_attn
         return LayerWeights(mixer(dtype), self.mlp(dtype))
 

@@ -341,6 +341,7 @@ def _norm_meta(squares: Tensor | None) -> dict[str, int]:
 def linear_swiglu_fwd(
     v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
+    """(a [M, F], the products gu [M, 2F] or, where they are not to be saved, an empty tensor)"""
     M, N = v.shape[0], gate_up.shape[0] // 2
     a = v.new_empty(M, N)
     wants_gu = save_gu or swiglu_candidate(v, gate_up, candidate) == "mm"
@@ -353,6 +354,7 @@ def linear_swiglu_fwd(
 def linear_swiglu_bwd(
     da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(the gradient of the products [M, 2F], a or an empty tensor, the gradient of row_scale or one)"""
     M, N = da.shape
     dgu = torch.empty_like(gu)
     a = da.new_empty(M if wants_a else 0, N)

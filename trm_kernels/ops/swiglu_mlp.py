@@ -112,6 +112,7 @@ def _swiglu_mlp_bwd_kernel(
 def swiglu_mlp_bwd(
     do: Tensor, down: Tensor, gu: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(the gradient of the products [M, 2F], the activation [M, F], that of row_scale or an empty tensor)"""
     M, K = do.shape
     N = down.shape[1]
     arch = arch_of(do)

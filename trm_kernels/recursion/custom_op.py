@@ -63,6 +63,7 @@ class _OpInputs(NamedTuple):
     key_mask: Tensor | None  # [B, T] uint8
 
     def setting(self, spec: RecursionSpec) -> Setting:
+        """What all evaluations of the call share."""
         B, T = self.x.shape[:2]
         return Setting(B, T, spec, self.cos, self.sin, self.key_mask)
 

@@ -424,6 +424,7 @@ def _one_launch_injection(name: str, heads: _Heads, quantized: str | None = None
 
 
 def layer_of(matrices: Sequence[Tensor]) -> LayerWeights:
+    """The four matrices of a layer with attention, by their names."""
     return LayerWeights(AttentionWeights(*matrices[:2]), SwiGLUWeights(*matrices[2:]))
 
 

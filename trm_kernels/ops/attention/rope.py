@@ -127,6 +127,7 @@ def _rope_fwd_kernel(
 
 @launcher
 def rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+    """u [B, T, N, K] rotated; with is_back by the opposite angles, which is the gradient."""
     B, T, N, K = u.shape
     row = tuning.lookup("rope", arch_of(u), triton.next_power_of_2(int(K)))
     y = u.new_empty(B, T, N, K)
