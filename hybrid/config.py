@@ -21,10 +21,11 @@ from hybrid.config_values import (
     short,
 )
 from hybrid.saving.modeling_file import AUTO_MAP
-from trm_kernels.modules.trm import TRMSettings, check_sizes
+from trm_kernels.modules.trm import check_sizes
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.quantize import QUANTIZE
 from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.runtime.tuning import REGIMES
 
 BLENDING_STRATEGIES = ("linear", "gated")
@@ -244,9 +245,12 @@ class HybridConfig(PreTrainedConfig):
         return passing if self.deep_supervision else 1
 
     @property
-    def trm_settings(self) -> TRMSettings:
+    def recursion_spec(self) -> RecursionSpec:
         """What every TRM of the model is run with."""
-        return TRMSettings(
+        return RecursionSpec(
+            num_heads=self.trm_num_heads,
+            num_key_value_heads=self.trm_num_key_value_heads,
+            causal=True,
             num_recursion_steps=self.num_recursion_steps,
             num_cycles=self.num_cycles,
             grad_cycles=self.grad_cycles,

@@ -24,7 +24,7 @@ from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.recursion.injection import trm_injection
-from trm_kernels.recursion.one_launch.launchers import CacheRoom
+from trm_kernels.recursion.inputs import CacheRoom
 from trm_kernels.recursion.recursion import trm_recursion
 from trm_kernels.recursion.weights import InjectionWeights, LayerWeights, map_weights
 from trm_kernels.runtime.backend import backend

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import add_rms_norm, injection_blend, injection_in, rope_attention, swiglu_mlp
-from trm_kernels.modules.trm import TRMLayer, TRMSettings
+from trm_kernels.modules.trm import TRMLayer
 from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import InjectionWeights
 
 
@@ -41,11 +42,11 @@ class UntiedStack(nn.Module):
         mask: Tensor | None,
         key_mask: Tensor | None,
         update_cache: None,
-        settings: TRMSettings,
+        spec: RecursionSpec,
         norms_x: bool = False,
     ) -> Tensor:
         """h' [B, T, D] of an injection point; the arguments are those of TRM's call."""
-        n = settings.num_recursion_steps
+        n = spec.num_recursion_steps
         if (update_cache, n) != (None, len(self.layers) - 1):
             raise ValueError(
                 f"UntiedStack: expected no cache and n = {len(self.layers) - 1}, got {update_cache} and "

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from trm_kernels.recursion.adaptive import Halting
-from trm_kernels.recursion.one_launch.launchers import CacheRoom
+from trm_kernels.recursion.inputs import CacheRoom
 
 
 class GrowingLayer(DynamicLayer):

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -64,11 +65,11 @@ from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
 from hybrid.saving import base_checksum, base_reference, checkpoint
 from trm_kernels import TRM
-from trm_kernels.modules.trm import Matrix, TRMSettings
+from trm_kernels.modules.trm import Matrix
 from trm_kernels.ops.attention.rope import Angles, rope_angles
-from trm_kernels.runtime import tuning
+from trm_kernels.recursion.one_launch.choice import preferred_regime
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.runtime.backend import current_backend
-from trm_kernels.runtime.launch import arch_of
 
 _CONFIGS = frozenset(trm_fields())
 _NO_LABELS = (
@@ -360,20 +361,20 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 leave_to_base(past_key_values, self._num_base_layers)
         else:
             n = self._recursion_steps(num_recursion_steps, past_key_values)
-            settings = self.config.trm_settings._replace(num_recursion_steps=n)
+            spec = replace(self.config.recursion_spec, num_recursion_steps=n)
             if past_key_values is not None:
-                settings = settings._replace(save="all")  # computed again, keys would be appended again
-                num_layers = self._num_trm_cache_layers(settings, rule)
+                spec = replace(spec, save="all")  # computed again, keys would be appended again
+                num_layers = self._num_trm_cache_layers(spec, rule)
                 make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
             positions = self._positions(inputs, position_ids, past_key_values)
-            angles = self._angles(inputs, positions)
+            angles = self._angles(inputs, positions, spec)
             base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
             call = InjectionCall(
                 positions,
                 angles,
                 what,
                 past_key_values,
-                settings,
+                spec,
                 self.config.injection_strength,
                 self.config.trm_input_norm,
                 current_backend(),
@@ -434,7 +435,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
         B, T = inputs.shape[:2]
-        n, num_cycles = call.settings.num_recursion_steps, call.settings.num_cycles
+        n, num_cycles = call.spec.num_recursion_steps, call.spec.num_cycles
         if call.halting is None:
             steps, evaluations = torch.full((B, T), float(n)), torch.full((B, T), float(num_cycles * (n + 1)))
         else:
@@ -524,8 +525,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         generator = random.Random(f"{self.config.recursion_seed}:{draw}")
         return generator.randint(1, self.config.num_recursion_steps)
 
-    def _num_trm_cache_layers(self, settings: TRMSettings, halting: Halting | None = None) -> int:
-        each = trm_evaluations(self.config, settings, halting)
+    def _num_trm_cache_layers(self, spec: RecursionSpec, halting: Halting | None = None) -> int:
+        each = trm_evaluations(self.config, spec, halting)
         return (each + keeps_steps(halting)) * len(self.config.injection_layers)
 
     def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
@@ -535,19 +536,15 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         seen = 0 if cache is None else cache.get_seq_length()
         return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
 
-    def _angles(self, inputs: Tensor, positions: Tensor) -> Angles | None:
+    def _angles(self, inputs: Tensor, positions: Tensor, spec: RecursionSpec) -> Angles | None:
         """RoPE's table for the TRMs, all of which see the same positions.
 
-        None where the TRMs run in one launch, which computes its own table. On fallback the table is computed
-        there.
+        None where one launch is preferred, which makes its own. On fallback each injection makes the table.
         """
-        (B, T), width = inputs.shape[:2], self.config.trm_hidden_size
-        regime = self.config.trm_regime
-        if regime == "auto":
-            regime = tuning.regime(arch_of(inputs), B * T, T, width)
-        if regime != "per_op" and not torch.is_grad_enabled():
+        width = self.config.trm_hidden_size
+        if preferred_regime(spec.regime, inputs, width) != "per_op" and not torch.is_grad_enabled():
             return None
-        return rope_angles(positions, width // self.config.trm_num_heads, self.config.trm_rope_theta)
+        return rope_angles(positions, width // spec.num_heads, self.config.trm_rope_theta)
 
     def _masks(
         self,
@@ -602,7 +599,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
         length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
         num_layers = self._num_trm_cache_layers(
-            self.config.trm_settings._replace(num_recursion_steps=n), rule
+            replace(self.config.recursion_spec, num_recursion_steps=n), rule
         )
         make_room(cache, self._num_base_layers, num_layers, max_cache_len=length, halting=rule)
 

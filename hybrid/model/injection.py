@@ -25,9 +25,10 @@ from hybrid.model.cache import InjectionCache, keeps_steps
 from hybrid.model.call_in_progress import CallInProgress
 from hybrid.model.masks import Visible
 from trm_kernels import TRM, injection_blend, injection_in
-from trm_kernels.modules.trm import Matrix, TRMSettings
+from trm_kernels.modules.trm import Matrix
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.recursion.adaptive import Halting, adaptive_evaluations
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.autocast import compute_dtype
 from trm_kernels.runtime.backend import backend
@@ -41,7 +42,7 @@ class InjectionCall:
     angles: Angles | None  # RoPE's table of them; None where each injection makes it in its own launch
     visible: Visible
     cache: Cache | None
-    settings: TRMSettings  # of this forward, whatever the config is set to before its backward
+    spec: RecursionSpec  # of this forward, whatever the config is set to before its backward
     strength: float
     norms_x: bool  # trm_input_norm
     # of this forward: autograd's threads, which repeat checkpointed parts of it, have chosen none
@@ -89,15 +90,23 @@ class InjectedTRM(TRM):
 
     def __init__(self, config: HybridConfig, **factory: Any) -> None:
         self.config = config
-        settings = config.trm_settings._asdict()
+        spec = config.recursion_spec
         super().__init__(
             config.trm_hidden_size,
-            config.trm_num_heads,
+            spec.num_heads,
             config.trm_num_layers,
-            num_key_value_heads=config.trm_num_key_value_heads,
+            num_key_value_heads=spec.num_key_value_heads,
             intermediate_size=config.trm_intermediate_size,
-            causal=True,
-            **settings,
+            num_recursion_steps=spec.num_recursion_steps,
+            num_cycles=spec.num_cycles,
+            grad_cycles=spec.grad_cycles,
+            causal=spec.causal,
+            rope_theta=spec.rope_theta,
+            eps=spec.eps,
+            attention=spec.attention,
+            save=spec.save,
+            regime=spec.regime,
+            quantize=spec.quantize,
             **factory,
         )
 
@@ -146,7 +155,7 @@ class Injection(GradientCheckpointingLayer):
         positions: Tensor,
         angles: Angles | None,
         visible: Visible,
-        settings: TRMSettings,
+        spec: RecursionSpec,
         strength: float,
         backend_name: str,
         halting: Halting | None = None,
@@ -158,7 +167,7 @@ class Injection(GradientCheckpointingLayer):
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
-        settings, strength  how the TRM runs, and the factor of what is added
+        spec, strength      how the TRM runs, and the factor of what is added
         halting, is_token   see trm_kernels/recursion/adaptive.py
         steps               with halting, is added to: the call's (steps, evaluations)
         each_cycle   h' [C B, T, D] with the answers of the C cycles that pass gradients, the last at the end
@@ -168,7 +177,7 @@ class Injection(GradientCheckpointingLayer):
         mask, key_mask, num_keys = visible
         update_cache = None
         if past_key_values is not None:
-            evaluations = trm_evaluations(self.config, settings, halting)
+            evaluations = trm_evaluations(self.config, spec, halting)
             first = self.first_cache_layer + self.index * (evaluations + keeps_steps(halting))
             steps_layer = first + evaluations if keeps_steps(halting) else None
             update_cache = InjectionCache(past_key_values, first, num_keys, steps_layer)
@@ -185,12 +194,12 @@ class Injection(GradientCheckpointingLayer):
             w_in, w_out = self.in_proj().to(dtype), self.out_proj().to(dtype)
             gate = (self.gate_weight.to(dtype), self.gate_bias.to(dtype)) if self.is_gated else ()
             given: dict[str, Any] = {"positions": positions, "angles": angles}
-            given |= {"mask": mask, "key_mask": key_mask, "settings": settings}
+            given |= {"mask": mask, "key_mask": key_mask, "spec": spec}
             if halting is None and not each_cycle:
                 given |= {"injection": InjectionWeights(w_in, w_out, *gate), "strength": strength}
                 given["norms_x"] = norms_x
                 return self.recursion(h, update_cache=update_cache, **given)
-            x = injection_in(h, w_in, settings.eps, norms_x=norms_x)
+            x = injection_in(h, w_in, spec.eps, norms_x=norms_x)
             if each_cycle:
                 ys = [y for y, _ in self.recursion.each_cycle(x, **given)]
             else:
@@ -208,9 +217,9 @@ class Injection(GradientCheckpointingLayer):
             return torch.cat(blended) if each_cycle else blended[0]
 
 
-def trm_evaluations(config: HybridConfig, settings: TRMSettings, halting: Halting | None) -> int:
+def trm_evaluations(config: HybridConfig, spec: RecursionSpec, halting: Halting | None) -> int:
     """Evaluations of a layer in one call of one TRM, the most: the layers of a cache that it fills."""
-    n, num_cycles = settings.num_recursion_steps, settings.num_cycles
+    n, num_cycles = spec.num_recursion_steps, spec.num_cycles
     return adaptive_evaluations(config.trm_num_layers, n, num_cycles, halting)
 
 
@@ -380,7 +389,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.positions.to(h.device),
         None if call.angles is None else Angles(*(t.to(h.device) for t in call.angles)),
         call.visible.to(h.device),
-        call.settings,
+        call.spec,
         call.strength,
         call.backend,
         call.halting,

@@ -23,13 +23,13 @@ def test_nothing_got_worse(name):
 
 def plant_a_launch(monkeypatch):
     """One kernel more for each evaluation: the residual's, twice."""
-    fill = fused_layer._fill_linear_residual
+    fill = fused_layer.fill_linear_residual
 
     def twice(*args):
         fill(*args)
         fill(*args)
 
-    monkeypatch.setattr(fused_layer, "_fill_linear_residual", twice)
+    monkeypatch.setattr(fused_layer, "fill_linear_residual", twice)
 
 
 def test_more_launches_are_seen(monkeypatch):

@@ -96,11 +96,11 @@ def test_an_untied_stack_of_equal_layers_is_the_recursion():
     weights = InjectionWeights(torch.randn(8, 6), torch.randn(6, 8))
     said = {"injection": weights, "strength": 1.0, "positions": positions}
     said |= {"angles": rope_angles(positions, 4, 10000.0), "mask": None}
-    said |= {"key_mask": None, "update_cache": None, "settings": recursion.settings}
+    said |= {"key_mask": None, "update_cache": None, "spec": recursion.spec}
     one, other = (module(h, **said) for module in (stack, recursion))
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # products in another order
     with pytest.raises(ValueError, match="n = 3, got None and n = 2"):
-        stack(h, **said | {"settings": recursion.settings._replace(num_recursion_steps=2)})
+        stack(h, **said | {"spec": replace(recursion.spec, num_recursion_steps=2)})
 
 
 def test_arms_have_the_sizes_that_they_are_named_for(two_steps):

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch import launchers
 from trm_kernels.recursion.one_launch.addresses import distances
 from trm_kernels.runtime import tuning
 
@@ -104,8 +104,8 @@ def launches_at_once(**how: Any) -> Iterator[None]:
         run_at_once(kernel, grid[0], *args, **how, **meta)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recursion, "distances", in_shared_memory)
-        patch.setattr(recursion, "launch", launch_at_once)
+        patch.setattr(launchers, "distances", in_shared_memory)
+        patch.setattr(launchers, "launch", launch_at_once)
         patch.setitem(tuning.MULTIPROCESSORS, "any", 100)
         yield
 

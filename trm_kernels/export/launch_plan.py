@@ -2,9 +2,9 @@
 
 The recursion runs on "meta" tensors while its launches are recorded, at a few sizes. What comes out differs
 in numbers only, and each of them is one term: a constant times some of the sizes, or times how many blocks
-cover some of them. A plan holds these terms instead of the numbers, so that whoever has a plan can run the
-recursion at any size without Python: the library that CMakeLists.txt builds. Nothing is said twice: the
-kernels, their settings and the order they run in are those of ops/.
+cover some of them. A plan holds these terms instead of the numbers, so that a program with a plan can run the
+recursion at any size without Python: the library that CMakeLists.txt builds. Kernels, their settings and
+their order are recorded, not written down again.
 
 Sizes    B batch, T tokens, P tokens before them in the cache, S = P + T, C tokens the cache has room for
 Calls    forward   from the initial state
@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trm_kernels.export.check import Compiled, compile_for
+from trm_kernels.export.compile import Compiled, compile_for
 from trm_kernels.modules.trm import check_sizes, default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
-from trm_kernels.ops.linear_residual import _fill_linear
-from trm_kernels.recursion.custom_op import Call, fused_recursion_with_cache
+from trm_kernels.ops.linear_residual import fill_linear
+from trm_kernels.recursion.custom_op import fused_recursion_with_cache
+from trm_kernels.recursion.fused_layer import Setting
 from trm_kernels.recursion.fused_recursion import recursion_forward
-from trm_kernels.recursion.recursion import evaluations
+from trm_kernels.recursion.spec import RecursionSpec, evaluations
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.gemm_common import rows_of
@@ -84,6 +85,7 @@ class Variant:
 
     @property
     def head_width(self) -> int:
+        """K."""
         return self.hidden_size // self.num_heads
 
     @property
@@ -93,7 +95,7 @@ class Variant:
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """What a plan is made for: only who never looks ahead can keep keys and values."""
+        """What a plan is made for: only causal attention can keep keys and values."""
         return CALLS if self.causal else CALLS[:2]
 
 
@@ -108,6 +110,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(B: int, T: int, P: int = 0, C: int | None = None) -> Sizes:
+    """The sizes of a call; without C the cache is exactly full."""
     return Sizes(B, T, P, P + T, P + T if C is None else C)
 
 
@@ -121,6 +124,7 @@ class Term(NamedTuple):
     times: int = 1
 
     def at(self, sizes: Sizes) -> int:
+        """Its value at these sizes."""
         value = self.constant * _product(self.of, sizes)
         if self.blocks_of:
             value *= -(-self.times * _product(self.blocks_of, sizes) // self.block)
@@ -128,6 +132,7 @@ class Term(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
+        """Whether it has the same value at all sizes."""
         return not self.of and not self.blocks_of
 
 
@@ -191,7 +196,9 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelStep:
-    launch: Launch  # what is compiled, at one size. Arguments use the alignment guaranteed at every size.
+    """A kernel's launch, with terms and addresses in place of numbers and tensors."""
+
+    launch: Launch  # at one size; arguments use the alignment guaranteed at every size: what is compiled
     grid: tuple[Term, Term, Term]
     values: tuple[Value, ...]  # in place of the launch's arguments
 
@@ -212,7 +219,7 @@ class CopyStep:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """The steps of one call, and the bytes of each work buffer."""
 
     call: str
@@ -229,7 +236,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Recording:
+class RecordedCall:
     """The recursion at one size: what it does, in order, and whose memory is whose."""
 
     steps: tuple[Launch | Copy, ...]
@@ -255,7 +262,7 @@ class _WithoutLibraries(TorchDispatchMode):
         if name == "mm":
             v, w = args
             out = kwargs["out"] if "out" in kwargs else v.new_empty(v.shape[0], w.shape[1])
-            _fill_linear(out, v, w.t())
+            fill_linear(out, v, w.t())
             return out
         if name == "copy_":
             self.launches.append(Copy(args[0], args[1]))
@@ -265,7 +272,7 @@ class _WithoutLibraries(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recording:
+def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> RecordedCall:
     """What `call` does at these sizes with the settings of `arch`."""
     v, dtype = variant, DTYPES[variant.dtype]
     H, G, K = v.num_heads, v.num_key_value_heads, v.head_width
@@ -304,18 +311,25 @@ def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recordi
             qkv, None, H, G, None, True, None, update_cache, angles=angles, implementation="triton"
         )
 
-    is_token_mixer = [False] * v.num_layers
-    loop = v.num_recursion_steps, v.num_cycles, 0, "all"
-    settings = Call(is_token_mixer, H, G, v.causal, 0, v.eps, "fused", *loop)
+    spec = RecursionSpec(
+        H,
+        G,
+        v.num_recursion_steps,
+        v.num_cycles,
+        grad_cycles=0,
+        causal=v.causal,
+        eps=v.eps,
+        save="all",
+        candidate="fused",
+    )
     with torch.no_grad(), record(arch) as launches, _WithoutLibraries(launches):
         if call in CACHE_CALLS:
-            out = fused_recursion_with_cache(x, y, z, weights, settings, attend)
+            out = fused_recursion_with_cache(x, y, z, weights, spec, attend)
         else:
-            setting = settings.setting(x, cos, sin, None)
-            rows = rows_of(x), rows_of(y), rows_of(z)
-            out = recursion_forward(*rows, weights, setting, settings.loop)[:2]
+            setting = Setting(B, T, spec, cos, sin, None)
+            out = recursion_forward(rows_of(x), rows_of(y), rows_of(z), weights, setting)[:2]
     owned += [(Buffer("y_out"), out[0]), (Buffer("z_out"), out[1])]
-    return Recording(tuple(launches), tuple(owned))
+    return RecordedCall(tuple(launches), tuple(owned))
 
 
 # Sizes at which a call is recorded: some large, so that no number of blocks is 1 at all of them; odd, so
@@ -358,7 +372,7 @@ def decode_keys(variant: Variant, arch: str) -> int:
     return tuning.lookup_decode(arch, variant.head_width, size).keys
 
 
-def plan(variant: Variant, call: str, arch: str) -> Plan:
+def plan(variant: Variant, call: str, arch: str) -> LaunchPlan:
     """The plan of a call with the settings of `arch`."""
     probes = _PROBES[call]
     recordings = [record_call(variant, call, arch, sizes) for sizes in probes]
@@ -366,13 +380,13 @@ def plan(variant: Variant, call: str, arch: str) -> Plan:
     work = [term(sizes, probes) for sizes in zip(*(each.work_bytes for each in lowered), strict=True)]
     steps = [_merge(step, probes) for step in zip(*(each.steps for each in lowered), strict=True)]
     slots, work = _share(steps, work)
-    return Plan(call, tuple(_with_slots(step, slots) for step in steps), tuple(work))
+    return LaunchPlan(call, tuple(_with_slots(step, slots) for step in steps), tuple(work))
 
 
 class _Lowered:
     """One recording with buffers for tensors."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: RecordedCall) -> None:
         self.buffers = {t.untyped_storage()._cdata: buffer for buffer, t in recording.owned}
         self.work_bytes: list[int] = []
         self.steps: list[Any] = []
@@ -424,7 +438,7 @@ def _merge(same: Sequence[Any], probes: Sequence[Sizes]) -> KernelStep | CopySte
 
 
 def _representative(value: Term) -> int:
-    """What a kernel is compiled for in place of a number: one as aligned as the term always is."""
+    """A number that a kernel is compiled for: with the alignment that the term has at every size."""
     if value.is_constant:
         return value.constant
     return 32 if value.constant % 16 == 0 else 33

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from trm_kernels.export.check import SHARED_LIMIT, Compiled
+from trm_kernels.export.compile import SHARED_LIMIT, Compiled
 from trm_kernels.export.launch_plan import (
     Address,
     Argument,
     CopyStep,
     KernelStep,
-    Plan,
+    LaunchPlan,
     Sizes,
     Term,
     Variant,
@@ -138,7 +138,7 @@ def _words(cubin: bytes) -> list[str]:
     return [", ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
 
 
-def _program(variant: Variant, arch: str, plans: Sequence[Plan], tables: _Tables) -> str:
+def _program(variant: Variant, arch: str, plans: Sequence[LaunchPlan], tables: _Tables) -> str:
     """Everything of one variant but what it shares with others."""
     name, text = variant.name, ""
     of_plans = []

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_kernels.export.check import SHARED_LIMIT
+from trm_kernels.export.compile import SHARED_LIMIT
 from trm_kernels.export.launch_plan import DTYPES, Variant
 from trm_kernels.export.native import read_variants
 from trm_kernels.modules.trm import TRM

@@ -2,8 +2,8 @@
 
     what_differs(inner, type(inner).forward, _forward)      # None, or in words
 
-patch_reference_trm asks before it replaces a forward. What somebody changed in that forward (a gate on what
-`L_level` gives, one more latent, dropout) then shows, whatever it is called.
+patch_reference_trm compares before it replaces a forward. Changes that users made in theirs (a gate on what
+`L_level` returns, one more latent, dropout) show, whatever they are called.
 
 Both run on clones of the module's parameters and buffers, with random numbers of their own: the module's
 tensors, their `.grad`, its modes and other attributes (a counter of calls), and torch's generators stay as
@@ -62,7 +62,7 @@ class Latents:
     z_L: Tensor
 
 
-class Batch(dict[str, Tensor]):
+class WatchedBatch(dict[str, Tensor]):
     """A batch that remembers which keys it was asked for."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -82,7 +82,7 @@ class Batch(dict[str, Tensor]):
         return super().__contains__(key)
 
 
-class _Given(NamedTuple):
+class _TrialInputs(NamedTuple):
     """What both forwards are given."""
 
     tensors: dict[str, Tensor]  # in place of the module's parameters and buffers
@@ -99,7 +99,7 @@ class _Outcome(NamedTuple):
     asked: set[Any]  # keys of the batch
 
 
-def _given(inner: Any, rows: int) -> _Given:
+def _given(inner: Any, rows: int) -> _TrialInputs:
     generator, device = torch.Generator().manual_seed(0), _device(inner)
 
     def random(shape: Any) -> Tensor:
@@ -130,7 +130,9 @@ def _given(inner: Any, rows: int) -> _Given:
         device=generator.device,  # whatever `with torch.device(...)` patching happens in
     )
     batch = {"inputs": tokens, "puzzle_identifiers": torch.zeros(rows, device=generator.device)}
-    return _Given(tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()})
+    return _TrialInputs(
+        tensors, learned, carry, {name: t.to(device, torch.int32) for name, t in batch.items()}
+    )
 
 
 class _Call(nn.Module):
@@ -144,13 +146,13 @@ class _Call(nn.Module):
         return self.function(self.inner, carry, batch)
 
 
-def _outcome(inner: nn.Module, forward: Forward, given: _Given) -> _Outcome:
+def _outcome(inner: nn.Module, forward: Forward, given: _TrialInputs) -> _Outcome:
     torch.default_generator.manual_seed(0)
     if _device(inner).type == "cuda":
         with torch.cuda.device(_device(inner)):
             torch.cuda.manual_seed(0)
     tensors = {name: t.clone().requires_grad_(name in given.learned) for name, t in given.tensors.items()}
-    batch = Batch(given.batch)
+    batch = WatchedBatch(given.batch)
     result = torch.func.functional_call(
         _Call(inner, forward), {f"inner.{name}": t for name, t in tensors.items()}, (given.carry, batch)
     )

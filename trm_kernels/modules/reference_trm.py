@@ -7,10 +7,10 @@ fused is the loop around it, so it is the forward of the module that holds `L_le
 
     x = _input_embeddings(...);  z_H, z_L = trm_recursion(x, z_H, z_L, ...);  lm_head(z_H), q_head(z_H)
 
-z_H is y and z_L is z; H_cycles is num_cycles, of which the last passes gradients; L_cycles is
-num_recursion_steps; both are read at every call. `L_level` stays where it is and goes on holding the weights:
-the parameters, their names and an optimiser's state are the very same. No longer run are hooks on `L_level`
-and below. Patch before `torch.compile`; what was compiled already is compiled anew.
+z_H is y and z_L is z; H_cycles is num_cycles, of which the last is differentiated; L_cycles is
+num_recursion_steps; both are read at every call. `L_level` stays where it is and keeps the weights:
+parameters, their names and an optimiser's state do not change. Hooks on `L_level` and below no longer run.
+Patch before `torch.compile`; a forward that was compiled already is compiled again.
 
 Errors   ValueError when there is no such module inside, or more than one; when it holds what the recursion
          does not compute; when its forward and the one that replaces it differ on random numbers, outputs or
@@ -28,16 +28,21 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels.modules.reference_trial import what_differs
-from trm_kernels.recursion.recursion import AttentionWeights, LayerWeights, SwiGLUWeights, trm_recursion
+from trm_kernels.recursion.recursion import trm_recursion
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 
 _EXPECTED = ("L_level", "_input_embeddings", "lm_head", "q_head", "puzzle_emb_len", "config")
 _CONFIG = ("H_cycles", "L_cycles", "rms_norm_eps", "rope_theta", "seq_len", "hidden_size")
 
 
 class patch_reference_trm:  # noqa: N801  used like a function, as torch.no_grad is
-    """Replace the recursion inside `model`, until `undo()` or the end of a `with` block.
+    """Replaces the recursion inside a model, until `undo()` or the end of a `with` block.
 
-    model   the paper's model, or anything around it: its ACT wrapper, its loss head
+    Args:
+        model: The paper's model, or a module around it: its ACT wrapper, its loss head.
+
+    Raises:
+        ValueError: When the recursion in it is not one that can be replaced; nothing is patched then.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +52,7 @@ class patch_reference_trm:  # noqa: N801  used like a function, as torch.no_grad
         self.inner.forward = MethodType(_forward, self.inner)
 
     def undo(self) -> None:
-        """The forward of the paper's code again; nothing to do the second time."""
+        """Restores the forward of the paper's code; a second call does nothing."""
         self.inner.__dict__.pop("forward", None)
 
     def __enter__(self) -> Self:

@@ -6,22 +6,28 @@ language model: causal, with positions, a mask and a cache. The loop itself is `
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
-from trm_kernels.recursion.adaptive import Halting, adaptive_evaluations, adaptive_recursion
-from trm_kernels.recursion.injection import trm_injection
+from trm_kernels.recursion.adaptive import Adapted, Halting, Waiting, adaptive_evaluations, run_adaptive
+from trm_kernels.recursion.injection import run_injection
+from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache
 from trm_kernels.recursion.quantize import QUANTIZE, dequantize_layers, quantize_layers
-from trm_kernels.recursion.recursion import (
-    EvaluationCache,
-    trm_recursion,
-)
+from trm_kernels.recursion.recursion import run_recursion
 from trm_kernels.recursion.saved_bytes import SAVES
-from trm_kernels.recursion.weights import AttentionWeights, InjectionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.recursion.spec import RecursionSpec
+from trm_kernels.recursion.weights import (
+    AttentionWeights,
+    InjectionPoint,
+    InjectionWeights,
+    LayerWeights,
+    SwiGLUWeights,
+)
 from trm_kernels.runtime.autocast import compute_dtype
 from trm_kernels.runtime.gemm_common import wants_gradient
 from trm_kernels.runtime.tuning import REGIMES
@@ -52,6 +58,7 @@ class Matrix(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self) -> Tensor:
+        """The weight, [out, in]."""
         return self.weight
 
     def extra_repr(self) -> str:
@@ -67,6 +74,7 @@ class Attention(nn.Module):
         self.o_proj = Matrix(width, width, **factory)
 
     def forward(self, dtype: torch.dtype) -> AttentionWeights:
+        """Both matrices in `dtype`; differentiable."""
         return AttentionWeights(self.qkv_proj().to(dtype), self.o_proj().to(dtype))
 
 
@@ -79,6 +87,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Matrix(width, intermediate_size, **factory)
 
     def forward(self, dtype: torch.dtype) -> SwiGLUWeights:
+        """Both matrices in `dtype`; differentiable."""
         return SwiGLUWeights(self.gate_up_proj().to(dtype), self.down_proj().to(dtype))
 
 
@@ -102,49 +111,58 @@ class TRMLayer(nn.Module):
         self.mlp = SwiGLU(width, intermediate_size, **factory)
 
     def forward(self, dtype: torch.dtype) -> LayerWeights:
-        """The layer's matrices in `dtype`; gradients flow back to the parameters."""
+        """The layer's matrices in `dtype`; differentiable."""
         mixer = self.mlp_t if hasattr(self, "mlp_t") else self.self_attn
         return LayerWeights(mixer(dtype), self.mlp(dtype))
 
 
-class TRMSettings(NamedTuple):
-    """How a TRM runs its weights: what may differ from call to call. The fields are TRM's, see there."""
-
-    num_recursion_steps: int
-    num_cycles: int
-    grad_cycles: int | None
-    rope_theta: float | None
-    eps: float
-    attention: str
-    save: str
-    regime: str
-    quantize: str | None
+# attributes of a TRM that say how it runs its weights; a call may be given a spec with others
+_OF_SPEC = (
+    "num_heads",
+    "num_key_value_heads",
+    "num_recursion_steps",
+    "num_cycles",
+    "grad_cycles",
+    "causal",
+    "rope_theta",
+    "eps",
+    "attention",
+    "save",
+    "regime",
+    "quantize",
+)
 
 
 class TRM(nn.Module):
     """A Tiny Recursive Model: `num_layers` post-norm layers, applied to their own state again and again.
 
-    hidden_size            D, the width of x, y and z
-    num_heads              H; D must be a multiple of it
-    num_key_value_heads    G; H must be a multiple of it; default H
-    intermediate_size      the MLP's inner width; default 8/3 D rounded up to a multiple of 256
-    num_recursion_steps    n, updates of z in a cycle (the paper's L_cycles); a call may choose another
-    num_cycles             T, updates of y (the paper's H_cycles)
-    grad_cycles            the last cycles that pass gradients; None = all
-    causal                 no token looks at a later one
-    rope_theta             RoPE's base; None for no positions
-    mlp_t                  mix tokens by a SwiGLU over the token axis instead of attention; needs seq_len
-    seq_len                tokens in every input, with mlp_t only
-    attention              who computes it: one of ops/attention/rope_attention.py's implementations
-    save                   what is kept for backward, "auto", "all", "layer" or "step": see
-                           recursion/recursion.py
-    regime                 how a call without gradient is launched, "auto", "per_op", "one_launch" or
-                           "per_phase": see recursion/recursion.py; one with a gradient is launched per op
-    quantize               None, or "int8" or "fp8": the matrices in 8 bits, see quantize.py; for calls
-                           without gradient only. Copies are made anew when a matrix has changed
-
-    Errors: ValueError when the numbers cannot be combined, with what was expected and what came.
     Source: "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871.
+
+    Args:
+        hidden_size: D, the width of x, y and z.
+        num_heads: H; D is a multiple of it.
+        num_layers: Layers in f.
+        num_key_value_heads: G; H is a multiple of it. Default H.
+        intermediate_size: The MLP's inner width; default 8/3 D rounded up to a multiple of 256.
+        num_recursion_steps: n, updates of z in a cycle (the paper's L_cycles); a call may choose another.
+        num_cycles: T, updates of y (the paper's H_cycles).
+        grad_cycles: How many of the last cycles are differentiated; None for all.
+        causal: Whether no token attends to a later one.
+        rope_theta: RoPE's base; None for no positions.
+        mlp_t: Whether a SwiGLU over the token axis mixes tokens instead of attention; needs seq_len.
+        seq_len: Tokens in every input; with mlp_t only.
+        eps: Added to the mean of squares in every norm.
+        attention: One of rope_attention's implementations.
+        save: What is kept for backward: "auto", "all", "layer" or "step"; see trm_recursion.
+        regime: How a call without gradient is launched: "auto", "per_op", "one_launch" or "per_phase"; see
+            trm_recursion. A call with a gradient is launched per op.
+        quantize: None, "int8" or "fp8": the matrices in 8 bits, see recursion/quantize.py; for calls without
+            gradient only. The copies are made anew when a matrix has changed.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: When the numbers cannot be combined, with what was expected and what came.
     """
 
     def __init__(
@@ -173,22 +191,8 @@ class TRM(nn.Module):
         super().__init__()
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
-        if mlp_t != (seq_len is not None):
-            raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
-        if mlp_t and causal:
-            raise ValueError(
-                "TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both."
-            )
-        if attention not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
-            )
-        if save not in ("auto", *SAVES):
-            raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
-        if regime not in ("auto", *REGIMES):
-            raise ValueError(f"TRM: expected regime to be auto, {', '.join(REGIMES)}, got {regime!r}.")
-        if quantize not in (None, *QUANTIZE):
-            raise ValueError(f"TRM: expected quantize to be None, {', '.join(QUANTIZE)}, got {quantize!r}.")
+        _check_token_mixer(mlp_t, seq_len, causal)
+        _check_choices(attention, save, regime, quantize)
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -222,12 +226,12 @@ class TRM(nn.Module):
         nn.init.normal_(self.z_init)
 
     @property
-    def settings(self) -> TRMSettings:
-        """What the attributes say now: those of a call that is given no others."""
-        return TRMSettings(*(getattr(self, name) for name in TRMSettings._fields))
+    def spec(self) -> RecursionSpec:
+        """What the attributes say now: the spec of a call that is given no other."""
+        return RecursionSpec(**{name: getattr(self, name) for name in _OF_SPEC})
 
     def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
-        """Evaluations of a layer in one call, the most: the key/value slabs that a cache has to keep."""
+        """The most evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
         n = num_recursion_steps or self.num_recursion_steps
         return adaptive_evaluations(len(self.layers), n, self.num_cycles, halting)
 
@@ -240,7 +244,6 @@ class TRM(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         key_mask: Tensor | None = None,
-        query_offset: int | None = None,
         update_cache: EvaluationCache | None = None,
         num_recursion_steps: int | None = None,
         angles: Angles | None = None,
@@ -250,87 +253,58 @@ class TRM(nn.Module):
         report_steps: Callable[[Tensor, Tensor], None] | None = None,
         injection: InjectionWeights | None = None,
         strength: float = 1.0,
-        settings: TRMSettings | None = None,
+        spec: RecursionSpec | None = None,
         norms_x: bool = False,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """(y, z), each [B, T, D] in x's dtype; weights of another dtype are cast to it for the call.
+        """Runs the recursion; weights of another dtype are cast to x's for the call.
 
         With `injection` the call is a whole injection point, see recursion/injection.py: x is the language
-        model's hidden state, and comes back as h'. It starts from y_init and z_init, and halts nowhere.
+        model's hidden state. It starts from y_init and z_init, and no token halts.
 
-        x                     [B, T, D]
-        y, z                  the state to go on from; None starts from y_init and z_init
-        positions             [B, T] or [1, T] for RoPE, in tokens; None counts from 0
-        mask, key_mask, query_offset   what each token may look at, see ops/attention/rope_attention.py
-        update_cache          keeps keys and values, see recursion/recursion.py
-        num_recursion_steps   n for this call; None takes the module's
-        angles                rope_angles of the positions, for a caller with more than one call
-        halting               when a token stops before n, see recursion/adaptive.py, which also has
-                              is_token and steps_before; None: never
-        report_steps          with halting, is given steps [num_cycles, B, T] and evaluations of f [B, T]
-        injection, strength   the projections and the gate, in x's dtype, and the factor of what is added
-        settings              of this call; None takes the module's attributes
-        norms_x               with injection: whether its x is normed, see ops/injection_in.py
+        Args:
+            x: [B, T, D].
+            y: [B, T, D], the answer to start from; None starts from y_init.
+            z: [B, T, D], the latent state to start from; None starts from z_init.
+            positions: [B, T] or [1, T] for RoPE, in tokens; None counts from 0.
+            mask: General mask, see ops/attention/rope_attention.py.
+            key_mask: [B, S] bool, False for keys that no query attends to.
+            update_cache: Keeps keys and values, see recursion/inputs.py.
+            num_recursion_steps: n for this call; None takes the spec's.
+            angles: rope_angles of the positions, for a caller with more than one call.
+            halting: When a token stops before n, see recursion/adaptive.py; None: never.
+            is_token: [B, T] bool, False for padding, for which no token waits; with halting.
+            steps_before: [num_cycles, B, S], the steps of the tokens in the cache; with halting.
+            report_steps: With halting, is called with steps [num_cycles, B, T] and evaluations of f [B, T].
+            injection: The projections and the gate, in x's dtype.
+            strength: With injection, the factor of what is added.
+            spec: Of this call; None takes the module's attributes.
+            norms_x: With injection, whether its x is normed, see ops/injection_in.py.
 
-        Errors: with halting ValueError for a regime of one launch, RuntimeError for a call with gradient or
-        under torch.compile.
+        Returns:
+            (y, z), each [B, T, D] in x's dtype; with injection h', of x's shape and dtype.
+
+        Raises:
+            ValueError: For an x of other sizes, or with halting for a regime of one launch.
+            RuntimeError: With halting for a call with gradient or under torch.compile.
         """
-        settings = self.settings if settings is None else settings
-        if num_recursion_steps is not None:
-            settings = settings._replace(num_recursion_steps=num_recursion_steps)
+        spec = self._spec_of(spec, num_recursion_steps)
+        inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
         if injection is not None:
-            assert y is z is halting is query_offset is None and positions is not None
-            given: dict[str, Any] = {"mask": mask, "key_mask": key_mask, "angles": angles}
-            given |= {"positions": positions, "update_cache": update_cache, "norms_x": norms_x}
-            return self._inject(x, injection, strength, settings, **given)
+            assert y is z is halting is None and positions is not None
+            return self._inject(x, InjectionPoint(injection, strength, norms_x), spec, inputs)
         if halting is None:
-            return self._cycles(
-                settings,
-                x,
-                y,
-                z,
-                positions=positions,
-                mask=mask,
-                key_mask=key_mask,
-                query_offset=query_offset,
-                update_cache=update_cache,
-                angles=angles,
-            )
-        if settings.regime not in ("auto", "per_op"):
-            raise ValueError(
-                f"TRM: halting expected regime auto or per_op, got {settings.regime!r}: one launch cannot "
-                "ask after every step who goes on."
-            )
-        y, z = self._start(x, y, z)
-        layers, scales = self._weights(
-            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
-        )
-        adapted = adaptive_recursion(
-            x,
-            y,
-            z,
-            layers if scales is None else dequantize_layers(layers, scales, compute_dtype(x)),
-            halting=halting,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            num_recursion_steps=settings.num_recursion_steps,
-            num_cycles=settings.num_cycles,
-            positions=positions,
-            mask=mask,
-            causal=self.causal,
-            rope_theta=settings.rope_theta,
-            eps=settings.eps,
-            update_cache=update_cache,
-            key_mask=key_mask,
-            query_offset=query_offset,
-            attention=settings.attention,
-            angles=angles,
-            is_token=is_token,
-            steps_before=steps_before,
-        )
+            return self._cycles(spec, x, y, z, inputs)
+        adapted = self._adapt(x, y, z, spec, inputs, halting, Waiting(is_token, steps_before))
         if report_steps is not None:
             report_steps(adapted.steps, adapted.evaluations)
         return adapted.y, adapted.z
+
+    def _spec_of(self, spec: RecursionSpec | None, num_recursion_steps: int | None) -> RecursionSpec:
+        """The spec of a call; heads and causal are the module's."""
+        spec = self.spec if spec is None else spec
+        n = spec.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
+        H, G = self.num_heads, self.num_key_value_heads
+        return replace(spec, num_heads=H, num_key_value_heads=G, causal=self.causal, num_recursion_steps=n)
 
     def each_cycle(
         self,
@@ -339,25 +313,32 @@ class TRM(nn.Module):
         z: Tensor | None = None,
         *,
         num_recursion_steps: int | None = None,
-        settings: TRMSettings | None = None,
-        **arguments: Any,
+        spec: RecursionSpec | None = None,
+        **inputs: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(y, z) after each of the cycles that pass gradients, which flow on from one to the next.
+        """Runs the cycles one by one; a loss may be taken after each differentiated one.
 
-        The last are what a call returns, but for rounding; a loss may be taken after each of them.
+        Gradients flow from each cycle to the one before. The last (y, z) are what a call returns, but for
+        rounding.
 
-        arguments   of a call, but for update_cache
+        Args:
+            x: [B, T, D].
+            y: [B, T, D], as in a call.
+            z: [B, T, D], as in a call.
+            num_recursion_steps: n for this call; None takes the spec's.
+            spec: Of this call; None takes the module's attributes.
+            inputs: Of a call, those that attention reads, but for update_cache.
+
+        Yields:
+            (y, z) after each differentiated cycle.
         """
-        settings = self.settings if settings is None else settings
-        if num_recursion_steps is not None:
-            settings = settings._replace(num_recursion_steps=num_recursion_steps)
-        num_cycles, passing = settings.num_cycles, settings.grad_cycles
-        passing = num_cycles if passing is None else passing
-        until_first = settings._replace(num_cycles=num_cycles - passing + 1, grad_cycles=1)
-        y, z = self._cycles(until_first, x, y, z, **arguments)
+        spec, given = self._spec_of(spec, num_recursion_steps), AttentionInputs(**inputs)
+        passing = spec.differentiated_cycles
+        until_first = replace(spec, num_cycles=spec.num_cycles - passing + 1, grad_cycles=1)
+        y, z = self._cycles(until_first, x, y, z, given)
         yield y, z
         for _ in range(passing - 1):
-            y, z = self._cycles(settings._replace(num_cycles=1, grad_cycles=1), x, y, z, **arguments)
+            y, z = self._cycles(replace(spec, num_cycles=1, grad_cycles=1), x, y, z, given)
             yield y, z
 
     def supervision_steps(
@@ -368,16 +349,23 @@ class TRM(nn.Module):
         z: Tensor | None = None,
         **arguments: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(y, z) after each of `steps` calls; every call goes on from the y and z before, without gradient.
+        """Runs `steps` calls; each starts from the y and z of the one before, detached.
 
         Deep supervision as in the paper's figure 3: a loss, a backward and an optimizer step after each.
 
             for y, z in trm.supervision_steps(lambda: embed(puzzle), 16):
                 loss(y).backward(); optimizer.step(); optimizer.zero_grad()
 
-        x           [B, T, D]; a function makes it anew for each call, as it has to be where its own
-                    parameters learn and the losses are not summed for one backward
-        arguments   of a call, but for update_cache
+        Args:
+            x: [B, T, D], or a function that makes it anew for each call. A function is needed where x has
+                parameters of its own and the losses are not summed for one backward.
+            steps: Calls.
+            y: [B, T, D], as in a call.
+            z: [B, T, D], as in a call.
+            arguments: Of a call, but for update_cache.
+
+        Yields:
+            (y, z) after each call.
         """
         for _ in range(steps):
             y, z = self(x if isinstance(x, Tensor) else x(), y, z, **arguments)
@@ -385,52 +373,49 @@ class TRM(nn.Module):
             y, z = y.detach(), z.detach()
 
     def _cycles(
-        self, settings: TRMSettings, x: Tensor, y: Tensor | None, z: Tensor | None, **arguments: Any
+        self, spec: RecursionSpec, x: Tensor, y: Tensor | None, z: Tensor | None, inputs: AttentionInputs
     ) -> tuple[Tensor, Tensor]:
-        """The cycles of `settings` with the module's weights; `arguments` as trm_recursion takes them."""
+        """The recursion with the module's weights."""
         y, z = self._start(x, y, z)
-        layers, scales = self._weights(
-            compute_dtype(x), wants_gradient(x, *self.parameters()), settings.quantize
-        )
-        return trm_recursion(
-            x,
-            y,
-            z,
-            layers,
-            scales=scales,
-            **self._of_call(settings, wants_gradient(x, y, z, *self.parameters())),
-            **arguments,
-        )
+        weights = self._weights(compute_dtype(x), wants_gradient(x, *self.parameters()), spec.quantize)
+        spec = _per_op_with_gradient(spec, wants_gradient(x, y, z, *self.parameters()))
+        return run_recursion(x, y, z, *weights, spec, inputs)
 
     def _inject(
-        self, h: Tensor, injection: InjectionWeights, strength: float, settings: TRMSettings, **arguments: Any
+        self, h: Tensor, point: InjectionPoint, spec: RecursionSpec, inputs: AttentionInputs
     ) -> Tensor:
-        """h' of an injection point with the module's weights; `arguments` as trm_injection takes them."""
-        has_gradient = wants_gradient(h, *self.parameters(), *injection)
+        """h' of an injection point with the module's weights."""
+        has_gradient = wants_gradient(h, *self.parameters(), *point.weights)
         dtype = compute_dtype(h)
-        layers, scales = self._weights(dtype, has_gradient, settings.quantize)
+        weights = self._weights(dtype, has_gradient, spec.quantize)
         size = (*h.shape[:2], self.hidden_size)
-        return trm_injection(
-            h,
-            injection,
-            strength,
-            self.y_init.to(dtype).expand(size),
-            self.z_init.to(dtype).expand(size),
-            layers,
-            scales=scales,
-            **self._of_call(settings, has_gradient),
-            **arguments,
-        )
+        y, z = (t.to(dtype).expand(size) for t in (self.y_init, self.z_init))
+        return run_injection(h, point, y, z, *weights, _per_op_with_gradient(spec, has_gradient), inputs)
 
-    def _of_call(self, settings: TRMSettings, has_gradient: bool) -> dict[str, Any]:
-        """Arguments of trm_recursion and trm_injection: those of the weights, and the settings."""
-        of_call = settings._asdict()
-        del of_call["quantize"]  # seen in the weights
-        of_weights = {name: getattr(self, name) for name in ("num_heads", "num_key_value_heads", "causal")}
-        return of_weights | of_call | ({"regime": "per_op"} if has_gradient else {})
+    def _adapt(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        z: Tensor | None,
+        spec: RecursionSpec,
+        inputs: AttentionInputs,
+        halting: Halting,
+        waiting: Waiting,
+    ) -> Adapted:
+        """The recursion in which tokens stop by themselves, with the module's weights."""
+        if spec.regime not in ("auto", "per_op"):
+            raise ValueError(
+                f"TRM: halting expected regime auto or per_op, got {spec.regime!r}: one launch cannot ask "
+                "after every step which tokens go on."
+            )
+        y, z = self._start(x, y, z)
+        dtype = compute_dtype(x)
+        layers, scales = self._weights(dtype, wants_gradient(x, *self.parameters()), spec.quantize)
+        layers = layers if scales is None else dequantize_layers(layers, scales, dtype)
+        return run_adaptive(x, y, z, layers, spec, inputs, halting, waiting)
 
     def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The state to go on from. Errors: ValueError for an x of other sizes."""
+        """The state to start from. Errors: ValueError for an x of other sizes."""
         if x.ndim != 3 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
         if self.seq_len is not None and x.shape[1] != self.seq_len:
@@ -467,12 +452,19 @@ class TRM(nn.Module):
         return known[1], known[2]
 
     def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> list[str]:
-        """Load a state dict of the TRM paper's code; returns the keys it left alone (embeddings, heads).
+        """Loads a state dict of the TRM paper's code.
 
-        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and
-        `z_init`, whatever stands before them (`model.inner.`, `_orig_mod.`).
+        `L_level.layers.{i}...` becomes `layers.{i}...`, `H_init` and `L_init` become `y_init` and `z_init`,
+        whatever their prefix (`model.inner.`, `_orig_mod.`).
 
-        Errors: ValueError when a weight is missing, comes twice or has another shape; nothing is loaded then.
+        Args:
+            state_dict: Tensors by the paper's names.
+
+        Returns:
+            The keys that were not loaded (embeddings, heads), sorted.
+
+        Raises:
+            ValueError: When a weight is missing, comes twice or has another shape; nothing is loaded then.
         """
         ours, left_alone = {}, []
         for key, tensor in state_dict.items():
@@ -502,6 +494,31 @@ def _reference_name(key: str) -> str | None:
     return None
 
 
+def _per_op_with_gradient(spec: RecursionSpec, has_gradient: bool) -> RecursionSpec:
+    """A TRM's regime is for calls without gradient; one with a gradient is launched per op."""
+    return replace(spec, regime="per_op") if has_gradient else spec
+
+
+def _check_token_mixer(mlp_t: bool, seq_len: int | None, causal: bool) -> None:
+    if mlp_t != (seq_len is not None):
+        raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
+    if mlp_t and causal:
+        raise ValueError("TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both.")
+
+
+def _check_choices(attention: str, save: str, regime: str, quantize: str | None) -> None:
+    if attention not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
+        )
+    if save not in ("auto", *SAVES):
+        raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
+    if regime not in ("auto", *REGIMES):
+        raise ValueError(f"TRM: expected regime to be auto, {', '.join(REGIMES)}, got {regime!r}.")
+    if quantize not in (None, *QUANTIZE):
+        raise ValueError(f"TRM: expected quantize to be None, {', '.join(QUANTIZE)}, got {quantize!r}.")
+
+
 def check_sizes(
     who: str,
     hidden_size: int,
@@ -511,9 +528,19 @@ def check_sizes(
     uses_rope: bool,
     prefix: str = "",
 ) -> None:
-    """Refuse sizes that make no attention: ValueError with what was expected and what came.
+    """Refuse sizes that make no attention.
 
-    prefix   what stands before the names where the caller's caller set them
+    Args:
+        who: The caller's name, for the error.
+        hidden_size: D.
+        num_heads: H.
+        num_key_value_heads: G.
+        num_layers: Layers.
+        uses_rope: Whether the head width has to be even.
+        prefix: Of the names in the error, such as "trm_".
+
+    Raises:
+        ValueError: With what was expected and what came.
     """
     counts = {
         "hidden_size": hidden_size,

@@ -24,7 +24,7 @@ from trm_kernels.runtime.precision import wide
 
 
 def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
-    """v * rsqrt(mean(v^2) + eps) over the last axis, in float32, returned in v's dtype."""
+    """v * rsqrt(mean(v^2) + eps) over the last axis of v [..., D]: in float32, returned in v's dtype."""
     h = wide(v)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
 
@@ -176,7 +176,20 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def add_rms_norm(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None = None) -> Tensor:
-    """The RMS norm of x + r, or x + r + s, over the last axis. See the top of this file for shapes."""
+    """The RMS norm of x + r, or x + r + s, over the last axis; differentiable.
+
+    Args:
+        x: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        r: [..., D], in x's dtype.
+        eps: Added to the mean of squares.
+        s: [..., D], in x's dtype, or None.
+
+    Returns:
+        y, [..., D], in x's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or D is 0 or above the widest tuned row.
+    """
     tensors = {"x": x, "r": r} | ({} if s is None else {"s": s})
     if any(t.shape != x.shape for t in tensors.values()) or x.ndim == 0 or x.shape[-1] == 0:
         names, shapes = listed(tensors), listed(tuple(t.shape) for t in tensors.values())

@@ -1,8 +1,8 @@
 """injection_blend: h' = h + strength * gate * (y W_out^T), the way back into the language model
 
-gate is 1, or sigmoid(y g + b): one score a token, read from the recursion's answer. u = y W_out^T is not
-written to memory: the score is summed while y is multiplied, and the blend is the end of the product. Nor
-does the gradient need u. Per token, with t = dh' W_out,
+gate is 1, or sigmoid(y g + b): one score a token, computed from the recursion's answer. u = y W_out^T is not
+written to memory: the score is summed while y is multiplied, and the blend is the product's epilogue. The
+gradient does not need u either. Per token, with t = dh' W_out,
 
     sum over D of dh' * u = sum over d of t * y
 
@@ -262,37 +262,66 @@ def _injection_blend_fwd(
     gate_bias: Tensor | None,
     candidate: str | None,
 ) -> tuple[Tensor, Tensor]:
-    M, N = h.shape
-    K = y.shape[1]
-    arch = arch_of(h)
-    out = h.new_empty(M, N)
+    """(h', the gate [M] float32, or an empty one where there is none)"""
+    M, K = y.shape
+    out = h.new_empty(h.shape)
     gate = h.new_empty(0 if gate_weight is None else M, dtype=torch.float32)
     is_aligned = are_aligned(y, w_out)
-    if tuning.choose("injection_blend", arch, y.element_size(), K, is_aligned, candidate) == "mm":
-        u = torch.mm(y, w_out.t())
-        tile = tuning.tile("injection_blend", arch)
-        launch(
-            _injection_blend_add_kernel,
-            (triton.cdiv(M, tile.BLOCK_M),),
-            h,
-            y,
-            u,
-            gate_weight,
-            gate_bias,
-            out,
-            None if gate_weight is None else gate,
-            M,
-            N,
-            K,
-            h.stride(0),
-            y.stride(0),
-            u.stride(0),
-            out.stride(0),
-            strength,
-            **tile.meta,
-        )
-        return out, gate
-    gemm = tuning.gemm("injection_blend", arch, y.element_size(), is_aligned)
+    if tuning.choose("injection_blend", arch_of(h), y.element_size(), K, is_aligned, candidate) == "mm":
+        _fill_blend(out, gate, h, y, torch.mm(y, w_out.t()), strength, gate_weight, gate_bias)
+    else:
+        _fill_fused(out, gate, h, y, w_out, strength, gate_weight, gate_bias)
+    return out, gate
+
+
+def _fill_blend(
+    out: Tensor,
+    gate: Tensor,
+    h: Tensor,
+    y: Tensor,
+    u: Tensor,
+    strength: float,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+) -> None:
+    """out and gate, from the product u = y W_out^T [M, N] that torch.mm computed."""
+    (M, N), K = h.shape, y.shape[1]
+    tile = tuning.tile("injection_blend", arch_of(h))
+    launch(
+        _injection_blend_add_kernel,
+        (triton.cdiv(M, tile.BLOCK_M),),
+        h,
+        y,
+        u,
+        gate_weight,
+        gate_bias,
+        out,
+        None if gate_weight is None else gate,
+        M,
+        N,
+        K,
+        h.stride(0),
+        y.stride(0),
+        u.stride(0),
+        out.stride(0),
+        strength,
+        **tile.meta,
+    )
+
+
+def _fill_fused(
+    out: Tensor,
+    gate: Tensor,
+    h: Tensor,
+    y: Tensor,
+    w_out: Tensor,
+    strength: float,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+) -> None:
+    """out and gate, by one kernel."""
+    (M, N), K = h.shape, y.shape[1]
+    gemm = tuning.gemm("injection_blend", arch_of(h), y.element_size(), are_aligned(y, w_out))
     launch(
         _injection_blend_fwd_kernel,
         grid(M, N, gemm),
@@ -314,7 +343,6 @@ def _injection_blend_fwd(
         PRECISION=input_precision(),
         **gemm.meta,
     )
-    return out, gate
 
 
 @launcher
@@ -386,9 +414,24 @@ def injection_blend(
     *,
     candidate: str | None = None,
 ) -> Tensor:
-    """h + strength * gate * (y W_out^T). See the top of this file for shapes and dtypes.
+    """h + strength * gate * (y W_out^T), from the recursion back to the language model; differentiable.
 
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        h: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        y: [..., d], as w_out and the gate in one dtype, which need not be h's.
+        w_out: [D, d].
+        strength: The factor of what is added.
+        gate_weight: [1, d], or None for a gate of 1.
+        gate_bias: [1]; given with gate_weight only.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        h', [..., D], in h's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or the gate comes without its bias.
+        RuntimeError: For a candidate that cannot run.
     """
     D, d = (h.shape[-1], y.shape[-1]) if h.ndim and y.ndim else (0, 0)
     if w_out.shape != (D, d) or h.shape[:-1] != y.shape[:-1]:

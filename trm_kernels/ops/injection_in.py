@@ -289,10 +289,22 @@ class _InjectionIn(torch.autograd.Function):
 def injection_in(
     h: Tensor, w_in: Tensor, eps: float = 1e-5, *, norms_x: bool = False, candidate: str | None = None
 ) -> Tensor:
-    """rms(h) W_in^T. See the top of this file for shapes and dtypes.
+    """rms(h) W_in^T, from the language model's hidden state to the recursion's input; differentiable.
 
-    norms_x     whether x is normed as well, by add_rms_norm
-    candidate   "fused", one kernel; "mm", one kernel and torch.mm; None: as the table of settings says
+    Args:
+        h: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        w_in: [d, D], in h's dtype; under autocast in autocast's.
+        eps: Added to the mean of squares.
+        norms_x: Whether x is normed as well, by add_rms_norm.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        x, [..., d], in w_in's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or D is 0 or above the widest tuned row.
+        RuntimeError: For a candidate that cannot run.
     """
     if w_in.ndim != 2 or h.ndim == 0 or h.shape[-1] != w_in.shape[1] or h.shape[-1] == 0:
         raise ValueError(

@@ -1,9 +1,9 @@
 """linear_residual: h = v W^T + s r, and the sums of squares of h from which its RMS norm follows
 
 The norm that comes after has no weight, so rms(h) W'^T = rstd * (h W'^T): h stays un-normalised, its sums of
-squares are kept for each row and tile of columns, and whoever multiplies h scales the product (deferred RMS
-norm). `rstd_from_squares` turns the sums into rstd. Each sum has one writer: no atomics, equal reruns. s is 1
-or one number a row: r may be un-normalised rows as well, and s their rstd.
+squares are kept for each row and tile of columns, and the op that multiplies h scales the product (deferred
+RMS norm). `rstd_from_squares` makes rstd of the sums. Each sum has one writer: no atomics, equal reruns. s is
+1 or one number a row: r may be un-normalised rows as well, and s their rstd.
 
 Shapes   v [..., K]; w [N, K]; r, h [..., N]; row_scale s [...]; squares [..., tiles], the number of tiles
          being up to the launch settings, and 1 in the reference.
@@ -235,7 +235,7 @@ def _residual_candidate(v: Tensor, w: Tensor, candidate: str | None) -> str:
     return tuning.choose("linear_residual", arch_of(v), *sizes, candidate)
 
 
-def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
+def count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
     """Sums of squares a row."""
     if _residual_candidate(v, w, candidate) == "mm":
         return 1
@@ -243,7 +243,7 @@ def _count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
     return int(triton.cdiv(w.shape[0], gemm.BLOCK_N))
 
 
-def _fill_linear_residual(
+def fill_linear_residual(
     h: Tensor,
     squares: Tensor | None,
     v: Tensor,
@@ -252,7 +252,7 @@ def _fill_linear_residual(
     row_scale: Tensor | None,
     candidate: str | None,
 ) -> None:
-    """h [M, N] and, where they are wanted, squares [M, _count_tiles]."""
+    """h [M, N] and, where they are wanted, squares [M, count_tiles]."""
     M, K = v.shape
     N = w.shape[0]
     arch = arch_of(v)
@@ -273,10 +273,10 @@ def _fill_linear_residual(
             **tile.meta,
         )
         return
-    _fill_linear(h, v, w, r, row_scale, squares)
+    fill_linear(h, v, w, r, row_scale, squares)
 
 
-def _fill_linear(
+def fill_linear(
     h: Tensor,
     v: Tensor,
     w: Tensor,
@@ -284,7 +284,7 @@ def _fill_linear(
     row_scale: Tensor | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """h = v W^T + s r by one kernel; without r the plain product, for who has no torch.mm (native/)."""
+    """h = v W^T + s r by one kernel; without r the plain product, where there is no torch.mm (native/)."""
     M, K = v.shape
     N = w.shape[0]
     gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w))
@@ -315,8 +315,8 @@ def _linear_residual_fwd(
     v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
     h = v.new_empty(v.shape[0], w.shape[0])
-    squares = v.new_empty(v.shape[0], _count_tiles(v, w, candidate), dtype=torch.float32)
-    _fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
+    squares = v.new_empty(v.shape[0], count_tiles(v, w, candidate), dtype=torch.float32)
+    fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
     return h, squares
 
 
@@ -386,9 +386,22 @@ def linear_residual(
     *,
     candidate: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(v W^T + s r, its sums of squares). See the top of this file for shapes and dtypes.
+    """v W^T + s r and its sums of squares; differentiable.
 
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        v: [..., K], float32, float16 or bfloat16 (float64 by the reference).
+        w: [N, K], in v's dtype.
+        r: [..., N], in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        h, [..., N], in v's dtype, and squares, [..., tiles] float32. The settings say how many tiles.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     if w.ndim != 2 or v.ndim == 0 or v.shape[-1] != w.shape[1] or r.shape != (*v.shape[:-1], w.shape[0]):
         got = ", ".join(str(tuple(t.shape)) for t in (v, w, r))

@@ -47,7 +47,7 @@ def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = Non
 
 
 @triton.jit
-def _rstd_of_tiles(
+def rstd_of_tiles(
     squares_ptr, stride_squaresm, offs_m, in_m, D, eps, TILES: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """[BLOCK_M]: rstd of rows of D elements, from the sums of squares of their tiles [M, TILES]."""
@@ -148,7 +148,7 @@ def _linear_swiglu_fwd_kernel(
         tl.store(gu_ptrs + N, u.to(gu_ptr.dtype.element_ty), mask=mask)
     if row_scale_ptr is not None:
         if squares_ptr is not None:
-            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            row_scale = rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
             tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tile_n == 0))
         else:
             row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
@@ -187,7 +187,7 @@ def _linear_swiglu_act_kernel(
     u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
     if row_scale_ptr is not None:
         if squares_ptr is not None:
-            row_scale = _rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
+            row_scale = rstd_of_tiles(squares_ptr, stride_squaresm, offs_m, in_m, K, eps, TILES, BLOCK_T)
             tl.store(row_scale_ptr + offs_m, row_scale, mask=in_m & (tl.program_id(1) == 0))
         else:
             row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
@@ -198,7 +198,7 @@ def _linear_swiglu_act_kernel(
 
 
 @triton.jit
-def _swiglu_gradient(da, g, u):
+def swiglu_gradient(da, g, u):
     """a, dg and du of a = silu(g) * u, in float32."""
     sigmoid = tl.sigmoid(g)
     silu = g * sigmoid
@@ -239,12 +239,12 @@ def _linear_swiglu_bwd_kernel(
         g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
         u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
-            a, dg, du = _swiglu_gradient(da, g * row_scale, u * row_scale)
+            a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
             drow_scale += tl.sum(dg * g + du * u, axis=1)
             dg *= row_scale
             du *= row_scale
         else:
-            a, dg, du = _swiglu_gradient(da, g, u)
+            a, dg, du = swiglu_gradient(da, g, u)
 
         tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
         tl.store(dgu_ptrs + N, du.to(dgu_ptr.dtype.element_ty), mask=mask)
@@ -255,13 +255,13 @@ def _linear_swiglu_bwd_kernel(
         tl.store(drow_scale_ptr + offs_m, drow_scale, mask=in_m)
 
 
-def _swiglu_candidate(v: Tensor, gate_up: Tensor, candidate: str | None) -> str:
+def swiglu_candidate(v: Tensor, gate_up: Tensor, candidate: str | None) -> str:
     """Which of the two computes a: the one asked for, or the table's."""
     sizes = v.element_size(), v.shape[1], are_aligned(v, gate_up)
     return tuning.choose("linear_swiglu", arch_of(v), *sizes, candidate)
 
 
-def _fill_linear_swiglu(
+def fill_linear_swiglu(
     a: Tensor,
     gu: Tensor | None,
     v: Tensor,
@@ -275,35 +275,14 @@ def _fill_linear_swiglu(
 
     squares   [M, tiles], the sums of squares of v: row_scale is filled as well, with rstd
     """
-    M, K = v.shape
-    N = a.shape[1]
-    arch = arch_of(v)
-    tiles = 1 if squares is None else int(squares.shape[1])
-    of_norm = {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
-    stride_squaresm = 0 if squares is None else squares.stride(0)
-    if _swiglu_candidate(v, gate_up, candidate) == "mm":
+    if swiglu_candidate(v, gate_up, candidate) == "mm":
         assert gu is not None, "torch.mm leaves its products in memory"
         torch.mm(v, gate_up.t(), out=gu)
-        tile = tuning.tile("linear_swiglu", arch)
-        launch(
-            _linear_swiglu_act_kernel,
-            (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
-            gu,
-            squares,
-            row_scale,
-            a,
-            M,
-            N,
-            K,
-            gu.stride(0),
-            stride_squaresm,
-            a.stride(0),
-            eps,
-            **of_norm,
-            **tile.meta,
-        )
+        _fill_activation(a, gu, v.shape[1], row_scale, squares, eps)
         return
-    gemm = tuning.gemm("linear_swiglu", arch, v.element_size(), are_aligned(v, gate_up))
+    M, K = v.shape
+    N = a.shape[1]
+    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), are_aligned(v, gate_up))
     launch(
         _linear_swiglu_fwd_kernel,
         grid(M, N, gemm),
@@ -318,32 +297,64 @@ def _fill_linear_swiglu(
         K,
         v.stride(0),
         gate_up.stride(0),
-        stride_squaresm,
+        0 if squares is None else squares.stride(0),
         a.stride(0),
         2 * N if gu is None else gu.stride(0),
         eps,
-        **of_norm,
+        **_norm_meta(squares),
         PRECISION=input_precision(),
         **gemm.meta,
     )
 
 
+def _fill_activation(
+    a: Tensor, gu: Tensor, K: int, row_scale: Tensor | None, squares: Tensor | None, eps: float
+) -> None:
+    """a [M, N] from products gu [M, 2N] that torch.mm computed; K is the width of the rows it multiplied."""
+    M, N = a.shape
+    tile = tuning.tile("linear_swiglu", arch_of(a))
+    launch(
+        _linear_swiglu_act_kernel,
+        (triton.cdiv(M, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_N)),
+        gu,
+        squares,
+        row_scale,
+        a,
+        M,
+        N,
+        K,
+        gu.stride(0),
+        0 if squares is None else squares.stride(0),
+        a.stride(0),
+        eps,
+        **_norm_meta(squares),
+        **tile.meta,
+    )
+
+
+def _norm_meta(squares: Tensor | None) -> dict[str, int]:
+    tiles = 1 if squares is None else int(squares.shape[1])
+    return {"TILES": tiles, "BLOCK_T": triton.next_power_of_2(tiles)}
+
+
 @launcher
-def _linear_swiglu_fwd(
+def linear_swiglu_fwd(
     v: Tensor, gate_up: Tensor, row_scale: Tensor | None, save_gu: bool, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
+    """(a [M, F], the products gu [M, 2F] or, where they are not to be saved, an empty tensor)"""
     M, N = v.shape[0], gate_up.shape[0] // 2
     a = v.new_empty(M, N)
-    wants_gu = save_gu or _swiglu_candidate(v, gate_up, candidate) == "mm"
+    wants_gu = save_gu or swiglu_candidate(v, gate_up, candidate) == "mm"
     gu = v.new_empty(M, 2 * N) if wants_gu else None
-    _fill_linear_swiglu(a, gu, v, gate_up, row_scale, candidate)
+    fill_linear_swiglu(a, gu, v, gate_up, row_scale, candidate)
     return a, gu if gu is not None and save_gu else v.new_empty(0, 2 * N)
 
 
 @launcher
-def _linear_swiglu_bwd(
+def linear_swiglu_bwd(
     da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(the gradient of the products [M, 2F], a or an empty tensor, the gradient of row_scale or one)"""
     M, N = da.shape
     dgu = torch.empty_like(gu)
     a = da.new_empty(M if wants_a else 0, N)
@@ -372,7 +383,7 @@ def _linear_swiglu_bwd(
 class _LinearSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, gate_up, row_scale, save_gu, candidate):
-        a, gu = _linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
+        a, gu = linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
         ctx.save_for_backward(v, gate_up, row_scale, gu if save_gu else None)
         return a
 
@@ -381,7 +392,7 @@ class _LinearSwiGLU(torch.autograd.Function):
         v, gate_up, row_scale, gu = ctx.saved_tensors
         if gu is None:
             gu = torch.mm(v, gate_up.t())
-        dgu, _, drow_scale = _linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
+        dgu, _, drow_scale = linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
         needs_v, needs_gate_up, needs_scale, *_ = ctx.needs_input_grad
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None
@@ -396,10 +407,22 @@ def linear_swiglu(
     recompute: bool = False,
     candidate: str | None = None,
 ) -> Tensor:
-    """silu(v Wg^T) * (v Wu^T). See the top of this file for shapes and dtypes.
+    """silu(s v Wg^T) * (s v Wu^T); differentiable.
 
-    recompute   keep only v for backward, and compute the products [M, 2F] there once more
-    candidate   "fused", one kernel; "mm", torch.mm and one; None: as the table of settings says
+    Args:
+        v: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        gate_up: [2F, D], the gate's F rows first, in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        recompute: Keep only v for backward, and compute the products [M, 2F] there once more.
+        candidate: "fused" for one kernel; "mm" for torch.mm and one kernel; None for what the settings table
+            says.
+
+    Returns:
+        a, [..., F], in v's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     if gate_up.ndim != 2 or gate_up.shape[0] % 2 or v.ndim == 0 or v.shape[-1] != gate_up.shape[1]:
         raise ValueError(

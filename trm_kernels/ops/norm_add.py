@@ -104,7 +104,7 @@ def _norm_add_bwd_kernel(
     )
 
 
-def _fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed: bool = False) -> None:
+def fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed: bool = False) -> None:
     """y = rms(h) + r, all [M, D]; or h + r, where h is normed already."""
     M, D = y.shape[0], int(y.shape[1])
     BLOCK_D = triton.next_power_of_2(D)
@@ -129,7 +129,7 @@ def _fill_norm_add(y: Tensor, h: Tensor, r: Tensor | None, eps: float, is_normed
     )
 
 
-def _fill_norm_add_bwd(
+def fill_norm_add_bwd(
     dh: Tensor,
     dy: Tensor,
     h: Tensor,
@@ -173,14 +173,14 @@ def _fill_norm_add_bwd(
 @launcher
 def _norm_add_fwd(h: Tensor, r: Tensor | None, eps: float) -> Tensor:
     y = h.new_empty(h.shape)
-    _fill_norm_add(y, h, r, eps)
+    fill_norm_add(y, h, r, eps)
     return y
 
 
 @launcher
 def _norm_add_bwd(dy: Tensor, h: Tensor, eps: float) -> Tensor:
     dh = h.new_empty(h.shape)
-    _fill_norm_add_bwd(dh, dy, h, eps)
+    fill_norm_add_bwd(dh, dy, h, eps)
     return dh
 
 
@@ -200,7 +200,19 @@ class _NormAdd(torch.autograd.Function):
 
 
 def norm_add(h: Tensor, r: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """rms(h) + r over the last axis. See the top of this file for shapes and dtypes."""
+    """rms(h) + r over the last axis; differentiable.
+
+    Args:
+        h: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        r: [..., D], in h's dtype, or None.
+        eps: Added to the mean of squares.
+
+    Returns:
+        y, [..., D], in h's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree, or D is 0 or above the widest tuned row.
+    """
     if h.ndim == 0 or h.shape[-1] == 0 or (r is not None and r.shape != h.shape):
         got = tuple(h.shape) if r is None else f"{tuple(h.shape)} and {tuple(r.shape)}"
         raise ValueError(f"norm_add: expected h and r of one shape [..., D] with D > 0, got {got}.")

@@ -1,6 +1,6 @@
 """rstd_from_squares: rstd = rsqrt(sum over tiles of squares / N + eps)
 
-What a deferred RMS norm still needs of a row of N elements, from the sums of squares of its tiles. The tiles
+The factor of a deferred RMS norm for a row of N elements, from the sums of squares of its tiles. The tiles
 are summed in the same order whatever the number of rows: equal reruns.
 
 Shapes   squares [..., tiles]; rstd [...].
@@ -129,7 +129,19 @@ class _RstdFromSquares(torch.autograd.Function):
 
 
 def rstd_from_squares(squares: Tensor, N: int, eps: float = 1e-5) -> Tensor:
-    """rsqrt(sum(squares) / N + eps) over the last axis. See the top of this file for shapes and dtypes."""
+    """rsqrt(sum(squares) / N + eps) over the last axis; differentiable.
+
+    Args:
+        squares: [..., tiles] float32 (float64 by the reference), sums of squares of the tiles of a row.
+        N: Elements of a whole row.
+        eps: Added to the mean of squares.
+
+    Returns:
+        rstd, [...], in squares' dtype.
+
+    Raises:
+        ValueError: For another dtype, no tiles, or N below 1.
+    """
     if squares.ndim == 0 or squares.shape[-1] == 0 or N < 1:
         raise ValueError(
             "rstd_from_squares: expected squares [..., tiles] with at least one tile, and N of at least 1, "

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trm_kernels.ops.linear_swiglu import (
-    _linear_swiglu_bwd,
-    _linear_swiglu_fwd,
-    _swiglu_gradient,
+    linear_swiglu_bwd,
+    linear_swiglu_fwd,
     linear_swiglu_ref,
+    swiglu_gradient,
 )
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.autocast import as_autocast
@@ -94,13 +94,13 @@ def _swiglu_mlp_bwd_kernel(
     u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        a, dg, du = _swiglu_gradient(da, g * row_scale, u * row_scale)
+        a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
         drow_scale = tl.sum(dg * g + du * u, axis=1)
         tl.store(drow_scale_ptr + offs_m * stride_drow_scalem + tile_n, drow_scale, mask=in_m)
         dg *= row_scale
         du *= row_scale
     else:
-        a, dg, du = _swiglu_gradient(da, g, u)
+        a, dg, du = swiglu_gradient(da, g, u)
 
     dgu_ptrs = dgu_ptr + offs_m[:, None] * stride_dgum + offs_n[None, :]
     tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
@@ -109,15 +109,16 @@ def _swiglu_mlp_bwd_kernel(
 
 
 @launcher
-def _swiglu_mlp_bwd(
+def swiglu_mlp_bwd(
     do: Tensor, down: Tensor, gu: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(the gradient of the products [M, 2F], the activation [M, F], that of row_scale or an empty tensor)"""
     M, K = do.shape
     N = down.shape[1]
     arch = arch_of(do)
     is_aligned = are_aligned(do, down)
     if tuning.choose("swiglu_mlp", arch, do.element_size(), K, is_aligned, candidate) == "mm":
-        return _linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True)
+        return linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True)
     gemm = tuning.gemm("swiglu_mlp", arch, do.element_size(), is_aligned)
     dgu = torch.empty_like(gu)
     a = do.new_empty(M, N)
@@ -152,7 +153,7 @@ def _swiglu_mlp_bwd(
 class _SwiGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, gate_up, down, row_scale, save_gu, candidate):
-        a, gu = _linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
+        a, gu = linear_swiglu_fwd(v, gate_up, row_scale, save_gu, candidate)
         ctx.save_for_backward(v, gate_up, down, row_scale, gu if save_gu else None)
         ctx.candidate = candidate
         return torch.mm(a, down.t())
@@ -163,7 +164,7 @@ class _SwiGLUMLP(torch.autograd.Function):
         if gu is None:
             gu = torch.mm(v, gate_up.t())
         do = rows_of(do)
-        dgu, a, drow_scale = _swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate)
+        dgu, a, drow_scale = swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate)
         needs_v, needs_gate_up, needs_down, needs_scale, *_ = ctx.needs_input_grad
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None
@@ -180,11 +181,23 @@ def swiglu_mlp(
     recompute: bool = False,
     candidate: str | None = None,
 ) -> Tensor:
-    """(silu(v Wg^T) * (v Wu^T)) Wd^T. See the top of this file for shapes and dtypes.
+    """(silu(s v Wg^T) * (s v Wu^T)) Wd^T; differentiable.
 
-    recompute   keep only v for backward, and compute the products [M, 2F] there once more
-    candidate   "fused", the activation and its gradient inside the products; "mm", torch.mm and one kernel
-                each; None: as the table of settings says
+    Args:
+        v: [..., D], float32, float16 or bfloat16 (float64 by the reference).
+        gate_up: [2F, D], the gate's F rows first, in v's dtype.
+        down: [D', F], in v's dtype.
+        row_scale: s, [...] float32, or None for 1.
+        recompute: Keep only v for backward, and compute the products [M, 2F] there once more.
+        candidate: "fused" for the activation and its gradient inside the products; "mm" for torch.mm and one
+            kernel each; None for what the settings table says.
+
+    Returns:
+        o, [..., D'], in v's dtype.
+
+    Raises:
+        ValueError: When shapes, dtypes or devices disagree.
+        RuntimeError: For a candidate that cannot run.
     """
     F2, D = gate_up.shape if gate_up.ndim == 2 else (1, 0)
     if F2 % 2 or v.ndim == 0 or v.shape[-1] != D or down.ndim != 2 or down.shape[1] != F2 // 2:

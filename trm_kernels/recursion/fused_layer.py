@@ -3,7 +3,7 @@
     h = v + mix(v);  h2 = rms(h) + mlp(rms(h))
 
 h and h2 stay un-normalised. The product after h is scaled by its rstd, which follows from the sums of squares
-that the residual's kernel leaves (ops/linear_residual.py); who comes after h2 norms it while reading it
+that the residual's kernel leaves (ops/linear_residual.py); the op after h2 norms it while reading it
 (ops/norm_add.py).
 
 mix is attention or, with mlp_t, the same MLP over the token axis. Its products run over the transposed axis:
@@ -20,11 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.attention.rope_attention import _fill_rope_attention, _rope_attention_gradients
-from trm_kernels.ops.linear_residual import _count_tiles, _fill_linear_residual
-from trm_kernels.ops.linear_swiglu import _fill_linear_swiglu, _swiglu_candidate
-from trm_kernels.ops.norm_add import _fill_norm_add, _fill_norm_add_bwd
-from trm_kernels.ops.swiglu_mlp import _swiglu_mlp_bwd
+from trm_kernels.ops.attention.launchers import (
+    AttentionContext,
+    fill_rope_attention,
+    rope_attention_gradients,
+)
+from trm_kernels.ops.linear_residual import count_tiles, fill_linear_residual
+from trm_kernels.ops.linear_swiglu import fill_linear_swiglu, swiglu_candidate
+from trm_kernels.ops.norm_add import fill_norm_add, fill_norm_add_bwd
+from trm_kernels.ops.swiglu_mlp import swiglu_mlp_bwd
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
 from trm_kernels.runtime.gemm_common import add_weight_gradient
 
@@ -34,26 +39,26 @@ class Setting(NamedTuple):
 
     B: int
     T: int
-    H: int
-    G: int
+    spec: RecursionSpec
     cos: Tensor | None  # [B or 1, T, K/2] float32
     sin: Tensor | None
-    key_mask: Tensor | None  # [B, T] uint8, 0 where no query may look
-    causal: bool
-    query_offset: int
-    eps: float
-    candidate: str | None  # see products.runs_candidate
+    key_mask: Tensor | None  # [B, T] uint8, 0 for keys that no query attends to
+
+    @property
+    def attention(self) -> AttentionContext:
+        """What the attention's kernels read besides q, k and v."""
+        return AttentionContext(self.cos, self.sin, self.key_mask, self.spec.causal, 0)
 
 
 class AttentionInner(NamedTuple):
-    """What lies between v and h2, and backward needs."""
+    """What lies between v and h2 and is needed by backward."""
 
     qkv: Tensor  # [M, (H + 2G) K]
     o: Tensor  # [M, H K]
     lse: Tensor  # [B, H, T] float32
     h: Tensor  # [M, D]
     rstd: Tensor  # [M] float32, of h
-    gu: Tensor | None  # [M, 2F]; None where backward is not to come and nobody else needs it
+    gu: Tensor | None  # [M, 2F]; None where neither backward nor the candidate needs it
 
 
 class TokensInner(NamedTuple):
@@ -68,7 +73,7 @@ Inner = AttentionInner | TokensInner
 
 
 class Scratch(NamedTuple):
-    """What lies between v and h2, and nobody needs afterwards."""
+    """What lies between v and h2, and is not needed afterwards."""
 
     a: Tensor  # [M, F]
     squares: Tensor | None  # [M, tiles] float32, of h; with attention
@@ -78,7 +83,7 @@ class Scratch(NamedTuple):
 # the float32 gradients of the two matrices of a mixer or an MLP
 Dw = tuple[Tensor, Tensor] | None
 
-# qkv [B, T, (H + 2G) K] -> o [B, T, H K]: attention over more than these tokens, by somebody else
+# qkv [B, T, (H + 2G) K] -> o [B, T, H K]: attention over more than these tokens, from outside
 Attend = Callable[[Tensor], Tensor]
 
 
@@ -92,7 +97,7 @@ def empty_inner(v: Tensor, w: LayerWeights, s: Setting, is_kept: bool) -> Inner:
     return AttentionInner(
         qkv=v.new_empty(M, w.mixer.qkv_proj.shape[0]),
         o=v.new_empty(M, w.mixer.o_proj.shape[1]),
-        lse=v.new_empty(s.B, s.H, s.T, dtype=torch.float32),
+        lse=v.new_empty(s.B, s.spec.num_heads, s.T, dtype=torch.float32),
         h=v.new_empty(M, D),
         rstd=v.new_empty(M, dtype=torch.float32),
         gu=gu,
@@ -105,12 +110,12 @@ def empty_scratch(v: Tensor, w: LayerWeights, s: Setting) -> Scratch:
     a = v.new_empty(M, w.mlp.down_proj.shape[1])
     if isinstance(w.mixer, SwiGLUWeights):
         return Scratch(a, None, v.new_empty(s.B * D, w.mixer.down_proj.shape[1]))
-    tiles = _count_tiles(v.new_empty(M, w.mixer.o_proj.shape[1]), w.mixer.o_proj, s.candidate)
+    tiles = count_tiles(v.new_empty(M, w.mixer.o_proj.shape[1]), w.mixer.o_proj, s.spec.candidate)
     return Scratch(a, v.new_empty(M, tiles, dtype=torch.float32), None)
 
 
 def _empty_gu(v: Tensor, w: SwiGLUWeights, s: Setting, is_kept: bool) -> Tensor | None:
-    if is_kept or _swiglu_candidate(v, w.gate_up_proj, s.candidate) == "mm":
+    if is_kept or swiglu_candidate(v, w.gate_up_proj, s.spec.candidate) == "mm":
         return v.new_empty(v.shape[0], w.gate_up_proj.shape[0])
     return None
 
@@ -125,7 +130,7 @@ def layer_forward(
     attend: Attend | None = None,
 ) -> None:
     """Fills inner and, where it is wanted, h2 [M, D] from v [M, D]."""
-    rstd = squares = None
+    rstd, squares, candidate = None, None, s.spec.candidate
     if isinstance(inner, AttentionInner):
         assert isinstance(w.mixer, AttentionWeights)
         _attention_forward(v, w.mixer, inner, scratch, s, attend)
@@ -133,12 +138,12 @@ def layer_forward(
     else:
         assert isinstance(w.mixer, SwiGLUWeights) and scratch.tokens_a is not None
         rows = _tokens_last(v, s)
-        _fill_linear_swiglu(scratch.tokens_a, inner.tokens_gu, rows, w.mixer.gate_up_proj, None, s.candidate)
-        _fill_linear_residual(inner.h, None, scratch.tokens_a, w.mixer.down_proj, rows, None, s.candidate)
+        fill_linear_swiglu(scratch.tokens_a, inner.tokens_gu, rows, w.mixer.gate_up_proj, None, candidate)
+        fill_linear_residual(inner.h, None, scratch.tokens_a, w.mixer.down_proj, rows, None, candidate)
         r = _normed_over_tokens(inner.h, s)
-    _fill_linear_swiglu(scratch.a, inner.gu, r, w.mlp.gate_up_proj, rstd, s.candidate, squares, s.eps)
+    fill_linear_swiglu(scratch.a, inner.gu, r, w.mlp.gate_up_proj, rstd, candidate, squares, s.spec.eps)
     if h2 is not None:
-        _fill_linear_residual(h2, None, scratch.a, w.mlp.down_proj, r, rstd, s.candidate)
+        fill_linear_residual(h2, None, scratch.a, w.mlp.down_proj, r, rstd, candidate)
 
 
 def _attention_forward(
@@ -155,10 +160,10 @@ def _attention_forward(
         o = attend(qkv.view(s.B, s.T, -1)).reshape(o.shape)
     else:
         torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
-        q, k, value = _heads(inner.qkv, s).split((s.H, s.G, s.G), dim=2)
-        o_heads, visible = o.view(s.B, s.T, -1), (s.key_mask, s.causal, s.query_offset)
-        _fill_rope_attention(o_heads, inner.lse, q, k, value, s.cos, s.sin, *visible)
-    _fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.candidate)
+        H, G = s.spec.num_heads, s.spec.num_key_value_heads
+        q, k, value = _heads(inner.qkv, s).split((H, G, G), dim=2)
+        fill_rope_attention(o.view(s.B, s.T, -1), inner.lse, q, k, value, s.attention)
+    fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.spec.candidate)
 
 
 def layer_backward(
@@ -171,12 +176,12 @@ def layer_backward(
         assert isinstance(w.mixer, AttentionWeights)
         scaled_dr = _mlp_backward(dh2, inner.h, inner.rstd, inner.gu, w.mlp, dmlp, s)
         dh = torch.empty_like(inner.h)
-        _fill_norm_add_bwd(dh, dh2, inner.h, s.eps, scaled_dy=scaled_dr)
+        fill_norm_add_bwd(dh, dh2, inner.h, s.spec.eps, scaled_dy=scaled_dr)
         return _attention_backward(dh, v, w.mixer, inner, dmixer, s)
     assert isinstance(w.mixer, SwiGLUWeights) and inner.tokens_gu is not None
     dr = _mlp_backward(dh2, _normed_over_tokens(inner.h, s), None, inner.gu, w.mlp, dmlp, s)
     dh = torch.empty_like(inner.h)
-    _fill_norm_add_bwd(dh, _tokens_last(dr, s), inner.h, s.eps)
+    fill_norm_add_bwd(dh, _tokens_last(dr, s), inner.h, s.spec.eps)
     dv = _mlp_backward(dh, _tokens_last(v, s), None, inner.tokens_gu, w.mixer, dmixer, s)
     return _tokens_first(dv, s)
 
@@ -190,18 +195,13 @@ def _attention_backward(
     s: Setting,
 ) -> Tensor:
     """The gradient of v in v + attention(v)."""
-    (dqkv,) = _rope_attention_gradients(
+    (dqkv,) = rope_attention_gradients(
         torch.mm(dh, w.o_proj).view(s.B, s.T, -1),
         (_heads(inner.qkv, s),),
-        s.cos,
-        s.sin,
-        s.key_mask,
+        (s.spec.num_heads, s.spec.num_key_value_heads),
+        s.attention,
         inner.o.view(s.B, s.T, -1),
         inner.lse,
-        s.H,
-        s.G,
-        s.causal,
-        s.query_offset,
     )
     dqkv = dqkv.view(inner.qkv.shape)
     if dw is not None:
@@ -215,7 +215,7 @@ def _mlp_backward(
     do: Tensor, r: Tensor, rstd: Tensor | None, gu: Tensor, w: SwiGLUWeights, dw: Dw, s: Setting
 ) -> Tensor:
     """The gradient of r in r + mlp(r); with rstd, rstd times that of n = rstd r in mlp(n)."""
-    dgu, a, _ = _swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.candidate)
+    dgu, a, _ = swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.spec.candidate)
     if dw is not None:
         dgate_up_proj, ddown_proj = dw
         add_weight_gradient(ddown_proj, do, a)
@@ -224,7 +224,7 @@ def _mlp_backward(
 
 
 def _heads(qkv: Tensor, s: Setting) -> Tensor:
-    return qkv.view(s.B, s.T, s.H + 2 * s.G, -1)
+    return qkv.view(s.B, s.T, s.spec.num_heads + 2 * s.spec.num_key_value_heads, -1)
 
 
 def _tokens_last(rows: Tensor, s: Setting) -> Tensor:
@@ -240,5 +240,5 @@ def _tokens_first(rows: Tensor, s: Setting) -> Tensor:
 def _normed_over_tokens(h: Tensor, s: Setting) -> Tensor:
     """rms(h) of h [B D, T], as [B T, D]."""
     y = torch.empty_like(h)
-    _fill_norm_add(y, h, None, s.eps)
+    fill_norm_add(y, h, None, s.spec.eps)
     return _tokens_first(y, s)

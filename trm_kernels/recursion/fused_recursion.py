@@ -1,4 +1,4 @@
-"""The loop of recursion/recursion.py as launches: all cycles, steps and layers, forward and backward, by hand
+"""The loop of recursion.py as launches: all cycles, steps and layers, forward and backward
 
 Cycles without gradient run in one set of buffers and keep nothing. Cycles with gradient keep, for each token
 and evaluation of a layer, what `save` says. X is a row of D elements and J one of F, in the dtype of x:
@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from trm_kernels.ops.norm_add import _fill_norm_add, _fill_norm_add_bwd
+from trm_kernels.ops.norm_add import fill_norm_add, fill_norm_add_bwd
 from trm_kernels.recursion.fused_layer import (
     Inner,
     Scratch,
@@ -36,19 +36,10 @@ from trm_kernels.recursion.fused_layer import (
 )
 from trm_kernels.recursion.weights import LayerWeights, map_weights
 
-# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K]: attention that looks into a cache
+# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K]: attention that reads a cache
 AttendEvaluation = Callable[[int, Tensor], Tensor]
 
 Room = TypeVar("Room")
-
-
-class Loop(NamedTuple):
-    """How often what is done, and what is kept."""
-
-    num_recursion_steps: int
-    num_cycles: int
-    grad_cycles: int  # the last so many keep what backward needs
-    save: str
 
 
 class State(NamedTuple):
@@ -58,7 +49,7 @@ class State(NamedTuple):
     is_normed: bool = False
 
 
-class Kept(NamedTuple):
+class SavedF(NamedTuple):
     """What one f leaves for backward, a layer each."""
 
     h2: list[Tensor]  # only the last layer's with "step"
@@ -86,16 +77,16 @@ class _Buffers:
 
     def start_cycle(self, y: State) -> Tensor:
         """y [M, D]; fills y + x, once for all steps."""
-        eps = self.setting.eps
-        _fill_norm_add(self.y_and_x, y.h, self.x, eps, y.is_normed)
+        eps = self.setting.spec.eps
+        fill_norm_add(self.y_and_x, y.h, self.x, eps, y.is_normed)
         if y.is_normed:
             return y.h
-        _fill_norm_add(self.y, y.h, None, eps)
+        fill_norm_add(self.y, y.h, None, eps)
         return self.y
 
     def start_layer(self, state: State, r: Tensor | None) -> Tensor:
         """v [M, D]: the state and, for the first layer of an f, r."""
-        _fill_norm_add(self.v, state.h, r, self.setting.eps, state.is_normed)
+        fill_norm_add(self.v, state.h, r, self.setting.spec.eps, state.is_normed)
         return self.v
 
     def f(self, state: State, r: Tensor, h2: Sequence[Tensor | None], inner: Sequence[Inner]) -> None:
@@ -127,113 +118,138 @@ def recursion_forward(
     z: Tensor,
     weights: Sequence[LayerWeights],
     setting: Setting,
-    loop: Loop,
     attend: AttendEvaluation | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Kept]]:
-    """(y, z, h of the y and z with which gradients start unless they are the arguments, what each f leaves)
+) -> tuple[Tensor, Tensor, list[Tensor], list[SavedF]]:
+    """All cycles, forward; x, y and z are rows [M, D].
 
-    All rows are [M, D].
+    Returns:
+        y, z, the h of the y and z with which gradients start (none where those are the arguments), and what
+        each differentiated f keeps for backward.
     """
+    spec = setting.spec
     work = _Buffers(x, weights, setting, attend)
     shared = work.empty_inner(is_kept=False)
-    L, first = len(weights), loop.num_cycles - loop.grad_cycles
+    L, first = len(weights), spec.num_cycles - spec.differentiated_cycles
     passing = torch.empty_like(x)  # h2 that only the next layer reads
     of_y, of_z = (torch.empty_like(x) for _ in range(2)) if first else (passing, passing)
     starts: list[Tensor] = []
-    kept: list[Kept] = []
+    kept: list[SavedF] = []
 
     def f(state: State, r: Tensor, h2: Tensor, keeps: bool) -> State:
         if not keeps:
             work.f(state, r, [h2] * L, shared)
             return State(h2)
-        h2s = [passing if loop.save == "step" and i < L - 1 else torch.empty_like(x) for i in range(L)]
+        h2s = [passing if spec.save == "step" and i < L - 1 else torch.empty_like(x) for i in range(L)]
         inner = shared
-        if loop.save == "all":
+        if spec.save == "all":
             inner = [empty_inner(x, w, setting, is_kept=True) for w in weights]
         work.f(state, r, h2s, inner)
-        kept.append(Kept(h2s[-1:] if loop.save == "step" else h2s, inner if loop.save == "all" else []))
+        kept.append(SavedF(h2s[-1:] if spec.save == "step" else h2s, inner if spec.save == "all" else []))
         return State(h2s[-1])
 
     of = {"y": State(y, is_normed=True), "z": State(z, is_normed=True)}
-    for cycle in range(loop.num_cycles):
+    for cycle in range(spec.num_cycles):
         keeps = cycle >= first
         if cycle == first and first:
             starts = [of["y"].h, of["z"].h]
         y_rows = work.start_cycle(of["y"])
-        for _ in range(loop.num_recursion_steps):
+        for _ in range(spec.num_recursion_steps):
             of["z"] = f(of["z"], work.y_and_x, of_z, keeps)
         of["y"] = f(of["z"], y_rows, of_y, keeps)
 
     ends = []
     for state in of.values():
         ends.append(torch.empty_like(x))
-        _fill_norm_add(ends[-1], state.h, None, setting.eps)
+        fill_norm_add(ends[-1], state.h, None, spec.eps)
     return ends[0], ends[1], starts, kept
 
 
-def recursion_backward(
-    dy: Tensor | None,
-    dz: Tensor | None,
-    x: Tensor,
-    y: State,
-    z: State,
-    kept: Sequence[Kept],
-    weights: Sequence[LayerWeights],
-    setting: Setting,
-    loop: Loop,
-    wants_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[LayerWeights]]:
-    """(dx, dy, dz, those of the weights); y and z are those with which gradients start."""
-    work = _Buffers(x, weights, setting)
-    again: list[Inner] = []  # room for what is computed again, one layer's or a whole f's
-    if loop.save == "layer":
-        again = work.empty_inner(is_kept=True)
-    elif loop.save == "step":
-        again = [empty_inner(x, w, setting, is_kept=True) for w in weights]
-    dw = [map_weights(_float32_zeros, w) for w in weights] if wants_weights else []
-    n = loop.num_recursion_steps
-    total: Tensor | None = None  # dx, float32
+class _Backward:
+    """What the backward of all f shares: buffers, and the gradients of the weights."""
 
-    def f_backward(
-        state: State, r: Tensor, f: Kept, dout: Tensor, dout2: Tensor | None, dout_sum: Tensor | None
+    def __init__(
+        self, x: Tensor, weights: Sequence[LayerWeights], setting: Setting, wants_weights: bool
+    ) -> None:
+        self.x, self.weights, self.setting = x, weights, setting
+        self.work = _Buffers(x, weights, setting)
+        self.dw = [map_weights(_float32_zeros, w) for w in weights] if wants_weights else []
+        self.again: list[Inner] = []  # room for what is computed again, one layer's or a whole f's
+        if setting.spec.save == "layer":
+            self.again = self.work.empty_inner(is_kept=True)
+        elif setting.spec.save == "step":
+            self.again = [empty_inner(x, w, setting, is_kept=True) for w in weights]
+
+    def f(
+        self, state: State, r: Tensor, kept: SavedF, dout: Tensor, dout2: Tensor | None, total: Tensor | None
     ) -> Tensor:
-        """The gradient of state + r, from that of the rms of the last h2: dout + dout2."""
-        h2, inner = f
-        if loop.save == "step":
-            h2 = [*(torch.empty_like(x) for _ in weights[1:]), *h2]
-            work.f(state, r, [*h2[:-1], None], again)
-        for i in reversed(range(len(weights))):
-            dh2 = torch.empty_like(x)
-            _fill_norm_add_bwd(dh2, dout, h2[i], setting.eps, dout2, dy_sum=dout_sum)
-            v = work.start_layer(State(h2[i - 1]) if i else state, None if i else r)
-            if loop.save == "layer":
-                layer_forward(v, weights[i], again[i], work.scratch[i], setting, None)
-            of_layer = inner[i] if loop.save == "all" else again[i]
-            dout = layer_backward(dh2, v, weights[i], of_layer, dw[i] if dw else None, setting)
-            dout2 = dout_sum = None
+        """The gradient of state + r, from that of the norm of the last h2: dout + dout2.
+
+        total   float32, to which dout + dout2 is added
+        """
+        save, (h2, inner) = self.setting.spec.save, kept
+        if save == "step":
+            h2 = [*(torch.empty_like(self.x) for _ in self.weights[1:]), *h2]
+            self.work.f(state, r, [*h2[:-1], None], self.again)
+        for i in reversed(range(len(self.weights))):
+            dh2 = torch.empty_like(self.x)
+            fill_norm_add_bwd(dh2, dout, h2[i], self.setting.spec.eps, dout2, dy_sum=total)
+            v = self.work.start_layer(State(h2[i - 1]) if i else state, None if i else r)
+            w = self.weights[i]
+            if save == "layer":
+                layer_forward(v, w, self.again[i], self.work.scratch[i], self.setting, None)
+            of_layer = inner[i] if save == "all" else self.again[i]
+            dout = layer_backward(dh2, v, w, of_layer, self.dw[i] if self.dw else None, self.setting)
+            dout2 = total = None
         return dout
 
+
+def recursion_backward(
+    gradients: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    starts: tuple[State, State],
+    kept: Sequence[SavedF],
+    weights: Sequence[LayerWeights],
+    setting: Setting,
+    wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[LayerWeights]]:
+    """All differentiated cycles, backward.
+
+    Args:
+        gradients: dy and dz, rows [M, D].
+        x: Rows [M, D].
+        starts: The y and z with which gradients start.
+        kept: What each differentiated f kept.
+        weights: The layers' matrices.
+        setting: As the forward was given it.
+        wants_weights: Whether the gradients of the weights are computed.
+
+    Returns:
+        dx, dy, dz, and the gradients of the weights, or none.
+    """
+    (dy, dz), (y, z), n = gradients, starts, setting.spec.num_recursion_steps
+    back = _Backward(x, weights, setting, wants_weights)
+    total: Tensor | None = None  # dx, float32
     # y and z with which each cycle starts, and after its steps
     ys = [y, *(State(f.h2[-1]) for f in kept[n :: n + 1])]
     zs = [z, *(State(f.h2[-1]) for i, f in enumerate(kept) if i % (n + 1) < n)]
     dy = torch.zeros_like(x) if dy is None else dy
-    for cycle in reversed(range(loop.grad_cycles)):
+    for cycle in reversed(range(setting.spec.differentiated_cycles)):
         of_cycle, z_of = kept[cycle * (n + 1) :], zs[cycle * n :]
-        y_rows = work.start_cycle(ys[cycle])
-        dy_and_z = f_backward(z_of[n], y_rows, of_cycle[n], dy, None, None)
+        y_rows = back.work.start_cycle(ys[cycle])
+        dy_and_z = back.f(z_of[n], y_rows, of_cycle[n], dy, None, None)
         dy_and_x = torch.zeros_like(x, dtype=torch.float32)
         dv = dy_and_z
         for step in reversed(range(n)):
             # v = z + (y + x) of the step after this one has the same gradient in all three
             of_sum = dy_and_x if step < n - 1 else None
-            dv = f_backward(z_of[step], work.y_and_x, of_cycle[step], dv, dz, of_sum)
+            dv = back.f(z_of[step], back.work.y_and_x, of_cycle[step], dv, dz, of_sum)
             dz = None
         dz = dv
         dy_and_x += dv
         dy = (dy_and_x + dy_and_z).to(x.dtype)
         total = dy_and_x if total is None else total.add_(dy_and_x)
-    assert total is not None and dz is not None, "a cycle passes gradients"
-    return total.to(x.dtype), dy, dz, [map_weights(lambda t: t.to(x.dtype), w) for w in dw]
+    assert total is not None and dz is not None, "at least one cycle is differentiated"
+    return total.to(x.dtype), dy, dz, [map_weights(lambda t: t.to(x.dtype), w) for w in back.dw]
 
 
 def _float32_zeros(t: Tensor) -> Tensor:

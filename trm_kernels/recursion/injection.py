@@ -15,24 +15,19 @@ Source   the mathematics in README.md, "What is computed".
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 from torch import Tensor
 
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
+from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache, check_key_mask
 from trm_kernels.recursion.one_launch.choice import choose_regime
-from trm_kernels.recursion.one_launch.launchers import one_launch_injection
-from trm_kernels.recursion.recursion import (
-    EvaluationCache,
-    check_call,
-    check_key_mask,
-    evaluations,
-    room_in,
-    trm_recursion,
-)
-from trm_kernels.recursion.weights import InjectionWeights, LayerWeights, in_dtype
+from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_injection
+from trm_kernels.recursion.recursion import run_recursion
+from trm_kernels.recursion.spec import RecursionSpec, check_call
+from trm_kernels.recursion.weights import InjectionPoint, InjectionWeights, LayerWeights, in_dtype
 from trm_kernels.runtime.autocast import as_autocast, is_on
 
 
@@ -56,7 +51,6 @@ def trm_injection(
     eps: float = 1e-5,
     update_cache: EvaluationCache | None = None,
     key_mask: Tensor | None = None,
-    query_offset: int | None = None,
     attention: str = "auto",
     save: str = "auto",
     angles: Angles | None = None,
@@ -64,84 +58,79 @@ def trm_injection(
     scales: Sequence[LayerWeights] | None = None,
     norms_x: bool = False,
 ) -> Tensor:
-    """h'. See the top of this file; the named arguments are trm_recursion's, and eps that of all norms.
+    """Runs a whole injection point. Formula, dtypes and source: the top of this file.
 
-    norms_x     whether x is normed as well, see ops/injection_in.py
-    positions   [B, T] or [1, T] whole numbers, for RoPE
-    angles      RoPE's table of these positions, for the three ops; in one launch it is not read
+    Arguments that are not here are trm_recursion's; eps is that of all norms.
+
+    Args:
+        h: [B, T, D], the language model's hidden state.
+        injection: The projections and the gate.
+        strength: The factor of what is added to h.
+        y: [B, T, d], the answer to start from.
+        z: [B, T, d], the latent state to start from.
+        weights: The layers' matrices; see weights.py.
+        positions: [B, T] or [1, T] whole numbers, for RoPE.
+        angles: RoPE's table of these positions, for the three ops. One launch makes its own.
+        norms_x: Whether x is normed as well, see ops/injection_in.py.
+
+    Returns:
+        h', [B, T, D], in h's dtype.
+
+    Raises:
+        ValueError: As the three ops do.
+        RuntimeError: For a regime that was asked for and cannot run.
     """
+    spec = RecursionSpec(
+        num_heads,
+        num_key_value_heads or num_heads,
+        num_recursion_steps,
+        num_cycles,
+        grad_cycles,
+        causal,
+        rope_theta,
+        eps,
+        attention,
+        save,
+        regime=regime,
+    )
+    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
+    return run_injection(h, InjectionPoint(injection, strength, norms_x), y, z, weights, scales, spec, inputs)
+
+
+def run_injection(
+    h: Tensor,
+    point: InjectionPoint,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    scales: Sequence[LayerWeights] | None,
+    spec: RecursionSpec,
+    inputs: AttentionInputs,
+) -> Tensor:
+    """trm_injection with its settings and attention inputs as one value each."""
+    injection = point.weights
     if is_on(h):
         y, z = as_autocast(y, z)
         injection = InjectionWeights._make(None if t is None else t.to(y.dtype) for t in injection)
         weights = weights if scales is not None else in_dtype(weights, y.dtype)
-    check_call(y, y, z, weights, num_recursion_steps, num_cycles, grad_cycles, save, regime)
-    G, count = num_key_value_heads or num_heads, evaluations(len(weights), num_recursion_steps, num_cycles)
-    find_room = partial(room_in, update_cache, y, G, y.shape[2] // num_heads, count)
-    taken, room = choose_regime(
-        regime,
-        y,
-        weights,
-        scales,
-        (h, y, z, *(t for t in injection if t is not None)),
-        None if update_cache is None else find_room,
-        num_heads=num_heads,
-        mask=mask,
-        query_offset=query_offset,
-        attention=attention,
-        candidate=None,
-        projections=(injection.in_proj, injection.out_proj),
-    )
-    if taken == "per_op":
-        x = injection_in(h, injection.in_proj, eps, norms_x=norms_x)
-        y, _ = trm_recursion(
-            x,
-            y,
-            z,
-            weights,
-            num_heads=num_heads,
-            num_key_value_heads=G,
-            num_recursion_steps=num_recursion_steps,
-            num_cycles=num_cycles,
-            grad_cycles=grad_cycles,
-            positions=positions,
-            mask=mask,
-            causal=causal,
-            rope_theta=rope_theta,
-            eps=eps,
-            update_cache=update_cache,
-            key_mask=key_mask,
-            query_offset=query_offset,
-            attention=attention,
-            save=save,
-            angles=angles,
-            regime=taken,
-            scales=scales,
-        )
+    check_call(y, y, z, weights, spec)
+    around = [t for t in injection if t is not None]
+    regime, room = choose_regime(y, weights, scales, spec, inputs, (h, y, z, *around), around[:2])
+    if regime == "per_op":
+        x = injection_in(h, injection.in_proj, spec.eps, norms_x=point.norms_x)
+        y, _ = run_recursion(x, y, z, weights, scales, replace(spec, regime=regime), inputs)
         gate = () if injection.gate_weight is None else (injection.gate_weight, injection.gate_bias)
-        return injection_blend(h, y, injection.out_proj, strength, *gate)
-    check_key_mask(key_mask, y, room)
+        return injection_blend(h, y, injection.out_proj, point.strength, *gate)
+    check_key_mask(inputs.key_mask, y, room)
     blended = one_launch_injection(
         h,
-        injection,
-        strength,
-        y,
-        z,
-        weights,
-        None if rope_theta is None else positions,
-        rope_theta or 1.0,
-        key_mask,
-        room,
-        scales=scales,
-        num_heads=num_heads,
-        num_key_value_heads=G,
-        causal=causal,
-        eps=eps,
-        num_recursion_steps=num_recursion_steps,
-        num_cycles=num_cycles,
-        regime=taken,
-        may_fall_back=regime == "auto",
-        norms_x=norms_x,
+        point._replace(weights=injection),
+        (y, z),
+        (weights, scales),
+        replace(spec, regime=regime),
+        inputs,
+        LaunchOptions(room, may_fall_back=spec.regime == "auto"),
     )
-    if update_cache is not None:
-        update_cache.written(h.shape[1])  # type: ignore[attr-defined]  # it had room
+    if inputs.update_cache is not None:
+        inputs.update_cache.written(h.shape[1])  # type: ignore[attr-defined]  # it had room
     return blended

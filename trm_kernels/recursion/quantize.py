@@ -20,9 +20,17 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
 def quantize(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(values [out, in], scale [out] float32) of a weight [out, in].
+    """Rounds a weight to 8 bits.
 
-    Errors: RuntimeError for fp8 on a GPU that does not have it.
+    Args:
+        w: [out, in], of any floating dtype.
+        kind: "int8" or "fp8".
+
+    Returns:
+        Values [out, in] in int8 or float8_e4m3fn, and scale [out] float32.
+
+    Raises:
+        RuntimeError: For fp8 on a GPU that does not have it.
     """
     arch = arch_of(w)
     if kind == "fp8" and arch.startswith("sm") and int(arch[2:]) < 89:
@@ -38,7 +46,7 @@ def quantize(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def quantize_layers(
     layers: Sequence[LayerWeights], kind: str
 ) -> tuple[list[LayerWeights], list[LayerWeights]]:
-    """(values, scales) of the matrices of some layers, by their names."""
+    """The values and the scales of the matrices of some layers, by their names; see quantize."""
     values, scales = [], []
     for layer in layers:
         values.append(map_weights(lambda w: quantize(w, kind)[0], layer))
@@ -49,7 +57,7 @@ def quantize_layers(
 def dequantize_layers(
     layers: Sequence[LayerWeights], scales: Sequence[LayerWeights], dtype: torch.dtype
 ) -> list[LayerWeights]:
-    """The matrices as `dtype` holds them."""
+    """The matrices in `dtype`, widened again: scale[:, None] * values."""
 
     def widen(values: Tensor, scale: Tensor) -> Tensor:
         return (values.float() * scale[:, None]).to(dtype)

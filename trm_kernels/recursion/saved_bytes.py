@@ -16,9 +16,15 @@ SHARE_OF_FREE_MEMORY = 0.25
 
 
 def saved_bytes(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads: int) -> int:
-    """Bytes that one f keeps of a state x [B, T, D] under a policy of recursion/fused_recursion.py.
+    """Bytes that one f keeps for backward.
 
-    Only shapes and dtypes are read: x and the weights may be on the "meta" device.
+    Only shapes and dtypes are read: tensors may be on the "meta" device.
+
+    Args:
+        save: "all", "layer" or "step"; see fused_recursion.py.
+        x: [B, T, D], the state.
+        weights: The layers' matrices.
+        num_heads: H.
     """
     B, T, D = x.shape
     h2 = B * T * D * x.element_size()

@@ -30,6 +30,14 @@ class InjectionWeights(NamedTuple):
     gate_bias: Tensor | None = None  # [1]
 
 
+class InjectionPoint(NamedTuple):
+    """What stands around a recursion inside a language model: h' = h + strength * gate * (y W_out^T)."""
+
+    weights: InjectionWeights
+    strength: float = 1.0
+    norms_x: bool = False  # whether x is normed as well, see ops/injection_in.py
+
+
 class LayerWeights(NamedTuple):
     """One layer's matrices, each [out, in]: what mixes the tokens, then the MLP."""
 
@@ -40,6 +48,11 @@ class LayerWeights(NamedTuple):
 def map_weights(function: Callable[[Tensor], Tensor], w: LayerWeights) -> LayerWeights:
     """A layer with the function's value of each matrix in its place."""
     return LayerWeights(type(w.mixer)(*map(function, w.mixer)), SwiGLUWeights(*map(function, w.mlp)))
+
+
+def flat_weights(weights: Sequence[LayerWeights]) -> list[Tensor]:
+    """All matrices of some layers, four a layer."""
+    return [t for w in weights for part in w for t in part]
 
 
 def in_dtype(weights: Sequence[LayerWeights], dtype: torch.dtype) -> list[LayerWeights]:

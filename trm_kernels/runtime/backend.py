@@ -26,9 +26,15 @@ _chosen: ContextVar[str] = ContextVar("trm_kernels_backend", default="auto")
 
 
 class backend:  # noqa: N801  used like a function, as torch.no_grad is
-    """Choose the backend: a call sets it, a `with` block sets it and restores the one before.
+    """Chooses the backend: a call sets it, a `with` block sets it and restores the one before.
 
-    Errors: ValueError for an unknown name; RuntimeError for "triton" where no kernel can run.
+    Args:
+        name: "auto" for Triton on CUDA and the reference elsewhere; "triton" for kernels or an error;
+            "reference" for eager PyTorch everywhere.
+
+    Raises:
+        ValueError: For an unknown name.
+        RuntimeError: For "triton" where no kernel can run.
     """
 
     def __init__(self, name: str) -> None:
@@ -66,16 +72,18 @@ def describe(device: torch.device) -> str:
 
 
 def runs_triton(op: str, *tensors: Tensor, has_kernel: bool = True, choice: str | None = None) -> bool:
-    """Whether `op` runs its Triton kernel on these tensors.
-
-    op          its public name, for the error
-    has_kernel  False where these tensors have only a reference so far: `auto` takes the reference,
-                `triton` is an error
-    choice      what to go by instead of the backend chosen for this thread
+    """Whether an op runs its Triton kernel on these tensors.
 
     Tensors on the "meta" device count as CUDA tensors while launches are recorded.
 
-    Errors: RuntimeError when "triton" was asked for and cannot be had.
+    Args:
+        op: Its public name, for the error.
+        tensors: Its inputs; the first one's device decides.
+        has_kernel: False where these tensors have only a reference: "auto" takes it, "triton" is an error.
+        choice: A backend to use instead of the one chosen for this thread.
+
+    Raises:
+        RuntimeError: When "triton" was asked for and cannot run.
     """
     name = choice or current_backend()
     device = tensors[0].device.type

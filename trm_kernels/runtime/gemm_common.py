@@ -1,4 +1,4 @@
-"""What ops that multiply matrices share: how tensors lie, how tiles follow each other, which candidate runs.
+"""What ops that multiply matrices share: memory layout, the order of tiles, which candidate runs.
 
 M, N and K are the rows, the columns and the summed axis of a product, in kernels and launchers alike. A
 weight is [N, K], as nn.Linear keeps it.
@@ -134,9 +134,11 @@ def check_row_scale(op: str, row_scale: Tensor | None, rows: Tensor) -> None:
 
 
 def runs_candidate(op: str, candidate: str | None, *tensors: Tensor) -> bool:
-    """Whether `op` runs its Triton kernels on these tensors; see `backend.runs_triton`.
+    """Whether an op runs its Triton kernels on these tensors; see backend.runs_triton.
 
-    Errors: ValueError for an unknown candidate; RuntimeError for one that cannot run here.
+    Raises:
+        ValueError: For an unknown candidate.
+        RuntimeError: For one that cannot run here.
     """
     if candidate not in (None, *CANDIDATES):
         raise ValueError(f"{op}: expected candidate to be one of {', '.join(CANDIDATES)}, got {candidate!r}.")

@@ -1,19 +1,20 @@
 """The one door to the device: every kernel launch passes through `launch`.
 
-`record()` keeps launches instead of running them. Given tensors on the "meta" device, an op then tells
-without a GPU which kernels it would start, on what grid and with which arguments.
+`record()` keeps launches instead of running them. On tensors of the "meta" device this shows, without a GPU,
+which kernels an op would start, on what grid and with which arguments.
 
 A launcher (the function of an op file that allocates and launches) becomes visible to `torch.compile`
 and `torch.export` by `@launcher`. The custom op it turns into needs a fake: a function from shapes to
 shapes. A launcher whose launches are kept and thrown away is just that, so it is its own fake.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from functools import partial, wraps
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,18 +35,25 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _RecordedLaunches:
     arch: str | None
     launches: list[Launch] = field(default_factory=list)
 
 
-_recording: ContextVar[_Recording | None] = ContextVar("trm_kernels_recording", default=None)
+_recording: ContextVar[_RecordedLaunches | None] = ContextVar("trm_kernels_recording", default=None)
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each custom op runs, by the op's name
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Start `kernel` on the device its tensors live on, or keep the launch while recording."""
+    """Starts a kernel on the device of its tensors, or keeps the launch while recording.
+
+    Args:
+        kernel: A function with `triton.jit`.
+        grid: Programs along each axis.
+        args: The kernel's arguments; at least one tensor.
+        meta: Its constants, and Triton's options.
+    """
     recording = _recording.get()
     if recording is not None:
         recording.launches.append(Launch(kernel, grid, args, meta))
@@ -59,11 +67,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def record(arch: str | None = None) -> Iterator[list[Launch]]:
-    """Keep launches, choosing settings as if the tensors lived on `arch`, such as "sm90".
+    """Keeps launches instead of running them, for the thread (the context) that entered.
 
-    Without an arch each tensor's own device decides. Holds for the thread (the context) that entered.
+    Args:
+        arch: Settings are chosen as if the tensors were on it, such as "sm90". None: by each tensor's device.
+
+    Yields:
+        The launches, in order.
     """
-    recording = _Recording(arch)
+    recording = _RecordedLaunches(arch)
     token = _recording.set(recording)
     try:
         yield recording.launches
@@ -99,12 +111,17 @@ def launcher(
 ) -> Callable[..., Any]:
     """Register a launcher as the custom op `trm_kernels::<its name>`.
 
-    Every parameter and the result need annotations, from which PyTorch reads the op's schema.
+    Every parameter and the result need annotations, from which PyTorch reads the op's schema. A schema has
+    neither dataclasses nor named tuples: a parameter that is one becomes its fields there, and theirs. Who
+    calls the op passes the fields, and the launcher is given the whole again.
 
-    mutates_args   the parameters that it writes to: tensors, or lists of them
+    Args:
+        function: Allocates and launches.
+        mutates_args: The parameters, or fields, that it writes to: tensors, or lists of them.
     """
     if function is None:
         return partial(launcher, mutates_args=mutates_args)
+    function = _with_fields(function)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         with nullcontext() if is_recording() else record():
@@ -115,3 +132,44 @@ def launcher(
     op = torch.library.custom_op(f"trm_kernels::{name}", function, mutates_args=mutates_args)
     op.register_fake(fake)
     return op
+
+
+def _with_fields(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the fields of its dataclasses and named tuples as parameters, in their place."""
+    signature = inspect.signature(function)
+    kinds = [p.annotation for p in signature.parameters.values()]
+    if not any(map(_field_types, kinds)):
+        return function
+    flat_parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+        for parameter in signature.parameters.values()
+        for name, kind in _leaves(parameter.name, parameter.annotation)
+    ]
+    flat_signature = signature.replace(parameters=flat_parameters)
+
+    @wraps(function)
+    def flat(*args: Any, **kwargs: Any) -> Any:
+        values = iter(flat_signature.bind(*args, **kwargs).args)
+        return function(*(_build(kind, values) for kind in kinds))
+
+    flat.__signature__ = flat_signature  # type: ignore[attr-defined]
+    return flat
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass or a named tuple and their types; none of anything else."""
+    return get_type_hints(kind) if is_dataclass(kind) or hasattr(kind, "_fields") else {}
+
+
+def _leaves(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
+    """(name, type) of what a value of this type is made of, down to tensors, numbers, strings and lists."""
+    if not (fields := _field_types(kind)):
+        yield name, kind
+    for field_name, field_kind in fields.items():
+        yield from _leaves(field_name, field_kind)
+
+
+def _build(kind: Any, values: Iterator[Any]) -> Any:
+    """A value of this type, made of its leaves, in order."""
+    fields = _field_types(kind)
+    return kind(*(_build(field_kind, values) for field_kind in fields.values())) if fields else next(values)

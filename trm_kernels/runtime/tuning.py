@@ -101,7 +101,7 @@ class OneLaunch:
     BLOCK_K: int
     BLOCK_Q: int  # queries and keys of a tile of attention
     BLOCK_S: int
-    keys: int  # a part's, where one token a sequence looks at many keys
+    keys: int  # in a part, where one token a sequence attends to many keys
     num_warps: int = 8
     num_stages: int = 3
     maxnreg: int = 240  # registers a thread; left alone the assembler may take 128, and spill

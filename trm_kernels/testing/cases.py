@@ -25,7 +25,7 @@ from trm_kernels.ops.norm_add import norm_add, norm_add_ref
 from trm_kernels.ops.rstd_from_squares import rstd_from_squares, rstd_from_squares_ref
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp, swiglu_mlp_ref
 from trm_kernels.recursion.injection import trm_injection
-from trm_kernels.recursion.one_launch.launchers import CacheRoom
+from trm_kernels.recursion.inputs import CacheRoom
 from trm_kernels.recursion.quantize import quantize
 from trm_kernels.recursion.recursion import trm_recursion
 from trm_kernels.recursion.weights import AttentionWeights, InjectionWeights, LayerWeights, SwiGLUWeights
@@ -339,9 +339,9 @@ def _one_launch(name: str, heads: _Heads, quantized: str | None = None, **fields
     """A case of trm_recursion in one launch: one token a sequence, over a cache."""
 
     def recursion(regime: str, x: Tensor, y: Tensor, z: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        weights, rest, scales = _by_names(rest[:4]), rest[4:], None
+        weights, rest, scales = layer_of(rest[:4]), rest[4:], None
         if quantized is not None:
-            scales, rest = [_by_names(rest[:4])], rest[4:]
+            scales, rest = [layer_of(rest[:4])], rest[4:]
         slots = [t.contiguous().clone() for t in rest]
         cache = _Slots(slots[:_ONE_LAUNCH_EVALUATIONS], slots[_ONE_LAUNCH_EVALUATIONS:])
         (B, G, S, _), (H, _) = slots[0].shape, heads.counts(x.shape[2])
@@ -379,9 +379,9 @@ def _one_launch_injection(name: str, heads: _Heads, quantized: str | None = None
 
     def injection(regime: str, h: Tensor, *rest: Tensor) -> Tensor:
         around, (y, z), rest = InjectionWeights(*rest[:4]), rest[4:6], rest[6:]
-        weights, rest, scales = _by_names(rest[:4]), rest[4:], None
+        weights, rest, scales = layer_of(rest[:4]), rest[4:], None
         if quantized is not None:
-            scales, rest = [_by_names(rest[:4])], rest[4:]
+            scales, rest = [layer_of(rest[:4])], rest[4:]
         slots = [t.contiguous().clone() for t in rest]
         cache = _Slots(slots[:_ONE_LAUNCH_EVALUATIONS], slots[_ONE_LAUNCH_EVALUATIONS:])
         (B, G, S, _), (H, _) = slots[0].shape, heads.counts(y.shape[2])
@@ -423,7 +423,8 @@ def _one_launch_injection(name: str, heads: _Heads, quantized: str | None = None
     return Case(name, op, ref, inputs, moved=moved, floor=_PRODUCT_FLOOR, seeds=6, **fields)
 
 
-def _by_names(matrices: Sequence[Tensor]) -> LayerWeights:
+def layer_of(matrices: Sequence[Tensor]) -> LayerWeights:
+    """The four matrices of a layer with attention, by their names."""
     return LayerWeights(AttentionWeights(*matrices[:2]), SwiGLUWeights(*matrices[2:]))
 
 
@@ -616,7 +617,7 @@ CASES: tuple[Case, ...] = (
         causal=False,
         shapes=((1, 9, 24 * 16), (1, 33, 24 * 8), (1, 35, 24 * 16)),
         bench=((768, 97, 24 * 64), (192, 916, 24 * 64)),
-        launches_with_gradient=4,  # one to turn q and k, two of the gradient; in 16 bits sm90 does it in one
+        launches_with_gradient=4,  # one rotates q and k, two of the gradient; in 16 bits sm90 does it in one
     ),
     _attention(
         "rope_attention_causal",  # in a language model

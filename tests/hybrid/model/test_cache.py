@@ -212,7 +212,7 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
     gradients = []
     for chunks in ((9,), (4, 1, 4)):
         cache, loss, at = DynamicCache(config=hybrid.llm_model.config), 0, 0
-        make_room(cache, LAYERS, hybrid._num_trm_cache_layers(hybrid.config.trm_settings))
+        make_room(cache, LAYERS, hybrid._num_trm_cache_layers(hybrid.config.recursion_spec))
         for n in chunks:
             loss = loss + hybrid(ids[:, at : at + n], past_key_values=cache).logits.square().sum()
             at += n

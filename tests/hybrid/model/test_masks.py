@@ -10,8 +10,8 @@ import trm_kernels.recursion.injection
 from hybrid.model import masks
 from hybrid.model.cache import make_room
 from tests.support.tiny import FAMILIES, LAYERS, tiny_base, tiny_hybrid, tokens
-from trm_kernels.ops.attention import decode_attention, rope_attention
-from trm_kernels.ops.attention.rope_attention import visibility
+from trm_kernels.ops.attention import decode_attention, launchers
+from trm_kernels.ops.attention.reference import visibility
 from trm_kernels.runtime.backend import backend, interpreting
 
 pytestmark = pytest.mark.kernels
@@ -47,16 +47,16 @@ def fill(cache, tokens):
 
 @pytest.fixture
 def told(monkeypatch):
-    """What every call of the recursion was told: (mask, key_mask, query_offset)."""
-    seen, recursion = [], trm_kernels.modules.trm.trm_recursion
+    """What every call of the recursion was given: (mask, key_mask)."""
+    seen, recursion = [], trm_kernels.modules.trm.run_recursion
 
-    def spy(x, *others, **options):
-        assert options["causal"]
-        seen.append(tuple(options[name] for name in ("mask", "key_mask", "query_offset")))
-        return recursion(x, *others, **options)
+    def spy(x, y, z, weights, scales, spec, inputs):
+        assert spec.causal
+        seen.append((inputs.mask, inputs.key_mask))
+        return recursion(x, y, z, weights, scales, spec, inputs)
 
     for module in (trm_kernels.modules.trm, trm_kernels.recursion.injection):
-        monkeypatch.setattr(module, "trm_recursion", spy)
+        monkeypatch.setattr(module, "run_recursion", spy)
     return seen
 
 
@@ -64,9 +64,8 @@ def form(told):
     """The one form in all of these calls, which are then forgotten."""
     forms = {
         "mask" if mask is not None else "past" if key_mask is None else f"keys {key_mask.shape[1]}"
-        for mask, key_mask, query_offset in told
+        for mask, key_mask in told
     }
-    assert all(query_offset is None for _, _, query_offset in told), "the last query is the last key"
     told.clear()
     assert len(forms) == 1, forms
     return forms.pop()
@@ -146,7 +145,7 @@ def test_a_forward_without_a_cache(told):
     assert form(told) == "past"
     for rows in (LEFT, RIGHT):
         hybrid(ids, attention_mask=padded(rows), use_cache=False)
-        assert all(torch.equal(keys, padded(rows).bool()) for _, keys, _ in told)
+        assert all(torch.equal(keys, padded(rows).bool()) for _, keys in told)
         assert form(told) == "keys 9"
 
 
@@ -195,7 +194,7 @@ def test_generating_needs_no_general_mask(family, told):
         ]
     for prompt, how in ways:
         hybrid.generate(prompt, **GREEDY, **how)
-        assert told and all(mask is None for mask, _, _ in told), how
+        assert told and all(mask is None for mask, _ in told), how
         is_padded, is_static = prompt is batch, "cache_implementation" in how
         first, last = told[0][1], told[-1][1]
         assert (first is not None) == is_padded, how
@@ -208,7 +207,7 @@ def test_a_compiled_decoding_needs_no_general_mask(told):
     hybrid, ids = tiny_hybrid(**BRIEF), tokens()
     hybrid.forward = torch.compile(hybrid.forward, backend="eager", fullgraph=True)
     hybrid.generate(ids, cache_implementation="static", **GREEDY)
-    assert told and all(mask is None for mask, _, _ in told)
+    assert told and all(mask is None for mask, _ in told)
 
 
 @torch.no_grad()
@@ -219,7 +218,7 @@ def test_what_is_general_stays_general(told):
     told.clear()
     # 4D
     got = hybrid(ids, attention_mask=causal, use_cache=False).logits
-    assert all(mask is causal for mask, _, _ in told)
+    assert all(mask is causal for mask, _ in told)
     assert form(told) == "mask"
     torch.testing.assert_close(got, want)
     # two sequences in a row
@@ -264,7 +263,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
     hybrid, ids = tiny_hybrid(**BRIEF).to(DEVICE), tokens(length=7).to(DEVICE)
     real = slice(None) if mask is None else mask.bool()
     launched = []
-    for module in (decode_attention, rope_attention):
+    for module in (decode_attention, launchers):
         launch = module.launch
 
         def count(kernel, *args, launch=launch, **meta):
@@ -290,7 +289,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
     with backend("triton"):
         got = run()
     evaluations = hybrid.llm_model.model.layers[1].trm.recursion.evaluations() * 2
-    assert launched.count("_rope_attention_fwd_kernel") == evaluations
+    assert launched.count("rope_attention_fwd_kernel") == evaluations
     assert launched.count("_decode_attention_fwd_kernel") == 3 * evaluations
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

@@ -126,7 +126,7 @@ def test_attributes_of_the_parts_show_the_config_and_are_not_set():
     hybrid = tiny_hybrid()
     trm = hybrid.llm_model.model.layers[1].trm
     hybrid.config.num_cycles = 3
-    assert trm.recursion.num_cycles == trm.recursion.settings.num_cycles == 3
+    assert trm.recursion.num_cycles == trm.recursion.spec.num_cycles == 3
     for module, name in ((trm.recursion, "num_cycles"), (trm.recursion, "eps"), (trm, "strength")):
         with pytest.raises(ValueError, match="to be set on model.config"):
             setattr(module, name, 7)
@@ -394,13 +394,13 @@ def test_a_cache_with_a_gap_is_refused(base_alone):
 @pytest.mark.parametrize("save", ["step", "layer"])
 def test_what_is_computed_again_runs_on_its_forwards_backend(save, monkeypatch):
     """Backward may have a thread that chose no backend, and comes after the block."""
-    chosen, layer = [], recursion_ops._layer
+    chosen, layer = [], recursion_ops.apply_layer
 
     def spy(*given):
         chosen.append(current_backend())
         return layer(*given)
 
-    monkeypatch.setattr(recursion_ops, "_layer", spy)
+    monkeypatch.setattr(recursion_ops, "apply_layer", spy)
     hybrid, ids = tiny_hybrid(trm_save=save).freeze_base().train(), tokens()
     with backend("reference"):
         loss = hybrid(ids, labels=ids).loss

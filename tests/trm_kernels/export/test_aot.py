@@ -11,15 +11,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.static import changes
-from trm_kernels.export import check as aot
-from trm_kernels.export.check import SHARED_LIMIT, MainLoop, calls_of, compile_for, jobs, launches_of
+from trm_kernels.export import check
+from trm_kernels.export.check import calls_of, jobs, launches_of
+from trm_kernels.export.compile import SHARED_LIMIT, Compiled, MainLoop, compile_for
 from trm_kernels.ops.add_rms_norm import _add_rms_norm_fwd_kernel
 from trm_kernels.recursion.one_launch.grid_barrier import grid_barrier
 from trm_kernels.recursion.recursion import trm_recursion
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.runtime.launch import Launch, record
-from trm_kernels.testing.cases import CASES, _by_names
+from trm_kernels.testing.cases import CASES, layer_of
 
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -45,7 +46,7 @@ def test_resources_are_those_on_record(case, arch):
     known = json.loads(RESOURCES.read_text())
     if known["triton"] != triton.__version__:
         pytest.skip(f"on record are the kernels of Triton {known['triton']}, this is {triton.__version__}")
-    used = aot.resources(jobs(arch, [case]))["kernels"][arch][case.name]
+    used = check.resources(jobs(arch, [case]))["kernels"][arch][case.name]
     found = changes(known["kernels"][arch].get(case.name), used, f"{case.name} on {arch}")
     assert not found, "\n".join(found)  # of each kernel registers [0], stack [1] and shared memory [2]
 
@@ -120,13 +121,13 @@ def test_registers_and_shared_memory_have_limits():
     kernel = compile_for(forward_launch(64), "sm90")
     assert kernel.complaints(255) == []
     assert kernel.complaints(8) == [f"takes {kernel.registers} registers of 8"]
-    too_much = aot.Compiled("k", "sm89", 32, 0, 100 * 1024, 4, (), b"")
+    too_much = Compiled("k", "sm89", 32, 0, 100 * 1024, 4, (), b"")
     assert too_much.complaints(255) == ["takes 102400 bytes of shared memory of 101376"]
 
 
 def test_a_slow_main_loop_is_seen():
     def complaints(*found):
-        return aot.Compiled("k", "sm90", 32, 0, 0, 4, (), b"", MainLoop(*found)).complaints(255)
+        return Compiled("k", "sm90", 32, 0, 0, 4, (), b"", MainLoop(*found)).complaints(255)
 
     assert complaints("mma", 4, 8, True, True, 16) == [
         "multiplies by mma, not wgmma",
@@ -197,9 +198,9 @@ def test_arguments_are_typed_as_triton_types_them():
 def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, tmp_path):
     (case, *_) = CASES
     small = type(case)(**{**vars(case), "bench": ((64, 512),), "shapes": (), "dtypes": (torch.bfloat16,)})
-    monkeypatch.setattr(aot, "CASES", (small,))
+    monkeypatch.setattr(check, "CASES", (small,))
     resources = tmp_path / "static" / "resources.json"
-    assert aot.main(["--arch", "80", "90", "--out", str(tmp_path), "--write", str(resources)]) == 0
+    assert check.main(["--arch", "80", "90", "--out", str(tmp_path), "--write", str(resources)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("_add_rms_norm_bwd_kernel") == 2
     assert "every kernel keeps within its limits" in printed
@@ -212,14 +213,14 @@ def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, 
     used = json.loads(resources.read_text())["kernels"]["sm90"]["add_rms_norm"][label]
     assert used == [facts["registers"], facts["stack"], facts["shared"]]
 
-    monkeypatch.setattr(aot, "CASES", (type(case)(**{**vars(small), "max_registers": 8}),))
-    assert aot.main(["--arch", "80"]) == 1
+    monkeypatch.setattr(check, "CASES", (type(case)(**{**vars(small), "max_registers": 8}),))
+    assert check.main(["--arch", "80"]) == 1
     assert "2 kernels outside their limits" in capsys.readouterr().out
 
 
 def test_an_unknown_gpu_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        aot.main(["--arch", "42"])
+        check.main(["--arch", "42"])
     assert stop.value.code == 2
     assert "invalid choice: 42" in capsys.readouterr().err
 
@@ -239,7 +240,7 @@ def test_one_launch_with_weights_in_fp8(arch):
     """No case of CASES: an A100 has no such type."""
 
     def recursion(*tensors):
-        weights, scales = (_by_names(tensors[i : i + 4]) for i in (1, 5))
+        weights, scales = (layer_of(tensors[i : i + 4]) for i in (1, 5))
         sizes = {"num_heads": 16, "num_recursion_steps": 1, "causal": True}
         x = tensors[0]
         return trm_recursion(x, x, x, [weights], scales=[scales], regime="one_launch", **sizes)

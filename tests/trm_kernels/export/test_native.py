@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.tiny import tiny_hybrid
-from trm_kernels.export.check import SHARED_LIMIT
+from trm_kernels.export.compile import SHARED_LIMIT
 from trm_kernels.export.launch_plan import (
     DTYPES,
     Address,

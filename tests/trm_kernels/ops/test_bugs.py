@@ -32,7 +32,7 @@ BUGS = [
     ("linear_swiglu-scaled", "linear_swiglu.fwd", "u *= row_scale[:, None]", "pass"),
     ("linear_swiglu-mm", "linear_swiglu.act", "tl.sigmoid(g)", "tl.sigmoid(u)"),
     ("linear_swiglu-mm", "linear_swiglu.bwd", "drow_scale += ", "drow_scale = "),
-    ("linear_swiglu", "linear_swiglu.bwd", "_swiglu_gradient(da, g, u)", "_swiglu_gradient(da, u, g)"),
+    ("linear_swiglu", "linear_swiglu.bwd", "swiglu_gradient(da, g, u)", "swiglu_gradient(da, u, g)"),
     ("swiglu_mlp", "swiglu_mlp.bwd", "BLOCK_K * stride_downk", "BLOCK_K"),
     ("swiglu_mlp", "swiglu_mlp.bwd", "a.to(", "da.to("),
     ("swiglu_mlp-scaled", "swiglu_mlp.bwd", "dg * g + du * u", "dg * g"),
@@ -54,7 +54,7 @@ BUGS = [
     ("injection_blend-gated", "injection_blend.bwd", "+ dscore[:, None] * ", "+ 0 * "),
     ("rope", "rope.fwd", "-sin if IS_BACK else sin", "sin"),
     ("rope", "rope.fwd", "offs_m // N % T", "offs_m % T"),
-    ("rope", "rope.turn", "high * cos + low", "high * cos - low"),
+    ("rope", "rope.rotate", "high * cos + low", "high * cos - low"),
     ("rope_attention-padded", "rope_attention.fwd", "o * shrink[:, None]", "o"),
     ("rope_attention-padded", "rope_attention.fwd", "total * shrink", "total"),
     ("rope_attention-padded", "rope_attention.fwd", "_is_seen(seen_ptr, offs_n, S)", "offs_n < S"),
@@ -67,9 +67,9 @@ BUGS = [
     ("rope_attention-padded", "rope_attention.bwd_dkv", "tl.maximum(0, start_n - query_offset)", "BLOCK_M"),
     ("rope_attention-tile", "rope_attention.bwd_tile", "dp - delta[:, None]", "dp"),
     ("rope_attention-tile", "rope_attention.bwd_tile", "tl.trans(p.to(do.dtype))", "p.to(do.dtype)"),
-    ("rope_attention", "rope_attention._store_turned_back", "-sin", "sin"),
-    ("rope_attention", "rope_attention._load_turned", "cos, sin)", "cos, -sin)"),
-    ("rope_attention-padded", "rope_attention._only_visible", "key <= query", "key < query"),
+    ("rope_attention", "kernels._store_rotated_back", "-sin", "sin"),
+    ("rope_attention", "kernels._load_rotated", "cos, sin)", "cos, -sin)"),
+    ("rope_attention-padded", "kernels._only_visible", "key <= query", "key < query"),
     ("decode_attention", "decode_attention.fwd", "chunk * BLOCK_H", "0"),
     ("decode_attention", "decode_attention.softmax_step", "total * shrink", "total"),
     ("decode_attention", "decode_attention.fwd", "highest + tl.log2(total)", "tl.log2(total)"),
@@ -98,9 +98,10 @@ BUGS = [
 @pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
 def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):
     file, part = place.rsplit(".", 1)
-    (found,) = (ROOT / "trm_kernels").rglob(f"{file.replace('.', '/')}.py")
+    path = "attention/launchers" if file == "rope_attention" else file.replace(".", "/")
+    (found,) = (ROOT / "trm_kernels").rglob(f"{path}.py")
     op_file = importlib.import_module(".".join(found.relative_to(ROOT).with_suffix("").parts))
-    kernel = part if hasattr(op_file, part) else f"_{file}_{part}_kernel"
+    kernel = next(k for k in (part, f"_{file}_{part}_kernel", f"{file}_{part}_kernel") if hasattr(op_file, k))
     function = getattr(op_file, kernel).fn
     source, home = inspect.getsource(function), sys.modules[function.__module__]
     assert right in source

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trm_kernels.ops.attention import launchers
 from trm_kernels.ops.attention import library as library_attention
-from trm_kernels.ops.attention import rope as rope_file
-from trm_kernels.ops.attention import rope_attention as op_file
-from trm_kernels.ops.attention.rope import rope, rope_angles, rope_ref
+from trm_kernels.ops.attention.rope import rope, rope_angles, rope_fwd, rope_ref
 from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
@@ -318,7 +317,7 @@ def test_positions_of_each_row_and_a_table_made_beforehand():
 @kernels_run
 def test_tf32_is_used_where_pytorch_may(monkeypatch):
     asked = []
-    monkeypatch.setattr(op_file, "launch", lambda kernel, *args, **meta: asked.append(meta["PRECISION"]))
+    monkeypatch.setattr(launchers, "launch", lambda kernel, *args, **meta: asked.append(meta["PRECISION"]))
     qkv = Problem(1, 3, 1, 1, 16).qkv(torch.float32, 0).detach()
     before = torch.get_float32_matmul_precision()
     try:
@@ -338,24 +337,24 @@ def test_custom_ops_keep_their_promises():
     q, k, v = heads.split((2, 1, 1), dim=2)
     cos, sin = rope_angles(torch.arange(5, device=DEVICE)[None], 16, 10000.0)
     seen = problem.key_mask().view(torch.uint8)
-    o, lse = op_file._rope_attention_fwd(q, k, v, cos, sin, seen, True, 0)
+    o, lse = launchers.rope_attention_fwd(q, k, v, cos, sin, seen, True, 0)
     checks = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(op_file._rope_attention_fwd, (q, k, v, cos, sin, seen, True, 0), **checks)
-    torch.library.opcheck(op_file._rope_attention_fwd, (q, k, v, None, None, None, False, 0), **checks)
-    torch.library.opcheck(rope_file._rope_fwd, (q, cos, sin, True), **checks)
+    torch.library.opcheck(launchers.rope_attention_fwd, (q, k, v, cos, sin, seen, True, 0), **checks)
+    torch.library.opcheck(launchers.rope_attention_fwd, (q, k, v, None, None, None, False, 0), **checks)
+    torch.library.opcheck(rope_fwd, (q, cos, sin, True), **checks)
     for is_fused in (True, False):
-        given = (o, q, k, v, cos, sin, seen, o, lse, True, 0, is_fused)
-        torch.library.opcheck(op_file._rope_attention_bwd, given, **checks)
+        given = (o, q, k, v, o, lse, cos, sin, seen, True, 0, is_fused)
+        torch.library.opcheck(launchers.rope_attention_bwd, given, **checks)
 
 
 @kernels_run
 def test_custom_op_of_one_tile_keeps_its_promises(one_tile):
     q = torch.randn(2, 5, 2, 16, device=DEVICE).half()
-    o, lse = op_file._rope_attention_fwd(q, q, q, None, None, None, True, 0)
+    o, lse = launchers.rope_attention_fwd(q, q, q, None, None, None, True, 0)
     for is_fused in (True, False):
-        given = (o, q, q, q, None, None, None, lse, True, 0, is_fused)
+        given = (o, q, q, q, lse, None, None, None, True, 0, is_fused)
         torch.library.opcheck(
-            op_file._rope_attention_bwd_tile, given, test_utils=("test_schema", "test_faketensor")
+            launchers.rope_attention_bwd_tile, given, test_utils=("test_schema", "test_faketensor")
         )
 
 

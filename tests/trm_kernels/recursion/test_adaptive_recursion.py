@@ -165,13 +165,13 @@ def test_weights_in_8_bits_recurse_as_in_the_fixed_loop():
 @every_rule
 def test_f_is_computed_for_those_that_go_on_only(rule, monkeypatch):
     trm, x, computed = make(), inputs(), []
-    original = module._layer
+    original = module.apply_layer
 
     def watched(v, *args):
         computed.append(v.shape[:-1].numel())
         return original(v, *args)
 
-    monkeypatch.setattr(module, "_layer", watched)
+    monkeypatch.setattr(module, "apply_layer", watched)
     _, _, steps, evaluations = run(trm, x, rule)
     assert sum(computed) == len(trm.layers) * int(evaluations.sum())
     most = int(steps.amax(dim=(1, 2)).sum())  # the loop of a cycle ends with its last token

@@ -10,8 +10,7 @@ import torch
 from tests.trm_kernels.ops.test_ops import kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import trm_recursion
-from trm_kernels.recursion.one_launch import cooperative, grid_barrier
-from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch import cooperative, grid_barrier, launchers
 from trm_kernels.recursion.one_launch.cooperative import Impossible
 from trm_kernels.recursion.one_launch.kernel import count_phases
 from trm_kernels.runtime import tuning
@@ -32,7 +31,7 @@ class Calls:
             0,
         )
         self.x = torch.randn(1, 2, 64, device=DEVICE)
-        start = recursion.launch
+        start = launchers.launch
 
         def launch(*args, **meta):
             if not meta.get("launch_cooperative_grid"):
@@ -43,7 +42,7 @@ class Calls:
                     raise RuntimeError(self.refuses)
             start(*args, **meta)
 
-        monkeypatch.setattr(recursion, "launch", launch)
+        monkeypatch.setattr(launchers, "launch", launch)
 
     @torch.no_grad()
     def run(self, regime: str) -> torch.Tensor:
@@ -71,7 +70,7 @@ def impossible_by(calls: Calls, monkeypatch, how: str) -> str:
         def capturing(device):
             raise Impossible("it expected a call before a CUDA graph is captured")
 
-        monkeypatch.setattr(recursion, "counter_for", capturing)
+        monkeypatch.setattr(launchers, "counter_for", capturing)
         return "before a CUDA graph is captured"
     calls.refuses = "Triton Error [CUDA]: too many blocks in cooperative launch"
     return "the driver refuses .*: too many blocks in cooperative launch"

@@ -1,5 +1,7 @@
 """A loss after each cycle or supervision step, against loops that take one loss at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from hybrid.training.loop import train
 from tests.hybrid.training.test_train import Stopped, assert_equal, enter, lines_of, settings_for, stop_after
 from tests.support import tiny, tiny_text
 from trm_kernels import TRM
-from trm_kernels.modules.trm import TRMSettings
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.runtime.backend import backend, interpreting
 
 pytestmark = pytest.mark.kernels
@@ -49,7 +51,7 @@ def one_at_a_time(hybrid, given):
     def with_fewer_cycles(injection, given):
         cycle = len(losses) + 1
         fewer = {"num_cycles": config.num_cycles - passing + cycle, "grad_cycles": cycle}
-        return tuple(x._replace(**fewer) if isinstance(x, TRMSettings) else x for x in given)
+        return tuple(replace(x, **fewer) if isinstance(x, RecursionSpec) else x for x in given)
 
     handle = last.register_forward_pre_hook(with_fewer_cycles)
     for _ in range(passing):

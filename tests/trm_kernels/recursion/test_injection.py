@@ -31,7 +31,7 @@ def test_an_injection_is_three_ops_and_nothing_between(blending_strategy):
     where = torch.empty(1, 9, dtype=torch.long, device=meta)
     angles = Angles(*(torch.empty(1, 9, 4, device=meta) for _ in range(2)))
     with record("sm90"), Counting() as forward:
-        out = injection(h, where, angles, Visible(), config.trm_settings, 1.0, "auto")
+        out = injection(h, where, angles, Visible(), config.recursion_spec, 1.0, "auto")
     ours = {"injection_in_fwd": 1, "trm_recursion_fwd": 1, "injection_blend_fwd": 1}
     assert forward.computing() == ours
     with record("sm90"), Counting() as back:

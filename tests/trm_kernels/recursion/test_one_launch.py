@@ -5,6 +5,8 @@ launch it runs with one program, and with several at once (tests/support/concurr
 wait for everybody?
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +14,10 @@ from torch import Tensor
 from tests.trm_kernels.ops.test_ops import error, kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import TRM, rope_angles, trm_recursion
-from trm_kernels.recursion.one_launch import grid_barrier, kernel
-from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom
+from trm_kernels.recursion.one_launch import grid_barrier, kernel, launchers
 from trm_kernels.recursion.one_launch.kernel import count_phases
-from trm_kernels.recursion.one_launch.launchers import CacheRoom, one_launch_recursion
+from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
 from trm_kernels.recursion.quantize import quantize
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
@@ -96,20 +98,11 @@ class Given:
         with backend("triton"):
             return one_launch_recursion(
                 self.x,
-                self.y,
-                self.z,
-                self.weights,
-                self.angles,
-                self.key_mask,
-                room,
-                num_heads=self.trm.num_heads,
-                num_key_value_heads=self.trm.num_key_value_heads,
-                causal=self.trm.causal,
-                eps=self.trm.eps,
-                num_recursion_steps=self.trm.num_recursion_steps,
-                num_cycles=self.trm.num_cycles,
-                regime=regime,
-                programs=programs,
+                (self.y, self.z),
+                (self.weights, None),
+                replace(self.trm.spec, regime=regime),
+                AttentionInputs(angles=self.angles, key_mask=self.key_mask),
+                LaunchOptions(room, programs=programs),
             )
 
     @torch.no_grad()
@@ -271,7 +264,7 @@ def test_a_regime_that_was_asked_for_is_taken_and_auto_takes_the_table(monkeypat
     trm, x = make(num_layers=1, intermediate_size=48), torch.randn(1, 2, 64, device=DEVICE)
     ran = []
     monkeypatch.setattr(
-        recursion,
+        launchers,
         "launch",
         lambda kernel, grid, *args, **meta: ran.append(meta.get("launch_cooperative_grid")),
     )
@@ -307,7 +300,6 @@ ROWS = torch.zeros(2, 3, 64)
             "causal and key_mask to say what is visible",
         ),
         ({}, {"attention": "sdpa"}, "our own attention"),
-        ({}, {"query_offset": 2}, "query_offset=2"),
         ({}, {"candidate": "mm"}, "the candidate 'mm' was asked for"),
         ({}, {"update_cache": lambda evaluation, k, v: (k, v)}, "a cache whose tensors it can write to"),
     ],
@@ -352,7 +344,7 @@ def test_a_module_keeps_its_regime_to_calls_without_gradient(monkeypatch):
     small = {"num_layers": 1, "num_cycles": 1, "num_recursion_steps": 1, "intermediate_size": 48}
     trm, x = make(regime="one_launch", **small), ROWS[:1].to(DEVICE)
     ran = []
-    monkeypatch.setattr(recursion, "launch", lambda *args, **meta: ran.append(args))
+    monkeypatch.setattr(launchers, "launch", lambda *args, **meta: ran.append(args))
     with backend("triton"):
         trm(x)
         with torch.enable_grad():

@@ -9,7 +9,7 @@ from hybrid.model.cache import GrowingLayer, InjectionCache
 from tests.support.tiny import tiny_hybrid, tokens
 from tests.trm_kernels.ops.test_ops import kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE
-from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.one_launch import launchers
 from trm_kernels.runtime.backend import backend
 
 pytestmark = pytest.mark.kernels
@@ -30,13 +30,13 @@ GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[int, ...]]:
     """The grids of the recursions in one launch, in the order of their launches."""
-    ran, launch = [], recursion.launch
+    ran, launch = [], launchers.launch
 
     def watched(kernel, grid, *args, **meta):
         ran.append(grid)
         launch(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(recursion, "launch", watched)
+    monkeypatch.setattr(launchers, "launch", watched)
     return ran
 
 

@@ -1,5 +1,7 @@
 """A whole injection point in one launch: projections, RoPE's table and blend, equal to the three ops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +11,11 @@ from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import rope_angles
 from trm_kernels.ops.attention.rope import cos_and_sin
 from trm_kernels.recursion.injection import trm_injection
-from trm_kernels.recursion.one_launch import grid_barrier, kernel
-from trm_kernels.recursion.one_launch import launchers as recursion
+from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom
+from trm_kernels.recursion.one_launch import grid_barrier, kernel, launchers
 from trm_kernels.recursion.one_launch.kernel import count_phases
-from trm_kernels.recursion.one_launch.launchers import CacheRoom, one_launch_injection
-from trm_kernels.recursion.weights import InjectionWeights
+from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_injection
+from trm_kernels.recursion.weights import InjectionPoint, InjectionWeights
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.optional_triton import tl, triton
 
@@ -85,23 +87,16 @@ class Given:
         return {name: getattr(self.trm, name) for name in names}
 
     @torch.no_grad()
-    def one_launch(self, regime: str, programs: int = 0, **more) -> Tensor:
+    def one_launch(self, regime: str, programs: int = 0) -> Tensor:
         with backend("triton"):
             return one_launch_injection(
                 self.h,
-                self.injection,
-                self.strength,
-                *self.state,
-                self.weights,
-                self.positions,
-                10000.0,
-                self.key_mask,
-                self.room(),
-                regime=regime,
-                programs=programs,
-                norms_x=self.norms_x,
-                **self.settings,
-                **more,
+                InjectionPoint(self.injection, self.strength, self.norms_x),
+                self.state,
+                (self.weights, None),
+                replace(self.trm.spec, regime=regime),
+                AttentionInputs(positions=self.positions, key_mask=self.key_mask),
+                LaunchOptions(self.room(), programs=programs),
             )
 
     @torch.no_grad()
@@ -212,7 +207,7 @@ def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
 
     ran = []
     monkeypatch.setattr(
-        recursion, "launch", lambda *args, **meta: ran.append(meta["launch_cooperative_grid"])
+        launchers, "launch", lambda *args, **meta: ran.append(meta["launch_cooperative_grid"])
     )
     given = Given("no cache", True)
     given.trm.regime = "one_launch"

@@ -5,6 +5,7 @@ What only counts (launches, bytes) runs on "meta" tensors, which hold no numbers
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from bench.measure.counting import Counting, nbytes, storages_kept
 from tests.trm_kernels.ops.test_ops import error, kernels_run, rms
 from trm_kernels import TRM, trm_recursion
 from trm_kernels.recursion.fused_layer import Setting
-from trm_kernels.recursion.fused_recursion import Loop, recursion_forward
+from trm_kernels.recursion.fused_recursion import recursion_forward
 from trm_kernels.recursion.saved_bytes import SAVES, saved_bytes
+from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import map_weights
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import add_weight_gradient
@@ -358,15 +360,17 @@ def rows_on_meta(D=512, F=1536, H=8, G=None, L=2, B=3, T=97, dtype=torch.bfloat1
     weights = [layer(dtype) for layer in trm.layers]
     x = torch.empty(B * T, D, device="meta", dtype=dtype)
     angles = torch.empty(1, T, D // H // 2, device="meta")
-    setting = Setting(B, T, H, G or H, angles, angles, None, False, 0, 1e-5, None)
+    spec = RecursionSpec(H, G or H, num_recursion_steps=1, save="step")
+    setting = Setting(B, T, spec, angles, angles, None)
     return trm, weights, x, setting
 
 
 def count_forward(n, cycles, candidate=None, grad_cycles=0):
     _, weights, x, setting = rows_on_meta()
-    setting = setting._replace(candidate=candidate)
+    asked = {"num_recursion_steps": n, "num_cycles": cycles, "grad_cycles": grad_cycles}
+    setting = setting._replace(spec=replace(setting.spec, candidate=candidate, **asked))
     with record("sm90") as launches, Counting() as counted, torch.no_grad():
-        recursion_forward(x, x, x, weights, setting, Loop(n, cycles, grad_cycles, "step"))
+        recursion_forward(x, x, x, weights, setting)
     return len(launches), counted
 
 

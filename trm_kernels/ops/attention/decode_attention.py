@@ -3,16 +3,16 @@
 Shapes   q [B, H, K]; k, v [B, G, S, K] with H a multiple of G; o [B, H, K]; q and k have RoPE already.
 Visible  key s to row b, when all that is given agrees: starts[b] <= s < ends[b]; key_mask[b, s] is True.
          starts [B] are left padding, ends [B] the filled part of a cache, both integer; key_mask [B, S] bool.
-         A row that may look at nothing has o = 0.
+         A row that may attend to nothing has o = 0.
 Dtypes   q, k and v of one floating dtype, o has it too; softmax and sums in float32 (float64 for float64).
 Gradient that of the reference; the kernels have none, and `auto` takes the reference where one is wanted.
 Errors   ValueError when sizes, dtypes or devices disagree or K is above the widest tuned head.
 Source   "Flash-Decoding for long-context inference", Dao, Haziza, Massa and Sizov, 2023.
 
-A few rows keep few programs busy, so the keys are split, a fixed number to a program: which sums are made
-does not depend on the device or on the batch. A second, tiny launch merges the parts in their order. The last
-program to finish could do it instead, but it needs a counter that somebody has to zero: a launch as well, or
-state that outlives an aborted call.
+A few rows keep few programs busy, so the keys are split into parts of a fixed length, a program each: which
+sums are made depends neither on the device nor on the batch. A second, small launch merges the parts in their
+order. The last program to finish could do it instead, but its counter would have to be zeroed: by a launch as
+well, or by state that outlives an aborted call.
 """
 
 import math
@@ -198,7 +198,7 @@ def _decode_attention_fwd(
     G, S = k.shape[1:3]
     row = tuning.lookup_decode(arch_of(q), K, q.element_size())
     GROUP, WIDTH = int(H) // int(G), max(16, triton.next_power_of_2(K))
-    P = max(triton.cdiv(S, row.keys), 1)  # without keys too, somebody has to write the zeros
+    P = max(triton.cdiv(S, row.keys), 1)  # a cache without keys still has zeros to write
     o = q.new_empty(B, H, K)
     parts = o if P == 1 else q.new_empty(B, H, P, K, dtype=torch.float32)
     lse = q.new_empty(B, H, P, dtype=torch.float32)
@@ -255,7 +255,23 @@ def decode_attention(
     ends: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence. See the top of this file for shapes and dtypes."""
+    """Attention of one query a sequence over its cache. Its kernels have no gradient; the reference has.
+
+    Args:
+        q: [B, H, K] of any floating dtype, rotated by RoPE already.
+        k: [B, G, S, K], in q's dtype, rotated; H is a multiple of G.
+        v: [B, G, S, K], in q's dtype.
+        starts: [B] integers, the first key that counts in each row; None for 0.
+        ends: [B] integers, the end of the keys that count, exclusive; None for S.
+        key_mask: [B, S] bool, False for keys that are not attended to.
+
+    Returns:
+        o, [B, H, K], in q's dtype; zero for a row that may attend to nothing.
+
+    Raises:
+        ValueError: When sizes, dtypes or devices disagree, or K is above the widest tuned head.
+        RuntimeError: When the backend "triton" was asked for and a gradient is wanted.
+    """
     q, k, v = as_autocast(q, k, v)
     _check(q, k, v, starts, ends, key_mask)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

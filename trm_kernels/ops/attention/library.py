@@ -34,7 +34,7 @@ NAMES = (*_BACKENDS, "flash_attn")
 
 
 def check_available(op: str, name: str, q: Tensor) -> None:
-    """RuntimeError where the candidate `name` cannot be had for tensors like q."""
+    """Refuse a candidate that cannot be had for tensors like q. Errors: RuntimeError."""
     if name == "flash_attn" and _flash_attn_module() is None:
         raise RuntimeError(
             f"{op}: implementation 'flash_attn' needs the package flash-attn, and it is not installed."
@@ -48,10 +48,22 @@ def check_available(op: str, name: str, q: Tensor) -> None:
 def attend(
     op: str, name: str, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """Attention by the candidate `name`.
+    """Attention by a candidate.
 
-    visible     what each query may look at, as a mask of SDPA
-    is_causal   instead of a mask: no query looks ahead, and the last query is the last key
+    Args:
+        op: The caller's name, for errors.
+        name: One of NAMES.
+        q: [B, H, T, K], rotated.
+        k: [B, G, S, K], rotated.
+        v: [B, G, S, K].
+        visible: Which keys each query may attend to, as a mask of SDPA.
+        is_causal: Instead of a mask: no query attends to a later key, and the last query is at the last key.
+
+    Returns:
+        o, [B, H, T, K].
+
+    Raises:
+        ValueError: For what the candidate cannot do.
     """
     if name in ("flash_attn", "sdpa_flash") and visible is not None:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""rope: each pair (u[j], u[j + K/2]) of a head turned by the angle position * theta^(-2j/K)
+"""rope: each pair (u[j], u[j + K/2]) of a head rotated by the angle position * theta^(-2j/K)
 
 Shapes   u [B, T, N, K], N heads of any kind; angles [B, T, K/2] or [1, T, K/2]; the result has u's shape.
 Dtypes   u: any floating dtype, the result has it too; angles and arithmetic in float32 (float64 for float64).
 Errors   ValueError when sizes or devices disagree, K is odd, or above the widest tuned head.
 Source   "RoFormer", Su et al., 2021, section 3.2, in its rotate-half form.
 
-The cosines and sines are a table made once for all heads, layers and steps: made in this kernel they would be
-made again for each of them. A recursion in one launch makes the table itself, by `cos_and_sin`.
+The cosines and sines are a table, made once for all heads, layers and steps. A recursion in one launch makes
+the table itself, by `cos_and_sin`.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,16 @@ def rope_frequencies(head_width: int, theta: float, device: torch.device) -> Ten
 
 
 def rope_angles(positions: Tensor, head_width: int, theta: float) -> Angles:
-    """The table for tokens at `positions` [B, T] or [1, T]."""
+    """RoPE's table for some tokens, made once for all heads, layers and steps.
+
+    Args:
+        positions: [B, T] or [1, T], in tokens, of any dtype.
+        head_width: K, even.
+        theta: RoPE's base.
+
+    Returns:
+        cos and sin of position * theta^(-2j/K), [B or 1, T, K/2] float32.
+    """
     angles = positions[..., None].float() * rope_frequencies(head_width, theta, positions.device)
     return Angles(angles.cos(), angles.sin())
 
@@ -46,15 +55,15 @@ def tables(angles: Angles | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def rope_ref(u: Tensor, angles: Angles) -> Tensor:
-    """The meaning of the op; u in float32 while it turns."""
+    """The meaning of the op; u is rotated in float32."""
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
     low, high = wide(u).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(u.dtype)
 
 
 @triton.jit
-def turn(low, high, cos, sin):
-    """The two halves of some heads, turned by an angle; -sin turns back."""
+def rotate(low, high, cos, sin):
+    """The two halves of some heads, rotated by an angle; -sin rotates back."""
     return low * cos - high * sin, high * cos + low * sin
 
 
@@ -109,7 +118,7 @@ def _rope_fwd_kernel(
     high = tl.load(u_ptr + J, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    low, high = turn(low, high, cos, -sin if IS_BACK else sin)
+    low, high = rotate(low, high, cos, -sin if IS_BACK else sin)
 
     y_ptr += offs_m[:, None] * (2 * J) + offs_j
     tl.store(y_ptr, low.to(y_ptr.dtype.element_ty), mask=mask)
@@ -117,7 +126,8 @@ def _rope_fwd_kernel(
 
 
 @launcher
-def _rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+def rope_fwd(u: Tensor, cos: Tensor, sin: Tensor, is_back: bool) -> Tensor:
+    """u [B, T, N, K] rotated; with is_back by the opposite angles, which is the gradient."""
     B, T, N, K = u.shape
     row = tuning.lookup("rope", arch_of(u), triton.next_power_of_2(int(K)))
     y = u.new_empty(B, T, N, K)
@@ -149,19 +159,20 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rope_fwd(u, cos, sin, False)
+        return rope_fwd(u, cos, sin, False)
 
     @staticmethod
     def backward(ctx, dy):
-        return _rope_fwd(rows(dy), *ctx.saved_tensors, True), None, None
+        return rope_fwd(rows(dy), *ctx.saved_tensors, True), None, None
 
 
 def rows(t: Tensor) -> Tensor:
-    """t with neighbouring elements of the last axis side by side."""
+    """t, copied where neighbouring elements of its last axis do not lie side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
+    """Refuse a table of other sizes. Errors: ValueError with what was expected and what came."""
     for t in angles:
         if K % 2 or t.shape[0] not in (1, B) or t.shape[1:] != (T, K // 2) or t.dtype != torch.float32:
             raise ValueError(
@@ -171,7 +182,18 @@ def check_angles(op: str, angles: Angles, B: int, T: int, K: int) -> None:
 
 
 def rope(u: Tensor, angles: Angles) -> Tensor:
-    """u with RoPE applied. See the top of this file for shapes and dtypes."""
+    """u with RoPE applied; differentiable.
+
+    Args:
+        u: [B, T, N, K] of any floating dtype, N heads of any kind.
+        angles: rope_angles of the tokens' positions, [B or 1, T, K/2] float32.
+
+    Returns:
+        The rotated heads, [B, T, N, K], in u's dtype.
+
+    Raises:
+        ValueError: When sizes or devices disagree, or K is odd or above the widest tuned head.
+    """
     if u.ndim != 4 or not u.is_floating_point():
         raise ValueError(f"rope: expected floating u [B, T, N, K], got {tuple(u.shape)} of {u.dtype}.")
     check_angles("rope", angles, u.shape[0], u.shape[1], u.shape[3])

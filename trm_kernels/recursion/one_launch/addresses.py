@@ -1,4 +1,4 @@
-"""Where the tensors of a list lie, as numbers that a kernel reads: a list's length is no part of a signature.
+"""Where the tensors of a list lie, as numbers that a kernel reads: a kernel's signature has no lists.
 
 A kernel is given the first tensor of each list, and of every other its distance to the first, in steps of 16
 bytes: so Triton knows that the others are as well aligned as the first. The table depends on the addresses
@@ -41,7 +41,7 @@ def distances(lists: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def are_in_step(tensors: Sequence[Tensor]) -> bool:
-    """Whether `distances` can say where they lie; where no memory is behind them it is taken for granted."""
+    """Whether `distances` can say where they lie; assumed of tensors without memory (recorded, traced)."""
     if not tensors or is_recording() or torch.compiler.is_compiling():
         return True
     return all((t.data_ptr() - tensors[0].data_ptr()) % _STEP == 0 for t in tensors)

@@ -3,14 +3,16 @@
 "auto" goes per op where the table's regime cannot run. One that was asked for by name runs or is an error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom, room_in
 from trm_kernels.recursion.one_launch.addresses import are_in_step
-from trm_kernels.recursion.one_launch.launchers import CacheRoom, by_kind
-from trm_kernels.recursion.weights import AttentionWeights, LayerWeights
+from trm_kernels.recursion.one_launch.launchers import by_kind
+from trm_kernels.recursion.spec import RecursionSpec
+from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, flat_weights
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import runs_triton
 from trm_kernels.runtime.gemm_common import are_aligned, rows_of, wants_gradient
@@ -20,109 +22,120 @@ _WIDEST_HEAD, _WIDEST_ROW = 128, 8192
 _MULTIPLE = 16  # elements of a row: what Triton asks for to load 16 bytes at a time; others spill
 
 
+def preferred_regime(regime: str, x: Tensor, width: int) -> str:
+    """The regime asked for; for "auto" the settings table's, for tokens [B, T, ...] like x and that width."""
+    B, T = x.shape[:2]
+    return regime if regime != "auto" else tuning.regime(arch_of(x), B * T, T, width)
+
+
 def choose_regime(
-    asked: str,
     x: Tensor,
     weights: Sequence[LayerWeights],
     scales: Sequence[LayerWeights] | None,
-    inputs: Sequence[Tensor],
-    find_room: Callable[[], CacheRoom | None] | None,
-    *,
-    num_heads: int,
-    mask: Tensor | None,
-    query_offset: int | None,
-    attention: str,
-    candidate: str | None,
+    spec: RecursionSpec,
+    inputs: AttentionInputs,
+    tensors: Sequence[Tensor],
     projections: Sequence[Tensor] = (),
 ) -> tuple[str, CacheRoom | None]:
-    """(the regime, where it writes its keys and values): no room where it goes per op, or has no cache.
+    """Decides how a call is launched.
 
-    asked       one of tuning.REGIMES or "auto"
-    x           [B, T, D], or a tensor like it
-    inputs      inputs that may require gradients, beside the weights
-    find_room   of the cache; None: there is none
-    projections [d, D] and [D, d], of an injection point: in x's dtype, whatever the other weights have
+    Args:
+        x: [B, T, D], or a tensor like it.
+        weights: The layers' matrices.
+        scales: Of weights in 8 bits.
+        spec: Its `regime` is what was asked for.
+        inputs: What attention reads besides.
+        tensors: Inputs that may require gradients, besides the weights.
+        projections: Of an injection point, [d, D] and [D, d].
 
-    Errors: RuntimeError where what was asked for cannot run, with the reason.
+    Returns:
+        The regime, and where it writes its keys and values: None where it goes per op or has no cache.
+
+    Raises:
+        RuntimeError: Where what was asked for cannot run, with the reason.
     """
-    B, T, D = x.shape
-    regime = asked if asked != "auto" else tuning.regime(arch_of(x), B * T, T, D)
-    flat = [*projections, *(t for w in weights for part in w for t in part)]
+    regime = preferred_regime(spec.regime, x, x.shape[2])
     if regime == "per_op":
         return regime, None
-    # rows that are not aligned load slowly; where a graph is traced, nobody knows where they lie
-    if asked == "auto" and not torch.compiler.is_compiling() and not are_aligned(*map(rows_of, flat)):
+    flat = [*projections, *flat_weights(weights)]
+    # rows that are not aligned load slowly; while a graph is traced, addresses are not known
+    is_auto = spec.regime == "auto"
+    if is_auto and not torch.compiler.is_compiling() and not are_aligned(*map(rows_of, flat)):
         return "per_op", None
-    has_gradient = wants_gradient(*inputs, *flat)
-    why = _why_not(
-        x,
-        inputs,
-        weights,
-        scales,
-        projections,
-        num_heads,
-        mask,
-        query_offset,
-        attention,
-        candidate,
-        has_gradient,
+    why = (
+        ("it has no gradient, which is wanted" if wants_gradient(*tensors, *flat) else None)
+        or _why_not_here(x)
+        or _why_not_these(x, weights, scales, tensors, projections)
+        or _why_not_of_sizes(x, weights, spec, projections)
+        or _why_not_as_asked(spec, inputs)
+        or _why_not_at_addresses(weights, scales)
     )
     room = None
-    if why is None and find_room is not None:
-        room = find_room()
+    if why is None and inputs.update_cache is not None:
+        K = x.shape[2] // spec.num_heads
+        evaluations = spec.evaluations(len(weights))
+        room = room_in(inputs.update_cache, x, spec.num_key_value_heads, K, evaluations)
         why = _why_not_into(room, x)
     if why is None:
         return regime, room
-    if asked != "auto":
-        raise RuntimeError(f"trm_recursion: the regime {asked!r} was asked for, and it cannot run: {why}.")
+    if not is_auto:
+        raise RuntimeError(f"trm_recursion: the regime {regime!r} was asked for, and it cannot run: {why}.")
     return "per_op", None
 
 
-def _why_not(
-    x: Tensor,
-    inputs: Sequence[Tensor],
-    weights: Sequence[LayerWeights],
-    scales: Sequence[LayerWeights] | None,
-    projections: Sequence[Tensor],
-    num_heads: int,
-    mask: Tensor | None,
-    query_offset: int | None,
-    attention: str,
-    candidate: str | None,
-    wants_gradient: bool,
-) -> str | None:
-    """Why a recursion cannot run in one launch; None: it can."""
-    K = x.shape[2] // num_heads
-    if wants_gradient:
-        return "it has no gradient, which is wanted"
+def _why_not_here(x: Tensor) -> str | None:
     if not runs_triton("trm_recursion", x, has_kernel=x.dtype != torch.float64):
         return f"the reference computes {x.dtype} tensors on {x.device} here"
+    return None
+
+
+def _why_not_these(
+    x: Tensor,
+    weights: Sequence[LayerWeights],
+    scales: Sequence[LayerWeights] | None,
+    tensors: Sequence[Tensor],
+    projections: Sequence[Tensor],
+) -> str | None:
     if not all(isinstance(w.mixer, AttentionWeights) for w in weights):
         return "it expected layers that mix tokens by attention"
-    if any(
-        [t.shape for part in w for t in part] != [t.shape for part in weights[0] for t in part]
-        for w in weights
-    ):
+    shapes = [[t.shape for t in flat_weights([w])] for w in weights]
+    if any(of_layer != shapes[0] for of_layer in shapes):
         return "it expected layers of one shape"
-    if mixed := [t.dtype for t in inputs if t.dtype != x.dtype]:
+    if mixed := [t.dtype for t in tensors if t.dtype != x.dtype]:
         return f"it expected all of its input in one dtype, got {x.dtype} and {mixed[0]}"
-    in_its_dtype = [*projections, *(t for w in weights for part in w for t in part if scales is None)]
+    in_its_dtype = [*projections, *(flat_weights(weights) if scales is None else ())]
     if any(t.dtype != x.dtype for t in in_its_dtype):
         return f"it expected weights of {x.dtype}, as x"
-    if K % 2 or K > _WIDEST_HEAD or x.shape[2] > _WIDEST_ROW:
+    return None
+
+
+def _why_not_of_sizes(
+    x: Tensor, weights: Sequence[LayerWeights], spec: RecursionSpec, projections: Sequence[Tensor]
+) -> str | None:
+    D = x.shape[2]
+    K = D // spec.num_heads
+    if K % 2 or K > _WIDEST_HEAD or D > _WIDEST_ROW:
         return (
             f"it expected an even head width of at most {_WIDEST_HEAD} and a width of at most {_WIDEST_ROW}, "
-            f"got {K} and {x.shape[2]}"
+            f"got {K} and {D}"
         )
-    widths = [*(t.shape[1] for t in projections[:1]), x.shape[2], weights[0].mlp.down_proj.shape[1]]
+    widths = [*(t.shape[1] for t in projections[:1]), D, weights[0].mlp.down_proj.shape[1]]
     if any(width % _MULTIPLE for width in widths):
         return f"it expected widths that are multiples of {_MULTIPLE}, got {' and '.join(map(str, widths))}"
-    if mask is not None or attention not in ("auto", "triton"):
+    return None
+
+
+def _why_not_as_asked(spec: RecursionSpec, inputs: AttentionInputs) -> str | None:
+    if inputs.mask is not None or spec.attention not in ("auto", "triton"):
         return "it expected causal and key_mask to say what is visible, and our own attention"
-    if query_offset:
-        return f"it counts the keys before the first query itself, and got query_offset={query_offset}"
-    if candidate is not None:
-        return f"its products are its own, and the candidate {candidate!r} was asked for"
+    if spec.candidate is not None:
+        return f"its products are its own, and the candidate {spec.candidate!r} was asked for"
+    return None
+
+
+def _why_not_at_addresses(
+    weights: Sequence[LayerWeights], scales: Sequence[LayerWeights] | None
+) -> str | None:
     if not all(are_in_step(kind) for kind in [*by_kind(weights), *by_kind(scales or [])]):
         return "it expected weights that start at addresses of one alignment"
     return None

@@ -1,10 +1,10 @@
 """Cooperative launches: all programs of a grid at once, or none. Where one is impossible, and what then.
 
-Impossible it is on a device without support; where the driver refuses, as it does a grid larger than what
-fits at once (under MPS a process may have a part of the multiprocessors only); and in a CUDA graph that is
+It is impossible on a device without support; where the driver refuses, as it refuses a grid larger than what
+fits at once (under MPS a process may have only a part of the multiprocessors); and in a CUDA graph that is
 captured before any call, since the barrier's counter has to lie outside of the graph's memory.
 
-`"auto"` then launches the same kernel once a phase and says so, once a process and reason. A regime that was
+`"auto"` then launches the same kernel once a phase and warns, once a process and reason. A regime that was
 asked for by name is an error instead.
 """
 
@@ -58,7 +58,7 @@ def asked_for(why: Impossible) -> RuntimeError:
 
 
 def warn(why: Impossible) -> None:
-    """Once a process and reason: which way is taken instead, and why."""
+    """Warns, once a process and reason, which regime runs instead, and why."""
     if (text := str(why)) not in _warned:
         _warned.add(text)
         warnings.warn(
@@ -74,7 +74,7 @@ def _is_supported(device: torch.device) -> bool:
 
 @cache
 def _has_attribute(index: int) -> bool:
-    """What the driver says of its device of that number."""
+    """Whether the driver reports support for its device of that number."""
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     device, value = ctypes.c_int(), ctypes.c_int()
     status = driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetAttribute(

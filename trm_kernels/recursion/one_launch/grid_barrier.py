@@ -4,15 +4,15 @@ Program 0 adds 2^31 - (N - 1) to the counter, each of the other N - 1 programs a
 arrive, and each waits until the counter's sign is no longer the one it found. Why that is a barrier:
 
 - All N together add 2^31, modulo 2^32. So after a whole barrier the sign has flipped and the other 31 bits
-  are what they were: 0, if they were 0 at the start. Nobody has to reset anything, not even between
+  are what they were: 0, if they were 0 at the start. Nothing has to be reset, not even between
   launches.
 - The sign does not flip before the last program arrives. Without program 0 the lower bits count at most to N
   - 1, far from 2^31. With it they stand at 2^31 minus the number of programs that are still missing, which
   is a carry short for as long as one is.
-- Nobody misses the flip. For the sign to flip back, all N would have to arrive at the next barrier, and the
-  one that is still waiting at this one cannot.
+- No program misses the flip. For the sign to flip back, all N would have to arrive at the next barrier, and
+  the one that is still waiting at this one cannot.
 - What was written before is seen after. Within a program all threads pass a block-wide barrier before one of
-  them arrives, and another after it has seen the flip. The arrival releases and the look acquires, for the
+  them arrives, and another after it has seen the flip. The arrival releases and the poll acquires, for the
   whole GPU: by an atomic addition of 0, which becomes a load that acquires. A volatile load would order
   nothing.
 

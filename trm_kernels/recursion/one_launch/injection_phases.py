@@ -1,7 +1,7 @@
 """What an injection point adds to a recursion in one launch: work at its start, and another end
 
     angles      RoPE's cosines and sines of every token           as ops/attention/rope.py
-    in          x = rms(h) W_in^T, its norm left to who reads it  as ops/injection_in.py
+    in          x = rms(h) W_in^T, its norm left to the reader  as ops/injection_in.py
     blend       h' = h + strength * gate * (rms(y) W_out^T)       as ops/injection_blend.py
 
 The first two belong to the start: nothing in it waits for anything else in it. The third is the end, in place
@@ -12,7 +12,7 @@ model's h is called hidden here, [M, N].
 from trm_kernels.ops.attention.rope import cos_and_sin
 from trm_kernels.ops.injection_blend import rows_by_weight_and_score
 from trm_kernels.ops.injection_in import rows_by_weight_and_squares
-from trm_kernels.recursion.one_launch.phases import STATE_X, STATE_Y, _rstd
+from trm_kernels.recursion.one_launch.phases import STATE_X, STATE_Y, rstd_of
 from trm_kernels.runtime.optional_triton import tl, triton
 
 
@@ -114,7 +114,7 @@ def blend_phase(
             BLOCK_N,
             BLOCK_K,
         )
-        rstd = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd = rstd_of(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         share = strength * rstd
         if gate_weight_ptr is not None:
             share *= tl.sigmoid(score * rstd + tl.load(gate_bias_ptr).to(tl.float32))

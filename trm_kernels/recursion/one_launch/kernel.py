@@ -38,7 +38,7 @@ _CHANGING = ["S", "seen", "MASKED", "from_phase", "to_phase"]
 
 
 @triton.jit(do_not_specialize=_CHANGING)
-def _one_launch_kernel(
+def one_launch_kernel(
     hidden_ptr,  # [M, N], or None; and what belongs to it, as in injection_phases.py
     w_in_ptr,  # [D, N]
     w_out_ptr,  # [N, D]

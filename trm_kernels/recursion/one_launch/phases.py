@@ -1,7 +1,7 @@
 """The phases of a recursion in one launch: what stands between two grid barriers, a device function each
 
     start       z and y as they came, into the state
-    project     q, k, v = turn(s (v Wqkv^T)): q into a buffer, k and v into the cache, where they stay
+    project     q, k, v = rotate(s (v Wqkv^T)): q into a buffer, k and v into the cache, where they stay
     attention   o = softmax(q k^T / sqrt(K)) v, over all keys so far
     mix         h = v + o Wo^T                                  as ops/linear_residual.py
     gate_up     a = silu(s (h Wg^T)) * (s (h Wu^T))             as ops/linear_swiglu.py
@@ -22,9 +22,9 @@ Rows are [M, D] with M = B T. The states lie in one tensor h [4, M, D], squares 
 """
 
 from trm_kernels.ops.attention.decode_attention import merge_parts, softmax_step
-from trm_kernels.ops.attention.rope import turn
+from trm_kernels.ops.attention.rope import rotate
 from trm_kernels.ops.linear_residual import rows_by_weight
-from trm_kernels.ops.linear_swiglu import _rstd_of_tiles, rows_by_two_weights
+from trm_kernels.ops.linear_swiglu import rows_by_two_weights, rstd_of_tiles
 from trm_kernels.runtime.gemm_common import as_wide_as
 from trm_kernels.runtime.optional_triton import tl, triton
 
@@ -37,10 +37,10 @@ STATE_X = tl.constexpr(
 
 
 @triton.jit
-def _rstd(
+def rstd_of(
     squares_ptr, state, M, offs_m, in_m, eps, D: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    return _rstd_of_tiles(squares_ptr + state * M * TILES, TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
+    return rstd_of_tiles(squares_ptr + state * M * TILES, TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
 
 
 @triton.jit
@@ -56,11 +56,11 @@ def _rstds_at_start(
     BLOCK_T: tl.constexpr,
 ):
     """By what rows of z, y and x are multiplied in _sum_at_start; of an x that is not normed, 1."""
-    rstd_z = _rstd(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-    rstd_y = _rstd(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_z = rstd_of(squares_ptr, STATE_Z, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+    rstd_y = rstd_of(squares_ptr, STATE_Y, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
     rstd_x = tl.full(rstd_z.shape, 1.0, tl.float32)
     if NORMS_X:
-        rstd_x = _rstd(squares_ptr, STATE_X, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd_x = rstd_of(squares_ptr, STATE_X, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
     return rstd_z, rstd_y, rstd_x
 
 
@@ -171,7 +171,7 @@ def project_phase(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # one tile: BLOCK_N pairs of columns that RoPE turns together, of whichever heads
+    # one tile: BLOCK_N pairs of columns that RoPE rotates together, of whichever heads
     J: tl.constexpr = K // 2
     PAIRS: tl.constexpr = (H + 2 * G) * J
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(PAIRS, BLOCK_N)
@@ -216,7 +216,7 @@ def project_phase(
                 BLOCK_N,
                 BLOCK_K,
             )
-            rstd = _rstd(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+            rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             low *= rstd[:, None]
             high *= rstd[:, None]
         low *= _channel_scale(scale_ptr, column, in_p)
@@ -225,10 +225,10 @@ def project_phase(
         b, t = offs_m // T, offs_m % T
         if cos_ptr is not None:
             offs = (b * stride_ab + t * J)[:, None] + j[None, :]
-            turns = in_m[:, None] & (in_p & (head < H + G))[None, :]  # values are not turned
-            cos = tl.load(cos_ptr + offs, mask=turns, other=1.0)
-            sin = tl.load(sin_ptr + offs, mask=turns, other=0.0)
-            low, high = turn(low, high, cos, sin)
+            rotates = in_m[:, None] & (in_p & (head < H + G))[None, :]  # values are not rotated
+            cos = tl.load(cos_ptr + offs, mask=rotates, other=1.0)
+            sin = tl.load(sin_ptr + offs, mask=rotates, other=0.0)
+            low, high = rotate(low, high, cos, sin)
         low, high = low.to(q_ptr.dtype.element_ty), high.to(q_ptr.dtype.element_ty)
 
         q_ptrs = q_ptr + offs_m[:, None] * (H * K) + column[None, :]
@@ -249,8 +249,8 @@ def project_phase(
 
 @triton.jit(noinline=True)
 def attention_phase(
-    q_ptr,  # [M, H, K], turned
-    k_ptr,  # [B, G, S, K], turned
+    q_ptr,  # [M, H, K], rotated
+    k_ptr,  # [B, G, S, K], rotated
     v_ptr,  # [B, G, S, K]
     key_mask_ptr,  # [B, MASKED] uint8, or None
     o_ptr,  # [M, H, K], out
@@ -313,7 +313,7 @@ def attention_phase(
             scores = tl.where(visible, scores, float("-inf"))
             o, total, highest = softmax_step(o, total, highest, scores, v, PRECISION)
         sees = total > 0.0
-        o = o / tl.where(sees, total, 1.0)[:, None]  # a query that may look at nothing: o = 0
+        o = o / tl.where(sees, total, 1.0)[:, None]  # a query that may attend to nothing: o = 0
         if parts == 1:
             tl.store(o_ptr + query[:, None] * K + offs_k, o.to(o_ptr.dtype.element_ty), mask=is_query)
         else:
@@ -321,7 +321,7 @@ def attention_phase(
             lse = tl.where(sees, highest + tl.log2(total), float("-inf"))
             tl.store(parts_ptr + row[:, None] * K + offs_k, o, mask=is_query)
             tl.store(lse_ptr + row, lse, mask=in_r)
-            # whoever finishes a tile's last part merges them: in their order, so it does not matter who
+            # the program that finishes a tile's last part merges all parts, in their order
             tl.debug_barrier()
             of_tile = count_ptr + task // parts
             done = tl.atomic_add(of_tile, 1, sem="acq_rel", scope="gpu")
@@ -372,7 +372,7 @@ def mix_phase(
             )
             h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
         else:
-            rstd = _rstd(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+            rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             v = tl.load(h_ptr + STATE_PASSING * M * D + offs, mask=mask, other=0.0)
             h += v.to(tl.float32) * rstd[:, None]
         _store_state(h, h_ptr, squares_ptr, STATE_MIXED, M, tile_n, offs, offs_m, in_m, mask, D, TILES)
@@ -418,7 +418,7 @@ def gate_up_phase(
             BLOCK_N,
             BLOCK_K,
         )
-        rstd = _rstd(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         g *= rstd[:, None] * _channel_scale(scale_ptr, offs_n, in_n)
         u *= rstd[:, None] * _channel_scale(scale_ptr, F + offs_n, in_n)
         a = g * tl.sigmoid(g) * u
@@ -457,7 +457,7 @@ def down_phase(
         )
         h2 *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
-        rstd = _rstd(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
+        rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         h = tl.load(h_ptr + STATE_MIXED * M * D + offs, mask=mask, other=0.0)
         h2 += h.to(tl.float32) * rstd[:, None]
         _store_state(h2, h_ptr, squares_ptr, state, M, tile_n, offs, offs_m, in_m, mask, D, TILES)

@@ -1,0 +1,103 @@
+"""How a recursion runs: all settings of a call as one value.
+
+A `RecursionSpec` is made once, by the public function, by TRM or by a hybrid's config, and handed on as it
+is. Custom ops take its fields one by one (runtime/launch.py); nobody else unpacks it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.recursion.weights import LayerWeights
+from trm_kernels.runtime.tuning import REGIMES
+
+
+@dataclass(frozen=True)
+class RecursionSpec:
+    """Settings of one call of the recursion. Numbers are counts unless they say otherwise.
+
+    Attributes:
+        num_heads: H, query heads.
+        num_key_value_heads: G, heads of keys and values; H is a multiple of it.
+        num_recursion_steps: n, updates of z in a cycle.
+        num_cycles: T, updates of y.
+        grad_cycles: How many of the last cycles are differentiated; None for all.
+        causal: Whether no token attends to a later one.
+        rope_theta: RoPE's base; None for no positions.
+        eps: Added to the mean of squares in every norm.
+        attention: One of rope_attention's implementations.
+        save: What is kept for backward: "auto", "all", "layer" or "step"; see fused_recursion.py.
+        candidate: Of the products with epilogues, "fused" or "mm"; None takes the settings table's.
+        regime: How the recursion is launched: "auto", "per_op", "one_launch" or "per_phase"; see
+            one_launch/choice.py.
+        quantize: None, "int8" or "fp8": how TRM holds its matrices. A recursion sees it by its weights.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    num_recursion_steps: int
+    num_cycles: int = 1
+    grad_cycles: int | None = 1
+    causal: bool = False
+    rope_theta: float | None = 10000.0
+    eps: float = 1e-5
+    attention: str = "auto"
+    save: str = "auto"
+    candidate: str | None = None
+    regime: str = "auto"
+    quantize: str | None = None
+
+    @property
+    def differentiated_cycles(self) -> int:
+        """How many of the last cycles are differentiated, as a number."""
+        return self.num_cycles if self.grad_cycles is None else self.grad_cycles
+
+    @property
+    def differentiated_fs(self) -> int:
+        """How many evaluations of f are differentiated."""
+        return self.differentiated_cycles * (self.num_recursion_steps + 1)
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All of it as a custom op takes it: one by one, in the order above."""
+        return tuple(getattr(self, name) for name in _FIELDS)
+
+    def evaluations(self, num_layers: int) -> int:
+        """Evaluations of a layer in one call: the number of key/value slabs that a cache needs."""
+        return evaluations(num_layers, self.num_recursion_steps, self.num_cycles)
+
+
+_FIELDS = tuple(field.name for field in fields(RecursionSpec))
+
+
+def evaluations(num_layers: int, num_recursion_steps: int, num_cycles: int) -> int:
+    """How many times a layer is evaluated in one call: the number of key/value slabs that a cache needs."""
+    return num_cycles * (num_recursion_steps + 1) * num_layers
+
+
+def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights], spec: RecursionSpec) -> None:
+    """Refuse what no recursion can run. Errors: ValueError with what was expected and what came."""
+    if spec.regime not in ("auto", *REGIMES):
+        raise ValueError(
+            f"trm_recursion: expected regime to be auto, {', '.join(REGIMES)}, got {spec.regime!r}."
+        )
+    if not (x.ndim == 3 and x.shape == y.shape == z.shape):
+        got = ", ".join(str(tuple(t.shape)) for t in (x, y, z))
+        raise ValueError(f"trm_recursion: expected x, y and z of one shape [B, T, D], got {got}.")
+    if not weights:
+        raise ValueError("trm_recursion: expected the weights of at least one layer, got none.")
+    if spec.num_recursion_steps < 1 or spec.num_cycles < 1:
+        raise ValueError(
+            "trm_recursion: expected num_recursion_steps and num_cycles of at least 1, "
+            f"got {spec.num_recursion_steps} and {spec.num_cycles}."
+        )
+    if spec.grad_cycles is not None and not 1 <= spec.grad_cycles <= spec.num_cycles:
+        raise ValueError(
+            f"trm_recursion: expected grad_cycles in 1..{spec.num_cycles} (num_cycles) or None, "
+            f"got {spec.grad_cycles}."
+        )
+    if spec.save not in ("auto", *SAVES):
+        raise ValueError(f"trm_recursion: expected save to be auto, {', '.join(SAVES)}, got {spec.save!r}.")
