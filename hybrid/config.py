@@ -464,6 +464,35 @@ class HybridConfig(PreTrainedConfig):
             )
 
     def _check(self) -> None:
+        self._check_counts()
+        self._check_cycles()
+        for name in ("deep_supervision", "trm_input_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be True or False, got {getattr(self, name)!r}."
+                )
+        if not is_int(self.recursion_seed):
+            raise ValueError(
+                f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."
+            )
+        for name in ("injection_strength", "trm_rope_theta", "trm_rms_norm_eps"):
+            check_number(name, getattr(self, name), is_positive=name != "injection_strength")
+        for name, allowed in (
+            ("blending_strategy", BLENDING_STRATEGIES),
+            ("recursion_sampling", RECURSION_SAMPLINGS),
+            ("trm_dtype", tuple(TRM_DTYPES)),
+            ("trm_save", ("auto", *SAVES)),
+            ("trm_attention", IMPLEMENTATIONS),
+            ("trm_regime", ("auto", *REGIMES)),
+            ("trm_quantize", (None, *QUANTIZE)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"HybridConfig: expected {name} to be one of {', '.join(map(str, allowed))}, "
+                    f"got {short(getattr(self, name))}."
+                )
+
+    def _check_counts(self) -> None:
         for name in ("num_recursion_steps", "num_cycles"):
             check_steps("HybridConfig", name, getattr(self, name))
         for name in ("trm_intermediate_size", "grad_cycles", "lora_rank"):
@@ -495,41 +524,18 @@ class HybridConfig(PreTrainedConfig):
                 self.trm_intermediate_size,
             )
         )
+
+    def _check_cycles(self) -> None:
         if self.grad_cycles is not None and self.grad_cycles > self.num_cycles:
             raise ValueError(
                 f"HybridConfig: expected grad_cycles in 1..{self.num_cycles} (num_cycles) or None, "
                 f"got {self.grad_cycles}."
             )
-        for name in ("deep_supervision", "trm_input_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be True or False, got {getattr(self, name)!r}."
-                )
         if self.deep_supervision and self.num_cycles > 1 and self.grad_cycles == 1:
             raise ValueError(
                 f"HybridConfig: deep_supervision expected grad_cycles in 2..{self.num_cycles} (num_cycles) "
                 "or None, as only cycles that pass gradients learn from a loss, got 1."
             )
-        if not is_int(self.recursion_seed):
-            raise ValueError(
-                f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."
-            )
-        for name in ("injection_strength", "trm_rope_theta", "trm_rms_norm_eps"):
-            check_number(name, getattr(self, name), is_positive=name != "injection_strength")
-        for name, allowed in (
-            ("blending_strategy", BLENDING_STRATEGIES),
-            ("recursion_sampling", RECURSION_SAMPLINGS),
-            ("trm_dtype", tuple(TRM_DTYPES)),
-            ("trm_save", ("auto", *SAVES)),
-            ("trm_attention", IMPLEMENTATIONS),
-            ("trm_regime", ("auto", *REGIMES)),
-            ("trm_quantize", (None, *QUANTIZE)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be one of {', '.join(map(str, allowed))}, "
-                    f"got {short(getattr(self, name))}."
-                )
 
 
 def trm_fields(config_class: type[HybridConfig] = HybridConfig) -> list[str]:

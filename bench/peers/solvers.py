@@ -180,6 +180,18 @@ class _Newest:
         """Write to the same slot in every run."""
 
 
+def _settings(numbers: Recursion, caches: Sequence[Cache] | None) -> dict[str, Any]:
+    """What is said of a recursion, as keywords."""
+    return {
+        "num_heads": numbers.H,
+        "num_recursion_steps": numbers.num_recursion_steps,
+        "num_cycles": numbers.num_cycles,
+        "causal": numbers.causal,
+        "eps": numbers.eps,
+        "update_cache": None if caches is None else _Newest(caches),
+    }
+
+
 def ours(candidate: str | None = None, save: str = "auto", regime: str = "per_op") -> Solver:
     """The Triton kernels; an error where they cannot run, never the reference instead."""
 
@@ -198,16 +210,11 @@ def ours(candidate: str | None = None, save: str = "auto", regime: str = "per_op
                 y,
                 z,
                 [map_weights(lambda t: t.to(x.dtype), w) for w in weights],
-                num_heads=numbers.H,
-                num_recursion_steps=numbers.num_recursion_steps,
-                num_cycles=numbers.num_cycles,
                 angles=angles,
-                causal=numbers.causal,
-                eps=numbers.eps,
-                update_cache=None if caches is None else _Newest(caches),
                 save=save,
                 candidate=candidate,
                 regime=regime,
+                **_settings(numbers, caches),
             )
 
     def project_in(h: Tensor, w_in: Tensor, eps: float) -> Tensor:
@@ -231,15 +238,10 @@ def ours(candidate: str | None = None, save: str = "auto", regime: str = "per_op
                 block.y_init.expand(size),
                 block.z_init.expand(size),
                 block.weights,
-                num_heads=numbers.H,
-                num_recursion_steps=numbers.num_recursion_steps,
-                num_cycles=numbers.num_cycles,
                 positions=positions,
-                causal=numbers.causal,
                 rope_theta=ROPE_THETA,
-                eps=numbers.eps,
-                update_cache=None if caches is None else _Newest(caches),
                 regime=regime,
+                **_settings(numbers, caches),
             )
 
     return Solver(recursion, project_in, blend, inject if regime != "per_op" else None)

@@ -18,12 +18,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
-class Trust:
+class TrustOptions:
     trust_remote_code: bool = option(False, "run code that comes with the model")
 
 
 @dataclass
-class Backend:
+class BackendOptions:
     backend: Literal["auto", "triton", "reference"] = option(
         "auto",
         "what runs the recursive block: Triton kernels or, as reference, eager PyTorch; auto: Triton on a "
@@ -32,7 +32,7 @@ class Backend:
 
 
 @dataclass
-class DemoBackend:
+class DemoBackendOptions:
     """It trains on a GPU where there is one, and measures on the CPU, where Triton cannot run."""
 
     backend: Literal["auto", "reference"] = option(
@@ -41,14 +41,14 @@ class DemoBackend:
 
 
 @dataclass
-class Demo:
+class DemoOptions:
     output: Path = option(Path("demo-output"), "folder for the report")
     seed: int = option(0, "of everything random")
     quick: bool = option(False, "a few steps of everything; learns nothing")
 
 
 @dataclass
-class Data:
+class DataOptions:
     sequence_length: int = option(1024, "tokens; the most that a row with labels may have")
     field: str = option(
         "text", "of rows: a text, or a chat's messages; where there is no text, messages or conversations"
@@ -62,7 +62,7 @@ class Data:
 
 
 @dataclass
-class Train:
+class TrainOptions:
     base: str = option(
         help="a language model or a saved hybrid: name on the hub, or folder", flag=("--base", "--model")
     )
@@ -104,7 +104,7 @@ class Train:
 
 
 @dataclass
-class Inference:
+class InferenceOptions:
     model: str = option(help="a saved hybrid or a run's folder; any causal language model")
     num_recursion_steps: int | None = option(None, "the most that a token takes", shown="as trained")
     recursion_threshold: float | None = option(
@@ -124,7 +124,7 @@ class Inference:
 
 
 @dataclass
-class Generate:
+class GenerateOptions:
     prompt: str = option(help="the text to continue", metavar="TEXT")
     max_new_tokens: int = option(64, "tokens at most")
     temperature: float | None = option(None, "sample at this temperature", shown="the likeliest token")
@@ -134,7 +134,7 @@ class Generate:
 
 
 @dataclass
-class Evaluate:
+class EvaluateOptions:
     data: list[str] | None = option(
         None, "as in train; each is measured by itself", shown="nothing", metavar="SOURCE"
     )
@@ -145,7 +145,7 @@ class Evaluate:
 
 
 @dataclass
-class Base:
+class BaseOptions:
     base: str | None = option(
         None,
         "a language model or a saved hybrid, name on the hub or folder, of which only a config is read; or a "
@@ -188,7 +188,7 @@ class PlanOptions:
 
 
 @dataclass
-class WholeBlock:
+class WholeBlockOptions:
     preset: Literal[PRESETS] | None = option(None, "one of the levels", shown="none")  # type: ignore[valid-type]
     config: Path | None = option(
         None, "a JSON file with an object of the fields below", shown="none", metavar="FILE"

@@ -28,38 +28,51 @@ COMMANDS = {
         "demo",
         "train one from nothing in minutes, on any machine",
         "trm-hybrid demo --output demo-output",
-        (options.Demo, options.DemoBackend),
+        (options.DemoOptions, options.DemoBackendOptions),
     ),
     "train": Command(
         "train",
         "train a TRM inside a language model, or both",
         "trm-hybrid train --base meta-llama/Llama-2-7b-hf --data 'texts/*.txt' "
         "--injection-layers middle last --steps 2000 --output runs/first",
-        (options.Train, TrainSettings, options.Data, options.Trust, options.Backend, options.BlockOptions),
+        (
+            options.TrainOptions,
+            TrainSettings,
+            options.DataOptions,
+            options.TrustOptions,
+            options.BackendOptions,
+            options.BlockOptions,
+        ),
     ),
     "generate": Command(
         "generate",
         "continue a prompt",
         "trm-hybrid generate --model runs/first --prompt 'Once upon a time' --num-recursion-steps 8",
-        (options.Generate, options.Inference, options.Trust, options.Backend),
+        (options.GenerateOptions, options.InferenceOptions, options.TrustOptions, options.BackendOptions),
     ),
     "eval": Command(
         "evaluate",
         "perplexity on text, or tasks of lm-eval",
         "trm-hybrid eval --model runs/first --data held-out.txt",
-        (options.Evaluate, options.Data, options.Inference, options.Trust, options.Backend),
+        (
+            options.EvaluateOptions,
+            options.DataOptions,
+            options.InferenceOptions,
+            options.TrustOptions,
+            options.BackendOptions,
+        ),
     ),
     "info": Command(
         "info",
         "parameter counts by part, without loading or downloading weights",
         "trm-hybrid info --base qwen3-8b --injection-layers middle last --trm-hidden-size 1024",
-        (options.Base, options.Trust, options.BlockOptions),
+        (options.BaseOptions, options.TrustOptions, options.BlockOptions),
     ),
     "plan": Command(
         "plan",
         "memory, time and money of a training, before anything is loaded or rented",
         "trm-hybrid plan --level 1 --cards 1xA100-80GB --gigabytes 1",
-        (options.PlanOptions, options.Base, options.Trust, options.BlockOptions),
+        (options.PlanOptions, options.BaseOptions, options.TrustOptions, options.BlockOptions),
     ),
 }
 # what an option was called once; it is taken, and said
@@ -100,7 +113,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         group: Any = parser
         if takes is options.BlockOptions:
             group = parser.add_argument_group(_BLOCK, "the fields of HybridConfig")
-            add_options(group.add_mutually_exclusive_group(), options.WholeBlock)
+            add_options(group.add_mutually_exclusive_group(), options.WholeBlockOptions)
         add_options(group, takes)
     return parser
 

@@ -118,7 +118,7 @@ def train(
     steps with such are not taken.
     """
     with run_folder.held(Path(settings.output_dir), this_process()):
-        run = _Run(model, data, settings, held_out or {}, tokenizer, keep)
+        run = _Training(model, data, settings, held_out or {}, tokenizer, keep)
         checkpoint = run.open(resume)
         if settings.report_to:
             trackers.start(run.accelerator, asdict(settings))
@@ -131,7 +131,7 @@ def train(
     return result
 
 
-class _Run:
+class _Training:
     """One call of train(): what its parts share."""
 
     def __init__(
@@ -444,7 +444,7 @@ class _Run:
         return losses
 
     def _held_out_loss(self, data: Dataset) -> float:
-        mine = _Part(data, self.accelerator.process_index, self.accelerator.num_processes)
+        mine = _PartOfRank(data, self.accelerator.process_index, self.accelerator.num_processes)
         parts = gather_object([text_loss(self.model, mine, self.settings.batch_size)])
         return sum(parts, start=TextLoss(0.0, 0)).per_token
 
@@ -495,7 +495,7 @@ class _Run:
             trackers.report(self.accelerator, {"step": step, **numbers})
 
 
-class _Part(Dataset):
+class _PartOfRank(Dataset):
     """One process's part of `data`; all parts are of one length, as all have to call a split model equally.
 
     What is missing to that is an item of which no token counts.

@@ -13,7 +13,7 @@ import pytest
 
 from hybrid import HybridConfig
 from hybrid.cli import main
-from hybrid.cli.options import PRESETS, Backend, BlockOptions, Inference, Train
+from hybrid.cli.options import PRESETS, BackendOptions, BlockOptions, InferenceOptions, TrainOptions
 from hybrid.cli.parser import COMMANDS, parse, parser_of
 from hybrid.config import trm_fields
 from hybrid.data.rows import LOSS_ON
@@ -53,9 +53,9 @@ def test_choices_are_those_of_the_code():
 
     from hybrid.presets import PRESETS as made
 
-    assert choices(Backend, "backend") == set(NAMES)
-    assert choices(Inference, "recursion_watch") == set(WATCHED)
-    assert choices(Train, "quantize_base") == set(QUANTIZE_BASE)
+    assert choices(BackendOptions, "backend") == set(NAMES)
+    assert choices(InferenceOptions, "recursion_watch") == set(WATCHED)
+    assert choices(TrainOptions, "quantize_base") == set(QUANTIZE_BASE)
     assert choices(COMMANDS["train"].takes[2], "loss_on") == set(LOSS_ON)
     assert list(PRESETS) == sorted(made)
 
