@@ -35,7 +35,7 @@ def config_of(arguments: argparse.Namespace, base: PreTrainedConfig) -> HybridCo
     depth = base.get_text_config(decoder=True).num_hidden_layers
     points = fields.get("injection_layers")
     if points is None:
-        points = sorted({max(1, depth // 2), depth})
+        points = sorted({max(1, _point(share, depth)) for share in ("middle", "last")})
     elif isinstance(points, list):
         points = [_point(point, depth) for point in points]
     return HybridConfig(**fields | {"injection_layers": points})
@@ -45,9 +45,14 @@ def _point(point: Any, depth: int) -> Any:
     """After how many of `depth` layers: a number, a share of them such as "0.5", "middle" or "last"."""
     if not isinstance(point, str | float):
         return point
-    share = _SHARES[point] if point in _SHARES else float(point)
+    try:
+        share = _SHARES[point] if point in _SHARES else float(point)
+    except ValueError:
+        share = -1.0
     if not 0 <= share <= 1:
-        raise ValueError(f"expected --injection-layers in 0..{depth}, or shares in 0.0..1.0, got {point}.")
+        raise ValueError(
+            f"expected --injection-layers in 0..{depth}, shares in 0.0..1.0, middle or last, got {point}."
+        )
     return round(share * depth)
 
 

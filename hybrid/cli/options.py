@@ -1,6 +1,6 @@
 """What each command takes, as dataclasses; TrainSettings and BlockOptions say the rest. Light to import."""
 
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,7 +203,10 @@ def _point(text: str) -> int | str:
     """A point as it is given: 16, 0.5, middle."""
     if text in ("middle", "last"):
         return text
-    return int(text) if text.isdigit() else str(float(text))
+    try:
+        return int(text) if text.removeprefix("-").isdigit() else str(float(text))
+    except ValueError:
+        raise ArgumentTypeError(f"expected K such as 16, 0.5, middle or last, got {text!r}") from None
 
 
 @dataclass

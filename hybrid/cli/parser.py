@@ -97,6 +97,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     word = next((word for word in words if not word.startswith("-")), None)
     if word is not None and (near := _near(word, COMMANDS)):
         raise ValueError(f"invalid choice: {word!r}; did you mean {near}? See trm-hybrid --help")
+    if word is None:
+        _check_names("", words, parser)
     return parser.parse_args(words)
 
 
@@ -142,10 +144,8 @@ def _check_names(command: str, words: list[str], parser: argparse.ArgumentParser
             hint = f"; did you mean {near}?" if near else ";"
             raise ValueError(f"unrecognized arguments: {name}{hint} See {parser.prog} --help")
         checked.append(name + equals + value if word.startswith("--") else word)
-    if command == "plan" and "int8" in _values(checked, "--dtype"):
-        raise ValueError(
-            "--dtype int8 is called --quantize-base int8, as in train; see trm-hybrid plan --help"
-        )
+    if "--quantize-base" in names and "int8" in _values(checked, "--dtype"):
+        raise ValueError(f"--dtype int8 is called --quantize-base int8; see {parser.prog} --help")
     return checked
 
 
@@ -155,7 +155,9 @@ def _values(words: list[str], name: str) -> list[str]:
 
 
 def _near(word: str, names: Any) -> str | None:
-    return next(iter(difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)), None)
+    """The name most like `word`; the dashes that all options share do not count."""
+    bare = {name.lstrip("-"): name for name in names}
+    return next((bare[near] for near in difflib.get_close_matches(word.lstrip("-"), bare, n=1)), None)
 
 
 def _with_dashes(argv: Sequence[str]) -> list[str]:

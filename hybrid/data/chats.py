@@ -4,6 +4,7 @@ What the template renders is what is trained on: nothing is put before it, and n
 """
 
 import functools
+import inspect
 import json
 import re
 from dataclasses import dataclass, field
@@ -22,7 +23,10 @@ _ROLES = {
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
     "assistant": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
@@ -31,6 +35,14 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _KWARGS = "chat_template_kwargs"  # a column whose keys are handed to the template
 _OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+# arguments of apply_chat_template that are not the template's
+_NOT_A_ROWS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "kwargs",
+}
 _LONGEST_MARKED = 2**22  # characters of a chat whose completions are looked for: 1 GB of memory
 
 
@@ -49,13 +61,22 @@ class Chat:
 def chat_of(turns: list[dict[str, Any]], others: dict[str, Any], has_nulls: bool) -> Chat:
     """The chat in a row; see rows.py. A turn's key that is null is left out, as transformers 5.23 does.
 
-    Errors: ValueError for turns in ShareGPT's form whose speaker nobody knows.
+    Errors: ValueError for a turn of neither form, or in ShareGPT's whose speaker nobody knows.
     """
-    if all("from" in turn and "value" in turn for turn in turns):
-        turns = [{"role": _role(turn["from"]), "content": turn["value"]} for turn in turns]
+    turns = [_turn(turn) for turn in turns]
     if has_nulls:
         return Chat(_without_nulls(turns), _without_nulls(others))
     return Chat([{key: value for key, value in turn.items() if value is not None} for turn in turns], others)
+
+
+def parsed_turns(text: str) -> Any:
+    """The list of objects that `text` is in JSON, as a table's cell holds a chat; else `text`."""
+    try:
+        value = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return text
+    is_list = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    return value if is_list else text
 
 
 def render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -135,12 +156,20 @@ def _arguments(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]
     names = taken(tokenizer)
     given = {name: value for name, value in chat.others.items() if name in names and value is not None}
     for name in ("tools", "documents", _KWARGS):
-        if isinstance(
-            given.get(name), str
-        ):  # where columns have one type, what differs from row to row is text
-            given[name] = json.loads(given[name])
+        if isinstance(given.get(name), str):  # in columns of one type, what differs from row to row is text
+            given[name] = _parsed(name, given[name])
     more = given.pop(_KWARGS, None) or {}
+    if not isinstance(more, dict) or (ours := _NOT_A_ROWS & more.keys()):
+        got = f"{', '.join(sorted(ours))} in it" if isinstance(more, dict) else type(more).__name__
+        raise ValueError(f"expected variables of the chat template in {_KWARGS}, got {got}.")
     return given | more
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected JSON in the column {name!r}, got {text!r:.40}.") from None
 
 
 def _refused(error: Exception) -> ValueError:
@@ -148,10 +177,16 @@ def _refused(error: Exception) -> ValueError:
     return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({reason}).")
 
 
-def _role(name: Any) -> str:
-    if name not in _ROLES:
-        raise ValueError(f"expected a turn to be from {', '.join(_ROLES)}, got {name!r}.")
-    return _ROLES[name]
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """{"role", "content", ...} of a turn in either form."""
+    if isinstance(turn.get("role"), str):
+        return turn
+    if "from" not in turn or "value" not in turn:
+        raise ValueError(f"expected a turn to have role, or from and value, got {', '.join(map(str, turn))}.")
+    name = str(turn["from"])
+    if name.lower() not in _ROLES:
+        raise ValueError(f"expected a turn to be from {', '.join(_ROLES)}, got {turn['from']!r}.")
+    return {"role": _ROLES[name.lower()], "content": turn["value"]}
 
 
 def _without_nulls(value: Any) -> Any:

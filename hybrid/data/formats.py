@@ -1,5 +1,6 @@
 """What a file is: by its name's ending, and by how its content begins where the name says text or nothing."""
 
+import csv
 import gzip
 import io
 import re
@@ -35,8 +36,12 @@ _MARKS = {
     b"\xff\xfe": "UTF-16 (expected UTF-8)",
     b"\xfe\xff": "UTF-16 (expected UTF-8)",
 }
-_JSON = re.compile(rb"\s*(?:\[\s*)?\{\s*\"(?:[^\"\\\n]|\\.)*\"\s*:")
+_STRING = rb'"(?:[^"\\\n]|\\.)*"'
+_JSON = re.compile(rb"\s*(?:(?:\[\s*)?\{\s*%b\s*:|\[\s*%b\s*[,\]])" % (_STRING, _STRING))
+_PYTHON = re.compile(rb"\s*(?:\[\s*)?\{\s*'(?:[^'\\\n]|\\.)*'\s*:")
+_DELIMITERS = ",\t;|"
 _COLUMN = re.compile(r'"?[A-Za-z_][A-Za-z0-9_.-]*"?')
+_LINES = 20  # of a file whose cells are counted
 _BUFFER = 2**20  # bytes of what is unpacked
 _ZSTD_WINDOW = 2**31  # bytes; the widest that `zstd --long` writes
 
@@ -98,8 +103,13 @@ def check_text(path: Path, packed: str, field: str) -> None:
         found = "binary content (a zero byte)"
     if found is None and _JSON.match(head.removeprefix(BOM)):
         found = "JSON (name it .jsonl or .json; to train on JSON as text, put it into a field of rows)"
-    if found is None and _is_table(head, field, has_text_name=format_of(path).kind == "text"):
+    if found is None and _PYTHON.match(head.removeprefix(BOM)):
+        found = "a dict of Python (write it as JSON, and name it .jsonl)"
+    has_text_name = format_of(path).kind == "text"
+    if found is None and _is_table(head, field, has_text_name):
         found = f"a table with a column {field!r} (name it .csv or .tsv)"
+    if found is None and not has_text_name and (names := _columns(head)):
+        found = f"a table of {', '.join(names)} (name it .csv or .tsv; or .txt, to train on it as text)"
     if found is not None:
         raise ValueError(f"data: expected text in {path}, got what looks like {found}.")
 
@@ -118,12 +128,24 @@ def check_unicode(text: str) -> None:
 def _is_table(head: bytes, field: str, has_text_name: bool) -> bool:
     """Whether the first line names columns, `field` among them; in a .txt file one word alone does not."""
     line = head.removeprefix(BOM).partition(b"\n")[0].decode("utf-8", "replace").strip()
-    for delimiter in ",\t;":
+    for delimiter in _DELIMITERS:
         cells = [cell.strip() for cell in line.split(delimiter)]
         are_names = all(map(_COLUMN.fullmatch, cells)) and field in [cell.strip('"') for cell in cells]
         if are_names and (len(cells) > 1 or not has_text_name):
             return True
     return False
+
+
+def _columns(head: bytes) -> list[str]:
+    """The names in the first line, where the lines after it, two at least, have as many cells; else none."""
+    text = head.removeprefix(BOM).decode("utf-8", "replace")
+    lines = text.splitlines() if len(head) < _HEAD else text.splitlines()[:-1]  # the last may be cut
+    for delimiter in _DELIMITERS:
+        names, *rows = [row for row in csv.reader(lines[:_LINES], delimiter=delimiter) if row] or [[]]
+        is_table = len(names) > 1 and len(rows) > 1 and all(len(row) == len(names) for row in rows)
+        if is_table and all(map(_COLUMN.fullmatch, names)):
+            return names
+    return []
 
 
 class _Zstandard(io.RawIOBase):

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from hybrid.data.chats import Chat, chat_of
+from hybrid.data.chats import Chat, chat_of, parsed_turns
 from hybrid.data.formats import check_unicode
 from hybrid.data.labelled import LabelledChat, LabelledRow, LabelledText, labelled_row
 
 LOSS_ON = ("all", "completions")
-_INSTEAD = {"text": ("messages", "conversations")}  # of the default field, where a row has none
+_CHATS = ("messages", "conversations")
+_INSTEAD = {"text": _CHATS}  # of the default field, where a row has none
 _LEVELS = 64  # of lists and objects inside each other
 
 Content = str | Chat | LabelledRow
@@ -47,8 +48,11 @@ def read_row(row: object, field: str, loss_on: str = "all", has_nulls: bool = Fa
 def _content(row: dict[str, Any], field: str, has_nulls: bool) -> tuple[Content, set[str]]:
     if (found := labelled_row(row, field)) is not None:
         return found
-    name = next((name for name in (field, *_INSTEAD.get(field, ())) if name in row), field)
+    names = (field, *_INSTEAD.get(field, ()))
+    name = next((name for name in names if row.get(name) is not None), field)
     value = row.get(name)
+    if isinstance(value, str) and name in _CHATS:
+        value = parsed_turns(value)
     if isinstance(value, str):
         return value, {name}
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):

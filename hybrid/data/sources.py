@@ -99,7 +99,7 @@ class Sources:
         first, inside, passed = (*(place or (0, None)), 0)[:3]
         for index in range(first, len(self._parts)):
             for read in self._read_part(self._parts[index], inside):
-                said = self._said(read, has_nulls=_is_arrow(self._parts[index]))
+                said = self._said(read, self._parts[index])
                 if isinstance(said.content, str) and len(said.content) > LONG:
                     yield from _long(said, read, index, passed)
                 else:
@@ -121,18 +121,18 @@ class Sources:
             raise ValueError(f"data: expected a whole {what} in {part}, got: {reason}.") from error
 
     def _read_file(self, path: Path, format: Format, place: Any) -> Iterator[Read]:
-        if format.kind in (None, "text"):
+        if _is_text(path):
             return read_text(path, format, place, self.field)
         reader = {"lines": read_lines, "json": read_json, "csv": read_table, "tsv": read_table}[format.kind]
         return reader(path, format, place)
 
-    def _said(self, read: Read, has_nulls: bool) -> RowContent:
-        if isinstance(read.found, str):
+    def _said(self, read: Read, part: Path | str) -> RowContent:
+        if isinstance(part, Path) and _is_text(part):
             if self.loss_on == "all":
                 return RowContent(read.found, ())
             raise ValueError(f"data: {read.where}: expected chats for a loss on completions, got a text.")
         try:
-            return read_row(read.found, self.field, self.loss_on, has_nulls)
+            return read_row(read.found, self.field, self.loss_on, has_nulls=_is_arrow(part))
         except ValueError as error:
             raise ValueError(f"data: {read.where}: {error}") from None
 
@@ -191,6 +191,10 @@ def _long(said: RowContent, read: Read, index: int, passed: int) -> Iterator[Pie
     for number, part in enumerate(parts[passed:], start=passed):
         begins, ends = read.begins and number == 0, read.ends and number == len(parts) - 1
         yield Piece(part, begins, ends, [index, read.place, number], read.where, said.beside)
+
+
+def _is_text(path: Path) -> bool:
+    return format_of(path).kind in (None, "text")
 
 
 def _is_arrow(part: Path | str) -> bool:

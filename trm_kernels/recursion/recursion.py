@@ -177,7 +177,8 @@ def trm_recursion(
         y and z after all cycles, [B, T, D] each.
 
     Raises:
-        ValueError: For counts below one, no layers, or shapes that disagree.
+        ValueError: For counts below one, no layers, shapes that disagree, or a cache and gradient with a save
+            that computes again in backward.
         RuntimeError: For a regime or a candidate that was asked for and cannot run.
     """
     spec = RecursionSpec(
@@ -248,6 +249,7 @@ def _per_op(
                 f"trm_recursion: the candidate {spec.candidate!r} was asked for, and the loop runs op by op "
                 "here."
             )
+        _check_nothing_is_cached_twice(x, y, z, weights, spec, inputs)
         return trm_recursion_ref(x, y, z, weights, spec, attend)
     weights = [map_weights(lambda t: rows_of(t.to(x.dtype)), w) for w in weights]
     spec = replace(spec, save=choose_save(spec.save, x, weights, spec.num_heads, spec.differentiated_fs))
@@ -255,6 +257,23 @@ def _per_op(
         return fused_recursion_with_cache(x, y, z, weights, spec, attend)
     check_key_mask(inputs.key_mask, x)
     return fused_recursion(x, y, z, weights, spec, inputs.angles, inputs.key_mask)
+
+
+def _check_nothing_is_cached_twice(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    weights: Sequence[LayerWeights],
+    spec: RecursionSpec,
+    inputs: AttentionInputs,
+) -> None:
+    """Backward that computes an evaluation again would hand its keys and values to the cache again."""
+    computes_again = spec.save in ("layer", "step") and wants_gradient(x, y, z, *flat_weights(weights))
+    if inputs.update_cache is not None and computes_again:
+        raise ValueError(
+            "trm_recursion: expected save 'auto' or 'all' with update_cache and gradient, got "
+            f"{spec.save!r}: what backward computes again would be added to the cache again."
+        )
 
 
 def attend_to(

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from hybrid import HybridConfig
 from hybrid.cli import main
+from hybrid.cli.block import config_of
 from hybrid.cli.options import PRESETS, BackendOptions, BlockOptions, InferenceOptions, TrainOptions
 from hybrid.cli.parser import COMMANDS, parse, parser_of
 from hybrid.config import trm_fields
@@ -107,7 +109,8 @@ def test_old_names_are_taken_and_said(capsys):
     ]
     assert vars(old) == vars(parse(["plan", "--accumulate", "3", "--shard", "4"]))
     for words in (["--dtype", "int8"], ["--dtype=int8"]):
-        assert "--dtype int8 is called --quantize-base int8" in refused(capsys, "plan", *words)
+        for command in ("plan", "train"):
+            assert "--dtype int8 is called --quantize-base int8" in refused(capsys, command, *words)
 
 
 def test_all_cards_are_shards(capsys):
@@ -139,6 +142,8 @@ def test_all_cards_are_shards(capsys):
             ["generate", "--model", "x", "--prompt", "a", "--zzz"],
             "unrecognized arguments: --zzz; See trm-hybrid generate",
         ),
+        (["train", "--lr", "1"], "unrecognized arguments: --lr; See trm-hybrid train --help"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version? See trm-hybrid --help"),
         (["trian"], "invalid choice: 'trian'; did you mean train?"),
         (["train"], "the following arguments are required: --base/--model, --data, --output, --steps"),
         (
@@ -178,14 +183,24 @@ def test_points_relative_to_depth(words, points, base, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     ("point", "message"),
     [
-        ("1.5", "expected --injection-layers in 0..2, or shares in 0.0..1.0, got 1.5"),
-        ("-0.5", "or shares in 0.0..1.0, got -0.5"),
-        ("top", "argument --injection-layers: invalid"),
-        ("nan", "or shares in 0.0..1.0, got nan"),
+        ("1.5", "expected --injection-layers in 0..2, shares in 0.0..1.0, middle or last, got 1.5"),
+        ("-0.5", "shares in 0.0..1.0, middle or last, got -0.5"),
+        ("-1", "expected injection_layers to be counts from 0, got [-1]"),
+        ("3", "expected injection_layers in 0..2 for a base of 2 layers, got [3]"),
+        ("TOP", "argument --injection-layers: expected K such as 16, 0.5, middle or last, got 'TOP'"),
+        ("nan", "shares in 0.0..1.0, middle or last, got nan"),
     ],
 )
 def test_points_that_there_are_not(point, message, base, capsys):  # noqa: F811
     assert message in refused(capsys, "info", "--base", base, "--injection-layers", point)
+
+
+def test_the_default_points_are_middle_and_last():
+    for depth, points in ((1, [1]), (2, [1, 2]), (3, [2, 3]), (7, [4, 7]), (32, [16, 32])):
+        for words in ([], ["--injection-layers", "middle", "last"]):
+            if depth > 1 or not words:
+                given = parse(["info", "--base", "b", *words])
+                assert config_of(given, LlamaConfig(num_hidden_layers=depth)).injection_layers == points
 
 
 def test_points_in_a_file(base, tmp_path, capsys):  # noqa: F811
@@ -193,6 +208,10 @@ def test_points_in_a_file(base, tmp_path, capsys):  # noqa: F811
     (tmp_path / "c.json").write_text(json.dumps(fields), encoding="utf-8-sig")
     assert main(["info", "--base", str(base), "--config", str(tmp_path / "c.json")]) == 0
     assert "after layers 2\n" in capsys.readouterr().out
+    (tmp_path / "c.json").write_text(json.dumps(fields | {"injection_layers": ["first"]}))
+    assert "expected --injection-layers in 0..2, shares in 0.0..1.0, middle or last, got first" in refused(
+        capsys, "info", "--base", base, "--config", tmp_path / "c.json"
+    )
     (tmp_path / "c.json").write_text("[" * 100_000)
     assert "expected a JSON object with fields" in refused(
         capsys, "info", "--base", base, "--config", tmp_path / "c.json"

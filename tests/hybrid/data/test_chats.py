@@ -104,6 +104,35 @@ def test_sharegpt(folder):
         text_of(names, tokenizer, "conversations")
 
 
+def test_a_chat_in_a_cell_and_a_text_that_is_null(folder):
+    tokenizer = with_template(CHATML)
+    turns = [{"from": "Human", "value": "hi"}, {"role": "assistant", "content": "yes"}]
+    (folder / "a.csv").write_text("messages\n" + '"' + json.dumps(turns).replace('"', '""') + '"\n')
+    wanted = "[user]hi<end>\n[assistant]yes<end>\n"
+    assert wanted.startswith(text_of(["a.csv"], tokenizer, "text"))
+    assert wanted.startswith(text_of(write(folder, [{"text": None, "messages": CHAT}]), tokenizer, "text"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": [{"user": "x", "text": "y"}]},
+            "a turn to have role, or from and value, got user, text",
+        ),
+        ({"messages": [{"role": None, "content": "y"}]}, "a turn to have role, .*, got role, content"),
+        ({"messages": [{"from": ["x"], "value": "y"}]}, r"a turn to be from system, .* got \['x'\]"),
+        ({"messages": CHAT, "tools": "none"}, "expected JSON in the column 'tools', got 'none'"),
+        ({"messages": CHAT, "chat_template_kwargs": [1]}, "expected variables .* got list"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "variables .* got tokenize in it"),
+        ({"messages": CHAT, "chat_template_kwargs": {"chat_template": "x"}}, "got chat_template in it"),
+    ],
+)
+def test_a_chat_that_is_none(row, message, folder):
+    with pytest.raises(ValueError, match=f"a.jsonl, line 1: .*{message}"):
+        text_of(write(folder, [row] * 3), with_template(WITH_TOOLS))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

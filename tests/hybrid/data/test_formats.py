@@ -106,6 +106,9 @@ def test_a_byte_order_mark_is_no_text(name, content, folder):
         (CONTENTS["array.json"], "JSON"),
         (CONTENTS["pretty.json"], "JSON"),
         (b"\xef\xbb\xbf" + LINES, "JSON"),
+        (b'["some", "more"]', "JSON"),
+        (b"{'text': 'some'}\n", "a dict of Python"),
+        (b"id|text\n1|some\n", "a table with a column 'text'"),
         (b"id,text\n1,some\n", "a table with a column 'text'"),
         (b'"text"\t"label"\nsome\t1\n', "a table with a column 'text'"),
         (gzip.compress(LINES), "gzip"),
@@ -135,9 +138,36 @@ def test_a_column_alone_is_a_title_in_a_text(folder):
         list(documents(["a.dat"]))
 
 
+def test_a_table_of_other_columns_is_no_text_unless_its_name_says_so(folder):
+    for delimiter in ",\t;|":
+        table = '\ufeffidx,sentence\r\n1,some\r\n2,"more, and\r\nmore"\r\n'.replace(",", delimiter)
+        for name in ("a.txt", "a.dat"):
+            (folder / name).write_text(table, newline="")
+        assert list(documents(["a.txt"])) == [table.removeprefix("\ufeff")]
+        with pytest.raises(ValueError, match="a.dat, got what looks like a table of idx, sentence .*or .txt"):
+            list(documents(["a.dat"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, world\nRoses, red\nViolets, blue\n",
+        "one,two\nprose\nprose\n",
+        '"Who?", she said.\n"I," he said.\n',
+        "[[File:a.png]]\n[1] a note\n['a']\n",
+        "{{cite}} {a: b}\n",
+    ],
+)
+def test_prose_that_looks_like_no_format(text, folder):
+    (folder / "a.dat").write_text(text)
+    assert list(documents(["a.dat"])) == [text]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", b'"half \\ud83d"\n', "a.jsonl, line 1: expected text or a chat in .*'text', got str"),
+        ("a.json", b'["some"]', "a.json, element 1: expected text or a chat in the field 'text', got str"),
         (
             "a.csv",
             b"id,body\n1,x\n",

@@ -270,6 +270,28 @@ def test_with_a_cache_as_without():
         torch.testing.assert_close(got, want[i], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("save", ["layer", "step"])
+def test_what_is_computed_again_is_not_cached_again(save):
+    """A cache that appends would hold every key twice after backward."""
+    trm = make(causal=True, save=save)
+    x, *_ = tensors(1, 3, 64)
+    counts = []
+
+    def update(evaluation, k, v):
+        counts.append(evaluation)
+        return k, v
+
+    with pytest.raises(ValueError, match=f"expected save 'auto' or 'all' with update_cache .*got '{save}'"):
+        trm(x, update_cache=update)
+    assert not counts
+    with torch.no_grad():
+        trm(x, update_cache=update)
+    trm.save = "all"
+    before = len(counts)
+    trm(x, update_cache=update)[0].sum().backward()
+    assert len(counts) == 2 * before
+
+
 @contextmanager
 def watch_fused():
     """Names the way each call of trm_recursion takes."""
