@@ -11,7 +11,7 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo evidence test test-oldest mixins peers slow deep check format lint types floors map docs gpu bench static \
+.PHONY: demo evidence test test-oldest mixins peers liger slow deep check format lint types floors map docs gpu bench static \
 	cubins resources native clean
 
 demo: $(READY)
@@ -38,10 +38,14 @@ mixins: $(READY) $(PEERS)/.fetched
 peers: $(READY) $(PEERS)/.fetched
 	$(RUN_PEERS) tests/peers/mixins.py tests/peers/peft_decoders.py $(ARGS)
 
+# Liger's tests of its kernels, on ours
+liger: $(READY) $(PEERS)/.fetched
+	export TRITON_INTERPRET=1; $(RUN_PEERS) tests/peers/liger.py $(ARGS)
+
 # the tests skip, and say so, where a source distribution is not to be had
-$(PEERS)/.fetched: constraints.txt | $(READY)
+$(PEERS)/.fetched: constraints.txt Makefile | $(READY)
 	mkdir -p $(PEERS)
-	for package in $$(grep -E '^(transformers|peft)==' constraints.txt); do \
+	for package in $$(grep -E '^(transformers|peft)==' constraints.txt) liger_kernel==0.8.5; do \
 		$(BIN)/pip download --no-deps --no-binary :all: --no-build-isolation -d $(PEERS) $$package || exit 0; done
 	for archive in $(PEERS)/*.tar.gz; do tar xzf $$archive -C $(PEERS) || exit 0; done
 	$(BIN)/pip install --no-deps --target $(PEERS)/site parameterized && touch $@ || echo "no tests of others are at hand"

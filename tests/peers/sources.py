@@ -15,24 +15,34 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "build" / "peers"
 
 
-def import_tests(package: str, stand_ins: dict[str, dict[str, object]]) -> ModuleType:
-    """The package of `package`'s tests, as `{package}_tests`; the module that asks is skipped without it.
-
-    stand_ins   modules that the tests import and their source distribution lacks, with what is in them
-    """
-    found = version(package)
-    folder = FOLDER / f"{package}-{found}" / "tests"
+def source(project: str, release: str) -> Path:
+    """The folder of that source distribution; the module that asks is skipped without it."""
+    folder = FOLDER / f"{project}-{release}"
     if not folder.is_dir():
-        pytest.skip(
-            f"no source of {package} {found} in {FOLDER}: `make peers` fetches it", allow_module_level=True
-        )
-    pytest.importorskip(
-        "parameterized", reason="no parameterized, which the tests use: `make peers` fetches it"
-    )
-    name = f"{package}_tests"
+        reason = f"no source of {project} {release} in {FOLDER}: `make peers` fetches it"
+        pytest.skip(reason, allow_module_level=True)
+    return folder
+
+
+def package(name: str, folder: Path) -> ModuleType:
+    """`folder`, from which modules can from now on be imported as those of a package `name`."""
     spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[name] = importlib.util.module_from_spec(spec)
+    return sys.modules[name]
+
+
+def import_tests(project: str, stand_ins: dict[str, dict[str, object]]) -> ModuleType:
+    """The package of `project`'s tests, as `{project}_tests`; the module that asks is skipped without it.
+
+    stand_ins   modules that the tests import and their source distribution lacks, with what is in them
+    """
+    folder = source(project, version(project)) / "tests"
+    pytest.importorskip(
+        "parameterized", reason="no parameterized, which the tests use: `make peers` fetches it"
+    )
+    name = f"{project}_tests"
+    tests = package(name, folder)
     for path, contents in stand_ins.items():
         if (folder / path.replace(".", "/")).with_suffix(".py").exists():
             continue
@@ -42,9 +52,4 @@ def import_tests(package: str, stand_ins: dict[str, dict[str, object]]) -> Modul
             module = sys.modules.setdefault(parent, ModuleType(parent))
             module.__path__ = []
         vars(module).update(contents)
-    return sys.modules[name]
-
-
-def state_versions(*packages: str) -> str:
-    """One line for a test report's head."""
-    return "peers: " + ", ".join(f"{package} {version(package)}" for package in packages)
+    return tests
