@@ -97,6 +97,7 @@ setup(
         "flash": ["flash-attn"],
         "eval": ["lm-eval"],
         "gguf": ["gguf>=0.19"],
+        "peft": ["peft"],
     },
     entry_points={"console_scripts": ["trm-hybrid = hybrid.cli:main"]},
     **NATIVE,
