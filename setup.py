@@ -99,6 +99,7 @@ setup(
         "eval": ["lm-eval"],
         "gguf": ["gguf>=0.19"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "peft": ["peft"],
     },
     entry_points={"console_scripts": ["trm-hybrid = hybrid.cli:main"]},
     **NATIVE,

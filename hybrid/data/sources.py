@@ -123,6 +123,7 @@ class Sources:
     def _read_file(self, path: Path, format: Format, place: Any) -> Iterator[Read]:
         if _is_text(path):
             return read_text(path, format, place, self.field)
+        assert format.kind is not None, "a file of no kind is text"
         reader = {"lines": read_lines, "json": read_json, "csv": read_table, "tsv": read_table}[format.kind]
         return reader(path, format, place)
 

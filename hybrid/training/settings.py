@@ -16,6 +16,8 @@ else:
 
 CACHE_DTYPES = ("float32", "bfloat16")
 KEEP_TARGETS = ("labels", "base")
+SCHEDULES = ("cosine", "constant-then-decay")
+_DECAY = 0.2  # of the steps after the warm-up: those in which a constant rate falls
 
 
 def first_and_steps(text: str) -> tuple[int, int]:
@@ -50,7 +52,12 @@ class TrainSettings:
     weight_decay: float = option(0.01, "AdamW's")
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's", nargs=2)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this Euclidean norm")
-    final_rate_fraction: float = option(0.1, "the rate falls along a cosine to this fraction of itself")
+    schedule: Literal["cosine", "constant-then-decay"] = option(
+        "cosine",
+        "how the rate falls: along a cosine from the warm-up on; or not before the last fifth of the steps, "
+        "then evenly",
+    )
+    final_rate_fraction: float = option(0.1, "the rate falls to this fraction of itself")
     seed: int = option(0, "of the data's order and of dropout")
     save_every: int | None = option(None, "steps between checkpoints", shown="one at the end")
     eval_every: int | None = option(None, "steps between held-out losses", shown="before and after")
@@ -127,6 +134,11 @@ class TrainSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"TrainSettings: expected {name} above 0, got {getattr(self, name)!r}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"TrainSettings: expected schedule to be one of {', '.join(SCHEDULES)}, "
+                f"got {self.schedule!r}."
+            )
         if not 0 <= self.final_rate_fraction <= 1:
             raise ValueError(
                 f"TrainSettings: expected final_rate_fraction in 0..1, got {self.final_rate_fraction!r}."
@@ -163,9 +175,12 @@ class TrainSettings:
             )
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0: a linear rise, then half a cosine."""
+        """The learning rate of step `step`, counted from 0: a linear rise, then as the schedule says."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (self.final_rate_fraction + (1 - self.final_rate_fraction) * cosine)
+        falling = max(1, self.steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            height = (1 + math.cos(math.pi * (step - self.warmup_steps) / falling)) / 2
+        else:
+            height = min(1.0, (self.steps - step) / (_DECAY * falling))
+        return self.learning_rate * (self.final_rate_fraction + (1 - self.final_rate_fraction) * height)

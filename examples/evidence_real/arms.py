@@ -1,0 +1,101 @@
+"""What learns a task: a recursion, or something else of its size. See docs/evidence-real.md."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from evidence.untied import UntiedStack
+from peft import LoraConfig, get_peft_model
+
+from hybrid import HybridConfig, HybridModel
+from hybrid.demo.real.training import Model, Plan
+
+LAST = 30  # layers of the base
+_LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn.
+
+    learns   "recursion" (after the last layer), "untied" (n + 1 layers in its place), "LoRA on the last
+             layer", "LoRA on all layers", or "nothing": the base as it is
+    n        recursion steps; sampling: HybridConfig's recursion_sampling
+    norm     HybridConfig's trm_input_norm
+    rank     LoRA's
+    fillers  whether tokens that say nothing follow each move
+    plan     how it is trained
+    """
+
+    learns: str
+    n: int = 8
+    sampling: str = "fixed"
+    norm: bool = True
+    rank: int = 12
+    fillers: bool = False
+    plan: Plan = Plan()
+
+
+_RANDOM = Arm("recursion", sampling="uniform")
+_LORA_ARM = Arm("LoRA on the last layer", plan=Plan(learning_rate=1e-3))
+_LORA_ALL = Arm("LoRA on all layers", rank=2, plan=Plan(learning_rate=1e-3))
+_SECONDS = 300.0  # of CPU time, about what the recursion takes
+
+ARMS: dict[str, Arm] = {
+    "frozen base": Arm("nothing", plan=Plan(steps=0)),
+    "n random in 1..8": _RANDOM,
+    "n random, text kept": replace(_RANDOM, plan=Plan(kept=4)),
+    "n random, no norm": replace(_RANDOM, norm=False),
+    "n = 1": Arm("recursion", n=1),
+    "n = 8": Arm("recursion"),
+    "untied, same FLOPs": Arm("untied"),
+    "n = 1, fillers": Arm("recursion", n=1, fillers=True),
+    "LoRA on the last layer": _LORA_ARM,
+    "LoRA on the last layer, text kept": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, kept=4)),
+    "LoRA on all layers, same CPU time": replace(
+        _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
+    ),
+    "LoRA on all layers, 400 steps": replace(_LORA_ALL, plan=replace(_LORA_ALL.plan, steps=400)),
+}
+
+
+def model_of(arm: Arm, base: Any, seed: int) -> Model:
+    """What the arm trains, inside `base`, which is changed."""
+    torch.manual_seed(seed)
+    if arm.learns == "nothing":
+        return Model(base, base, LAST)
+    if arm.learns.startswith("LoRA"):
+        return _lora(arm, base)
+    config = HybridConfig(
+        injection_layers=[LAST],
+        trm_hidden_size=64,
+        trm_num_heads=4,
+        trm_num_layers=1,
+        trm_intermediate_size=168,
+        trm_attention="sdpa",
+        trm_input_norm=arm.norm,
+        num_recursion_steps=arm.n,
+        recursion_sampling=arm.sampling,
+        recursion_seed=seed,
+        injection_strength=32.0,
+    )
+    model = HybridModel(llm_model=base, config=config)
+    if arm.learns == "untied":
+        injection = base.model.layers[LAST - 1].trm
+        injection.recursion = UntiedStack(64, 4, 168, arm.n, config.trm_rms_norm_eps, config.trm_attention)
+    return Model(model.freeze_base(), base, LAST, draws_steps=arm.sampling == "uniform")
+
+
+def _lora(arm: Arm, base: Any) -> Model:
+    """All matrices of the last layer, or two of each layer."""
+    if arm.learns == "LoRA on all layers":
+        everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
+        return Model(get_peft_model(base, everywhere), base, layer=0)
+    last = LoraConfig(
+        r=arm.rank,
+        lora_alpha=2 * arm.rank,
+        target_modules=list(_LORA),
+        layers_to_transform=[LAST - 1],
+        layers_pattern="layers",
+    )
+    return Model(get_peft_model(base, last), base, LAST - 1)

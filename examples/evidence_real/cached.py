@@ -1,0 +1,101 @@
+"""What the base makes of a task's texts, computed once a task and kept in a folder."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from evidence_real.arms import LAST
+from evidence_real.tasks import TASKS, Task
+from hybrid.demo.real import base as real_base
+from hybrid.demo.real.questions import Questions, encode
+from hybrid.demo.real.states import hidden_states
+from hybrid.demo.texts import split_sources
+
+LAYERS = (LAST - 1, LAST)
+GAMES = 4000  # to train on
+HELD_OUT = 128  # beyond the training's length, for accuracy by place
+CLOSINGS = 100  # held-out texts for each question at the end
+_FIRST = 10_000  # of what is held out: those before were looked at while settings were chosen
+_ROW = {"kept": 64, "help texts": 128, "Python sources": 128}  # tokens
+_ROWS = {"kept": 384, "help texts": 16, "Python sources": 16}
+
+Part = dict[str, Tensor]  # "ids", "asked", and "h29", "h30"
+
+
+def after(part: Part, layer: int = 0) -> Tensor:
+    """What comes out of a layer; 0: of the last."""
+    return part[f"h{layer or LAYERS[-1]}"]
+
+
+def parts_of(task: Task, count: int = GAMES) -> dict[str, list[Any]]:
+    """All texts of a task, by what they are for."""
+    found = {
+        "train": [task.text(i, False, None, None) for i in range(count)],
+        "longer": [task.text(_FIRST + i, True, task.longer, task.closings[0]) for i in range(HELD_OUT)],
+    }
+    for number, closing in enumerate(task.closings):
+        texts = [task.text(_FIRST + HELD_OUT + i, True, None, closing) for i in range(CLOSINGS)]
+        found[f"closing {number}"] = texts
+    return found
+
+
+class Cache:
+    """Hidden states in `folder`; the base is loaded when some are missing.
+
+    Errors: ValueError as base.folder_of.
+    """
+
+    def __init__(self, folder: Path, base_folder: Path) -> None:
+        self.folder, self.base_folder = folder, base_folder
+        self.tokenizer = real_base.load_tokenizer(base_folder)
+        self._base: Any = None
+        self._texts: dict[str, Part] = {}
+        self._task: tuple[str, dict[str, Part]] = ("", {})
+
+    def task(self, name: str) -> dict[str, Part]:
+        """The parts of a task; those of the last one stay in memory."""
+        if self._task[0] != name:
+            self._task = (name, self._parts(name))
+        return self._task[1]
+
+    def texts(self) -> dict[str, Part]:
+        """Rows of ordinary text, each token asked for: some that may be kept, and two kinds held out."""
+        self._texts = self._texts or self._ordinary()
+        return self._texts
+
+    def _parts(self, name: str) -> dict[str, Part]:
+        questions = {part: encode(self.tokenizer, texts) for part, texts in parts_of(TASKS[name]).items()}
+        return {part: self._part(f"{name}-{part}", some) for part, some in questions.items()}
+
+    def _ordinary(self) -> dict[str, Part]:
+        from pydoc_data.topics import topics
+
+        prose = "\n".join(topics[name] for name in sorted(topics))
+        cut = len(prose) * 9 // 10
+        sources = "\n".join(Path(file).read_text("utf-8") for file in split_sources(500_000, 60_000)[1])
+        of = {"kept": prose[:cut], "help texts": prose[cut:], "Python sources": sources}
+        return {name: self._part(name, self._rows(name, text)) for name, text in of.items()}
+
+    def _rows(self, name: str, text: str) -> Questions:
+        length = _ROW[name] + 1
+        tokens = torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        rows = tokens[: len(tokens) // length * length].view(-1, length)
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: _ROWS[name]]
+        return Questions(rows[chosen, :-1].contiguous(), rows[chosen, 1:].contiguous())
+
+    def _part(self, name: str, questions: Questions) -> Part:
+        digest = hashlib.sha256(questions.ids.numpy().tobytes() + questions.asked.numpy().tobytes())
+        path = self.folder / f"{name.replace(' ', '-')}-{digest.hexdigest()[:12]}.safetensors"
+        if not path.exists():
+            if self._base is None:
+                self._base = real_base.load(self.base_folder, torch.bfloat16)
+            states = hidden_states(self._base, questions.ids, LAYERS, questions.lengths())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".making")
+            save_file({f"h{layer}": h for layer, h in states.items()}, beside)
+            beside.replace(path)
+        return {"ids": questions.ids, "asked": questions.asked, **load_file(path)}

@@ -1,0 +1,106 @@
+"""Runs on a real base, one after the other; each is written when it is made, none is made twice."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evidence_real import tables
+from evidence_real.arms import ARMS, model_of
+from evidence_real.cached import Cache, after, parts_of
+from evidence_real.measures import Measures
+from evidence_real.results import Lines, Run
+from evidence_real.tasks import TASKS
+from hybrid.demo.real import base as real_base
+from hybrid.demo.real.questions import Questions
+from hybrid.demo.real.training import Known, train
+from hybrid.saving.files import replace_file
+
+FOLDER = Path("build/evidence-real")
+BASE = Path("build/smollm2")
+RESULTS = "results.jsonl"
+SEEDS = (0, 1, 2, 3, 4)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence-real.md"
+PUBLISHED = DOCUMENT.with_suffix("") / RESULTS
+FILLERS = ", fillers"
+_MAIN = [name for name in TASKS if not name.endswith(FILLERS)]
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """All that decides what a run computes but the seed."""
+    return asdict(ARMS[run.arm])
+
+
+def make(run: Run, cache: Cache) -> dict[str, Any]:
+    """Train and measure one arm."""
+    arm = ARMS[run.arm]
+    name = run.task + FILLERS if arm.fillers else run.task
+    task, parts, texts = TASKS[name], cache.task(name), cache.texts()
+    model = model_of(arm, real_base.load(cache.base_folder), run.seed)
+    result: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in model.trained().values())}
+    if arm.learns != "nothing":
+        rows, kept = parts["train"], texts["kept"]
+        known = Known(Questions(rows["ids"], rows["asked"]), model.layer, after(rows, model.layer))
+        plan = replace(arm.plan, seed=run.seed)
+        result |= train(model, known, plan, (kept["ids"], after(kept, model.layer), after(kept)))
+    closings = {number: parts_of(task, 0)[f"closing {number}"] for number in range(len(task.closings))}
+    return result | Measures(model, task, parts, texts).all(arm, cache.tokenizer, closings)
+
+
+def wanted(tasks: list[str], arms: list[str], seeds: list[int]) -> Iterator[Run]:
+    """All runs that are asked for, seed by seed; what a task has no use for is left out."""
+    for seed in seeds:
+        for task in tasks:
+            for arm in arms:
+                has_moves = TASKS[task].asks_often
+                if (seed == SEEDS[0] or ARMS[arm].learns != "nothing") and (
+                    has_moves or not ARMS[arm].fillers
+                ):
+                    yield Run(task, arm, seed)
+
+
+def publish(lines: Lines) -> None:
+    """Make these results those of the document."""
+    PUBLISHED.parent.mkdir(exist_ok=True)
+    if lines.path != PUBLISHED:
+        replace_file(PUBLISHED, lines.path.read_bytes())
+    text = DOCUMENT.read_text(encoding="utf-8")
+    replace_file(DOCUMENT, tables.rewritten(text, Lines(PUBLISHED)).encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="make evidence-real", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=_MAIN, default=_MAIN)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
+    parser.add_argument("--base", type=Path, default=BASE, help="its folder; fetched where there is none")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--publish", action="store_true", help="write the results into docs/evidence-real.md")
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        lines = Lines(chosen.out / RESULTS, begin_with=PUBLISHED)
+        cache = Cache(chosen.out / "states", real_base.folder_of(chosen.base))
+    except ValueError as error:
+        parser.error(str(error))
+    todo = [
+        run for run in wanted(chosen.tasks, chosen.arms, chosen.seeds) if not lines.find(run, settings(run))
+    ]
+    print(f"{len(todo)} runs to make", flush=True)
+    for done, run in enumerate(todo, start=1):
+        began = time.perf_counter()
+        result = make(run, cache)
+        lines.add(run, settings(run), result)
+        print(
+            f"{done}/{len(todo)} {run.task}, {run.arm}, seed {run.seed}: closing {result['closing']}, "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+    if chosen.publish:
+        publish(lines)
+    return 0

@@ -1,0 +1,141 @@
+"""The tables of docs/evidence-real.md, made from results.jsonl alone; what was not run is shown as missing.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+from evidence_real.arms import ARMS
+from evidence_real.measures import N
+from evidence_real.results import Lines
+from evidence_real.tasks import TASKS
+from hybrid.demo.report import table
+
+SEEDS = range(5)
+_NONE = "-"
+_RECURSION = [name for name, arm in ARMS.items() if arm.learns == "recursion"]
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
+
+Result = dict[str, Any]
+
+
+def _seeds(lines: Lines, task: str, arm: str, of: Callable[[Result], float], digits: int = 3) -> list[str]:
+    """Every seed's value, and their mean; a run that is not there is missing."""
+    found = lines.of(task, arm)
+    values = {seed: of(result) for seed, result in found.items() if seed in SEEDS}
+    each = " ".join(f"{values[seed]:.{digits}f}" if seed in values else _NONE for seed in SEEDS)
+    if ARMS[arm].learns == "nothing":
+        each = f"{values[0]:.{digits}f}" if values else _NONE
+    return [f"{statistics.mean(values.values()):.{digits}f}" if values else _NONE, each]
+
+
+def _places(result: Result, most: int) -> float:
+    return statistics.mean(result["by_moves"][:most])
+
+
+def _beyond(result: Result, most: int) -> float:
+    return statistics.mean(result["by_moves"][most:])
+
+
+def _trained(values: list[float]) -> float:
+    """Of the questions that are trained on: all but the last."""
+    return statistics.mean(values[:-1])
+
+
+def answers(lines: Lines, task: str) -> str:
+    """Each arm: what it answers, seed by seed."""
+    most, often = TASKS[task].most, TASKS[task].asks_often
+    rows = []
+    for arm in ARMS:
+        cells = []
+        if often:
+            cells += _seeds(lines, task, arm, partial(_places, most=most))
+            cells += _seeds(lines, task, arm, partial(_beyond, most=most))[:1]
+        cells += _seeds(lines, task, arm, lambda result: _trained(result["generate"]))
+        cells += _seeds(lines, task, arm, lambda result: _trained(result["closing"]))[:1]
+        cells += _seeds(lines, task, arm, lambda result: result["closing"][-1])[:1]
+        if often or not ARMS[arm].fillers:
+            rows.append([arm, *cells])
+    asked = (
+        ["after each move", "each seed", f"after move {most + 1} to {TASKS[task].longer}"] if often else []
+    )
+    return table(["arm", *asked, "generate", "each seed", "at the end", "at the end, new words"], *rows)
+
+
+def costs(lines: Lines, task: str) -> str:
+    """Each arm: what it cost, and what it did to ordinary text."""
+    rows = []
+    for arm in ARMS:
+        found = list(lines.of(task, arm).values())
+        cells = [_NONE] * 3
+        if found:
+            seconds = [result.get("cpu_seconds", 0.0) for result in found]
+            cells = [
+                f"{found[0]['trained_parameters']:,}",
+                f"{max(result.get('steps', 0) for result in found):,}",
+                f"{statistics.mean(seconds):.0f}",
+            ]
+        for text in ("help texts", "Python sources"):
+            cells += _seeds(lines, task, arm, itemgetter(text), digits=2)
+        rows.append([arm, *cells])
+    columns = [
+        "trained parameters",
+        "steps",
+        "CPU seconds",
+        "help texts",
+        "each seed",
+        "Python sources",
+        "each seed",
+    ]
+    return table(["arm", *columns], *rows)
+
+
+def by_n(lines: Lines, task: str) -> str:
+    """Each recursion: accuracy by n at inference, in the mean over the seeds that are there."""
+    most = TASKS[task].most
+    what: dict[str, Callable[[Result], float]] = {"at the end": lambda one: _trained(one["closing"])}
+    if TASKS[task].asks_often:
+        what = {
+            f"move 1 to {most}": partial(_places, most=most),
+            f"move {most + 1} to {TASKS[task].longer}": partial(_beyond, most=most),
+            **what,
+        }
+    rows = []
+    for arm in _RECURSION:
+        found = list(lines.of(task, arm).values())
+        for title, of in what.items():
+            shares = [
+                f"{statistics.mean(of(result['by_n'][str(n)]) for result in found):.3f}" if found else _NONE
+                for n in N
+            ]
+            rows.append([arm, title, *shares])
+    return table(["arm", "answers", *(f"n = {n}" for n in N)], *rows)
+
+
+_SHOWN = [name for name in TASKS if not name.endswith(", fillers")]
+TABLES: dict[str, Callable[[Lines], str]] = {
+    f"{task.replace(' ', '-')}{end}": partial(make, task=task)
+    for task in _SHOWN
+    for end, make in (("", answers), ("-costs", costs), ("-by-n", by_n))
+}
+
+
+def rewritten(text: str, lines: Lines) -> str:
+    """The text with every table in it made anew.
+
+    Errors: ValueError for a table of an unknown name, and for a marker without its end.
+    """
+    if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
+        raise ValueError(f"evidence_real: expected an end to each of {begun} tables, got {found}.")
+
+    def anew(block: re.Match[str]) -> str:
+        if block["name"] not in TABLES:
+            raise ValueError(f"evidence_real: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
+        return f"{block[1]}{TABLES[block['name']](lines)}\n{block[4]}"
+
+    return _BLOCK.sub(anew, text)

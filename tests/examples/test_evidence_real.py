@@ -1,0 +1,155 @@
+"""The evidence on a real base, with a tiny one: every arm runs, a run that is there stays, tables say all."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evidence_real import arms, cached, command, measures, tables, tasks
+from evidence_real.results import Lines, Run
+
+from hybrid.demo.real import base as real_base
+from hybrid.demo.real.questions import NOTHING, encode
+from tests.support.tiny_words import word_base, word_tokenizer
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A base of two layers, few games, two steps; the last layer is the second."""
+    word_base().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    for module in (arms, cached):
+        monkeypatch.setattr(module, "LAST", 2)
+    monkeypatch.setattr(cached, "LAYERS", (1, 2))
+    for name, count in {"GAMES": 8, "HELD_OUT": 4, "CLOSINGS": 3}.items():
+        monkeypatch.setattr(cached, name, count)
+    monkeypatch.setattr(cached, "_ROWS", dict.fromkeys(cached._ROWS, 4))
+    monkeypatch.setattr(measures, "N", (1, 2))
+    monkeypatch.setattr(tables, "N", (1, 2))
+    monkeypatch.setattr(real_base, "folder_of", lambda folder: folder)
+    few = {
+        name: replace(arm, plan=replace(arm.plan, steps=min(2, arm.plan.steps), batch_size=4))
+        for name, arm in arms.ARMS.items()
+    }
+    monkeypatch.setattr(command, "ARMS", few)
+    monkeypatch.setattr(cached, "split_sources", lambda *_: ([], [__file__]))
+    monkeypatch.setattr(command, "PUBLISHED", tmp_path / "none.jsonl")
+    threads = torch.get_num_threads()
+    yield ["--base", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--tasks", "words"]
+    torch.set_num_threads(threads)
+
+
+# one of each way to learn
+KINDS = (
+    "frozen base",
+    "n random, text kept",
+    "untied, same FLOPs",
+    "n = 1, fillers",
+    "LoRA on the last layer, text kept",
+    "LoRA on all layers, 400 steps",
+)
+
+
+def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, monkeypatch):
+    given = [*tiny, "--seeds", "0", "--arms", *KINDS]
+    assert command.main(given) == 0
+    assert f"{len(KINDS)} runs to make" in capsys.readouterr().out
+    path = tmp_path / "out" / command.RESULTS
+    lines = Lines(path)
+    for arm in KINDS:
+        result = lines.of("words", arm)[0]
+        assert len(result["by_moves"]) == 24 and len(result["closing"]) == len(result["generate"]) == 4
+        assert ("by_n" in result) == (arms.ARMS[arm].learns == "recursion")
+        assert result["trained_parameters"] > 0 or arm == "frozen base"
+    losses = [lines.of("words", arm)[0]["help texts"] for arm in KINDS]
+    assert len(set(losses)) == len(KINDS), "each has learned something, and something else"
+
+    before = path.read_bytes()
+    command.main(given)
+    assert "0 runs to make" in capsys.readouterr().out and path.read_bytes() == before
+
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- table: words -->\nold\n<!-- end -->\n<!-- table: sentences-by-n -->\n<!-- end -->\n"
+    )
+    monkeypatch.setattr(command, "DOCUMENT", page)
+    monkeypatch.setattr(command, "PUBLISHED", tmp_path / "page" / command.RESULTS)
+    command.publish(lines)
+    assert (tmp_path / "page" / command.RESULTS).read_bytes() == before
+    assert "old" not in page.read_text() and " - - - -" in page.read_text(), "seeds that are missing are seen"
+
+
+def test_a_run_of_other_settings_is_made_again(tmp_path):
+    lines, run = Lines(tmp_path / "new" / "results.jsonl"), Run("words", "n = 1", 3)
+    lines.add(run, {"n": (1, 2)}, {"closing": [0.5]})
+    lines.add(run, {"n": (1, 3)}, {"closing": [0.75]})
+    again = Lines(lines.path)
+    assert again.find(run, {"n": (1, 3)}) == {"closing": [0.75]} and again.find(run, {"n": (1, 2)}) is None
+    assert again.of("words", "n = 1") == {3: {"closing": [0.75]}}
+    assert Lines(tmp_path / "other.jsonl", begin_with=lines.path).runs == again.runs
+    with lines.path.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="expected a run in line 3"):
+        Lines(lines.path)
+
+
+def test_arms_have_the_sizes_that_they_are_named_for():
+    """Of the real base's shapes, on no memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    config = LlamaConfig(num_hidden_layers=30, vocab_size=64, **sizes)
+
+    def parameters(name):
+        model = arms.model_of(arms.ARMS[name], LlamaForCausalLM(config).requires_grad_(False), 0)
+        return sum(p.numel() for p in model.trained().values())
+
+    recursion = parameters("n = 8")
+    assert recursion == parameters("n = 1") == 122_496
+    for name in ("LoRA on the last layer", "LoRA on all layers, 400 steps"):
+        assert parameters(name) == pytest.approx(recursion, rel=0.07)
+    assert parameters("untied, same FLOPs") > 3 * recursion
+
+
+def test_permutations_of_five_are_all_of_them():
+    moves = [tuple(map("ABCDE".index, to)) for to in tasks.S5.moves.values()]
+    found, new = set(), {tuple(range(5))}
+    while new:
+        found |= new
+        new = {tuple(move[place] for place in one) for one in new for move in moves} - found
+    assert len(found) == 120
+
+
+def test_fillers_stand_between_a_move_and_its_answer():
+    tokenizer = word_tokenizer()
+    plain, filled = tasks.TASKS["words"], tasks.TASKS["words, fillers"]
+    one, other = (
+        encode(tokenizer, [task.text(0, True, 3, ". Now it is under cup")]) for task in (plain, filled)
+    )
+    assert one.asked[one.asked != NOTHING].equal(other.asked[other.asked != NOTHING])
+    first = (other.asked[0] != NOTHING).nonzero()[0]
+    assert tokenizer.decode(other.ids[0, : first + 1]).endswith(" . . .")
+
+
+def test_letter_counting_is_held_out_by_the_first_word():
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: it is no extra")
+    first = {
+        held_out: {
+            tasks.letter_counting(i, held_out, None, None).prompt.split('text: "')[1].split()[0]
+            for i in range(60)
+        }
+        for held_out in (False, True)
+    }
+    assert not first[True] & first[False]
+    assert {len(tasks.letter_counting(i, True, 20, " =").answers[0]) for i in range(30)} == {1}
+
+
+def test_the_documents_tables_are_those_of_its_results():
+    text = command.DOCUMENT.read_text(encoding="utf-8")
+    assert tables.rewritten(text, Lines(command.PUBLISHED)) == text
+    for name in tables.TABLES:
+        assert f"<!-- table: {name} -->" in text
