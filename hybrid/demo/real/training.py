@@ -2,8 +2,7 @@
 
 A step takes games from cached hidden states; what learns lies above them. The head of a real base is large
 (49,152 tokens), it is frozen, and over all of it the loss would cost more than all else. So the loss is over
-the answers' tokens and those that the base finds likely there. (Others drawn anew in each step, weighted for
-all the rest, made a noise in which the game was learned half as fast.)
+the answers' tokens and those that the base finds likely there: docs/decisions/real-base.md.
 """
 
 import time

@@ -192,7 +192,7 @@ def test_a_models_own_rule_holds_for_calls_that_say_nothing():
     ids, hybrid = tokens(), tiny_hybrid(**SIZES)
     fixed = hybrid(ids).logits
     want, told = run(hybrid, ids, RULES[0])[0], hybrid.generate(ids, halting=RULES[0], **GREEDY)
-    hybrid.model.halting = RULES[0]
+    hybrid.halting = RULES[0]
     assert torch.equal(hybrid(ids).logits, want) and torch.equal(hybrid.generate(ids, **GREEDY), told)
     assert torch.equal(hybrid(ids, halting=False).logits, fixed)
     with hybrid.disable_injection():
