@@ -121,14 +121,14 @@ class Sources:
             raise ValueError(f"data: expected a whole {what} in {part}, got: {reason}.") from error
 
     def _read_file(self, path: Path, format: Format, place: Any) -> Iterator[Read]:
-        if _is_text(path):
+        if format.kind in (None, "text"):
             return read_text(path, format, place, self.field)
         assert format.kind is not None, "a file of no kind is text"
         reader = {"lines": read_lines, "json": read_json, "csv": read_table, "tsv": read_table}[format.kind]
         return reader(path, format, place)
 
     def _said(self, read: Read, part: Path | str) -> RowContent:
-        if isinstance(part, Path) and _is_text(part):
+        if isinstance(part, Path) and format_of(part).kind in (None, "text"):
             if self.loss_on == "all":
                 return RowContent(read.found, ())
             raise ValueError(f"data: {read.where}: expected chats for a loss on completions, got a text.")
@@ -192,10 +192,6 @@ def _long(said: RowContent, read: Read, index: int, passed: int) -> Iterator[Pie
     for number, part in enumerate(parts[passed:], start=passed):
         begins, ends = read.begins and number == 0, read.ends and number == len(parts) - 1
         yield Piece(part, begins, ends, [index, read.place, number], read.where, said.beside)
-
-
-def _is_text(path: Path) -> bool:
-    return format_of(path).kind in (None, "text")
 
 
 def _is_arrow(part: Path | str) -> bool:
