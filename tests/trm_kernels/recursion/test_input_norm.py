@@ -27,7 +27,7 @@ def generated(hybrid):
 
 
 def supervised_loss(hybrid):
-    return hybrid.training.loop()(tokens(), labels=tokens(), use_cache=False).loss
+    return hybrid.train()(tokens(), labels=tokens(), use_cache=False).loss
 
 
 WAYS = {
