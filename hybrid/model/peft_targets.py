@@ -8,7 +8,8 @@ TRM the step does nothing. On one with TRMs it
 
 - answers "no" for every module of a TRM that PEFT asks about,
 - refuses targets that are in TRMs alone, in `modules_to_save` parts of one, and a method that cannot work,
-- tells PEFT the language model's own type, by which it knows the usual targets (`LoraConfig()` without any).
+- tells PEFT the language model's own type, by which it knows the usual targets (`LoraConfig()` without any),
+- names a head whose adapter is to be tied to the embeddings' by the end of its name too, as PEFT asks for it.
 
 A TRM trains next to an adapter as a whole: `modules_to_save=["trm"]`, and `"trm_before"` for point 0.
 """
@@ -74,11 +75,20 @@ def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
     _check_modules_to_save(config, of_trms)
     if wanted := getattr(config, "target_parameters", None):
         config.target_parameters = _parameters_of_base(wanted, model, of_trms)
+    tie = tuner._add_targets_to_tie
+
+    def add_targets_to_tie(config: Any, tied: list[str]) -> None:
+        tie(config, tied)
+        # LoRA looks for the end of the name; not found, a head here gets an adapter of its own, and no word
+        if getattr(config, "target_modules_to_tie", None):
+            config.target_modules_to_tie |= {name.rpartition(".")[2] for name in tied}
+
     tuner._check_target_module_exists = lambda config, key: key not in of_trms and matches(config, key)
+    tuner._add_targets_to_tie = add_targets_to_tie
     try:
         yield
     finally:
-        del tuner._check_target_module_exists
+        del tuner._check_target_module_exists, tuner._add_targets_to_tie
 
 
 def _names_in_trms(model: nn.Module) -> set[str]:
