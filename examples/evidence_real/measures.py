@@ -10,7 +10,7 @@ from evidence_real.arms import Arm
 from evidence_real.cached import Part
 from evidence_real.tasks import Task
 from hybrid import HybridModel
-from hybrid.demo.real.questions import NOTHING, Text
+from hybrid.demo.real.questions import NOTHING, AskedText
 from hybrid.demo.real.training import Model
 
 N = (1, 2, 4, 8, 12, 16)  # recursion steps at inference
@@ -58,7 +58,7 @@ class Measures:
         return rounded(shares)
 
     @torch.no_grad()
-    def generated(self, tokenizer: Any, texts: dict[int, list[Text]]) -> list[float]:
+    def generated(self, tokenizer: Any, texts: dict[int, list[AskedText]]) -> list[float]:
         """The share of texts that `generate` goes on with the right answer, for each question at the end.
 
         The base computes in float32 here, and nothing is cached: a stack of layers takes no cache.
@@ -88,7 +88,7 @@ class Measures:
             )
         return round(torch.stack(losses).mean().item(), 4)
 
-    def all(self, arm: Arm, tokenizer: Any, texts: dict[int, list[Text]]) -> dict[str, Any]:
+    def all(self, arm: Arm, tokenizer: Any, texts: dict[int, list[AskedText]]) -> dict[str, Any]:
         """As JSON has it."""
         result: dict[str, Any] = {"closing": self.closing(), "generate": self.generated(tokenizer, texts)}
         result |= {name: self.loss(self.texts[name]) for name in ("help texts", "Python sources")}

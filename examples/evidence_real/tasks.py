@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hybrid.demo.real.game import WORDS, Game
-from hybrid.demo.real.questions import Text
+from hybrid.demo.real.questions import AskedText
 
 SENTENCES = Game(
     name="sentences",
@@ -53,7 +53,7 @@ class Task:
     """
 
     name: str
-    text: Callable[[int, bool, int | None, str | None], Text]
+    text: Callable[[int, bool, int | None, str | None], AskedText]
     most: int
     longer: int
     closings: tuple[str, ...]
@@ -67,7 +67,7 @@ def _of(game: Game, longer: int) -> Task:
 def with_fillers(task: Task) -> Task:
     """Tokens that say nothing after each move; what is asked for after the move is asked for after these."""
 
-    def text(index: int, held_out: bool, length: int | None, closing: str | None) -> Text:
+    def text(index: int, held_out: bool, length: int | None, closing: str | None) -> AskedText:
         plain = task.text(index, held_out, length, closing)
         first, *moves, last = plain.pieces
         return replace(plain, pieces=(first, *(move + _FILLERS for move in moves), last))
@@ -88,7 +88,7 @@ def _letter_counting(shortest: int, longest: int) -> Any:
     )
 
 
-def letter_counting(index: int, held_out: bool, length: int | None, closing: str | None) -> Text:
+def letter_counting(index: int, held_out: bool, length: int | None, closing: str | None) -> AskedText:
     """An item of reasoning-gym's letter_counting whose answer is one digit; held out by a span's first word.
 
     length   words; None: 5 to 15
@@ -102,7 +102,7 @@ def letter_counting(index: int, held_out: bool, length: int | None, closing: str
             break
         place += 1
     asked = _COUNTS[index % (len(_COUNTS) - 1)] if closing is None else closing
-    return Text((item["question"] + asked,), (item["answer"],))
+    return AskedText((item["question"] + asked,), (item["answer"],))
 
 
 TASKS = {

@@ -41,9 +41,9 @@ def test_more_launches_are_seen(monkeypatch):
 
 def test_more_bytes_are_seen(monkeypatch):
     """A policy that keeps what it need not."""
-    kept = fused_recursion.Kept
+    kept = fused_recursion.SavedF
     monkeypatch.setattr(
-        fused_recursion, "Kept", lambda h2, inner: kept([*h2, torch.empty_like(h2[0])], inner)
+        fused_recursion, "SavedF", lambda h2, inner: kept([*h2, torch.empty_like(h2[0])], inner)
     )
     found = static.check("saved", static.load("saved"), static.count_saved(with_compiled=False))
     assert any(line.startswith("saved: ours, save=layer") and line.endswith("WORSE") for line in found), found

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hybrid.demo.real.questions import Text
+from hybrid.demo.real.questions import AskedText
 
 _BEGINNING = 6  # moves that say whether a game is held out
 _HELD_OUT_ONE_IN = 10
@@ -52,7 +52,9 @@ class Game:
         beginning = cup + "".join(moves[:_BEGINNING])
         return zlib.crc32(beginning.encode()) % _HELD_OUT_ONE_IN == 0
 
-    def text(self, index: int, held_out: bool, length: int | None = None, closing: str | None = None) -> Text:
+    def text(
+        self, index: int, held_out: bool, length: int | None = None, closing: str | None = None
+    ) -> AskedText:
         """Game `index`, a function of the arguments alone.
 
         length    moves; None: drawn, as in training
@@ -68,7 +70,7 @@ class Game:
         moves = moves[: length or drawn]
         asked = draw.choice(self.closings) if closing is None else closing
         cups = [f" {after}" for after in self.follow(cup, moves)]
-        return Text((self.begin.format(cup=cup), *moves, asked), (None, *cups, cups[-1]))
+        return AskedText((self.begin.format(cup=cup), *moves, asked), (None, *cups, cups[-1]))
 
 
 WORDS = Game(

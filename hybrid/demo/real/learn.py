@@ -15,7 +15,7 @@ from hybrid.config import HybridConfig
 from hybrid.data.stream import TokenBlocks
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.game import Game
-from hybrid.demo.real.questions import Questions, Text
+from hybrid.demo.real.questions import AskedText, Questions
 from hybrid.demo.real.training import Known, Model, Plan, train
 from hybrid.demo.texts import split_sources
 from hybrid.model.hybrid_model import HybridModel
@@ -112,7 +112,7 @@ def learn(folder: Path, learns: str, effort: Effort, seed: int) -> Learned:
     )
 
 
-def held_out(effort: Effort) -> dict[str, list[Text]]:
+def held_out(effort: Effort) -> dict[str, list[AskedText]]:
     """Texts that training never sees, by the question at their end, the last of which is new as well."""
     game = effort.game
     return {
@@ -204,7 +204,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> li
     return [str(one) for one in tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :])]
 
 
-def _said(model: Any, tokenizer: Any, texts: list[Text]) -> list[tuple[str, str, str]]:
+def _said(model: Any, tokenizer: Any, texts: list[AskedText]) -> list[tuple[str, str, str]]:
     found = []
     for first in range(0, len(texts), _TOGETHER):
         some = texts[first : first + _TOGETHER]
@@ -216,7 +216,7 @@ def _said(model: Any, tokenizer: Any, texts: list[Text]) -> list[tuple[str, str,
     return found
 
 
-def _right_with(model: HybridModel, tokenizer: Any, texts: dict[str, list[Text]], n: int) -> float:
+def _right_with(model: HybridModel, tokenizer: Any, texts: dict[str, list[AskedText]], n: int) -> float:
     before = model.config.num_recursion_steps
     model.config.num_recursion_steps = n
     try:

@@ -12,7 +12,7 @@ NOTHING = -100  # is asked for
 
 
 @dataclass(frozen=True)
-class Text:
+class AskedText:
     """Pieces, one after the other; what each is followed by, if that is asked for.
 
     pieces    ("The ball is under cup A. Swap these cups:", " left", ..., ". Now it is under cup")
@@ -53,7 +53,7 @@ class Questions:
         return is_asked & (is_asked.cumsum(1) == is_asked.sum(1, keepdim=True))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text]) -> Questions:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[AskedText]) -> Questions:
     """Errors: ValueError for an answer of several tokens, and where a text's tokens cross its pieces."""
     ids, asked = [], []
     for text in texts:

@@ -7,7 +7,7 @@ import torch
 
 from hybrid import HybridConfig, HybridModel
 from hybrid.demo.real.game import WORDS
-from hybrid.demo.real.questions import NOTHING, Text, encode
+from hybrid.demo.real.questions import NOTHING, AskedText, encode
 from hybrid.demo.real.states import hidden_states
 from hybrid.demo.real.training import AnswerLoss, Known, Model, Plan, _Loss, train
 from tests.support.tiny_words import word_base, word_tokenizer
@@ -50,7 +50,7 @@ def test_no_beginning_is_both_trained_on_and_held_out():
 
 
 def test_an_answer_stands_beside_the_token_that_it_follows(tokenizer):
-    text = Text(
+    text = AskedText(
         ("The ball is under cup A. Swap these cups:", " left", ". Now it is under cup"), (None, " B", " C")
     )
     longer = replace(text, pieces=(text.pieces[0], " left outer", text.pieces[2]))
@@ -67,8 +67,11 @@ def test_an_answer_stands_beside_the_token_that_it_follows(tokenizer):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (Text(("The ball",), (" right left",)), "an answer of one token, got ' right left', which is 2"),
-        (Text(("The b", "all"), (None, " A")), "pieces whose tokens are those of the text, got 'The ball'"),
+        (AskedText(("The ball",), (" right left",)), "an answer of one token, got ' right left', which is 2"),
+        (
+            AskedText(("The b", "all"), (None, " A")),
+            "pieces whose tokens are those of the text, got 'The ball'",
+        ),
     ],
 )
 def test_what_cannot_be_asked(text, message, tokenizer):
