@@ -8,7 +8,7 @@ from evidence.untied import UntiedStack
 from peft import LoraConfig, get_peft_model
 
 from hybrid import HybridConfig, HybridModel
-from hybrid.demo.real.training import Model, Plan
+from hybrid.demo.real.training import Model, TrainingPlan
 
 LAST = 30  # layers of the base
 _LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,18 +33,18 @@ class Arm:
     norm: bool = True
     rank: int = 12
     fillers: bool = False
-    plan: Plan = Plan()
+    plan: TrainingPlan = TrainingPlan()
 
 
 _RANDOM = Arm("recursion", sampling="uniform")
-_LORA_ARM = Arm("LoRA on the last layer", plan=Plan(learning_rate=1e-3))
-_LORA_ALL = Arm("LoRA on all layers", rank=2, plan=Plan(learning_rate=1e-3))
+_LORA_ARM = Arm("LoRA on the last layer", plan=TrainingPlan(learning_rate=1e-3))
+_LORA_ALL = Arm("LoRA on all layers", rank=2, plan=TrainingPlan(learning_rate=1e-3))
 _SECONDS = 300.0  # of CPU time, about what the recursion takes
 
 ARMS: dict[str, Arm] = {
-    "frozen base": Arm("nothing", plan=Plan(steps=0)),
+    "frozen base": Arm("nothing", plan=TrainingPlan(steps=0)),
     "n random in 1..8": _RANDOM,
-    "n random, text kept": replace(_RANDOM, plan=Plan(kept=4)),
+    "n random, text kept": replace(_RANDOM, plan=TrainingPlan(kept=4)),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
     "n = 8": Arm("recursion"),

@@ -16,7 +16,7 @@ from hybrid.data.stream import TokenBlocks
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.game import Game
 from hybrid.demo.real.questions import AskedText, Questions
-from hybrid.demo.real.training import Known, Model, Plan, train
+from hybrid.demo.real.training import Known, Model, TrainingPlan, train
 from hybrid.demo.texts import split_sources
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.injection import decoder_layers
@@ -32,7 +32,7 @@ _LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 @dataclass(frozen=True)
-class Effort:
+class RealEffort:
     """How much is done.
 
     game                    its longest texts are those that are trained on
@@ -82,7 +82,7 @@ def share_of_right(answers: list[tuple[str, str, str]]) -> float:
     return sum(right == said for _, right, said in answers) / len(answers)
 
 
-def learn(folder: Path, learns: str, effort: Effort, seed: int) -> Learned:
+def learn(folder: Path, learns: str, effort: RealEffort, seed: int) -> Learned:
     """Train on the hidden states in `folder`, and measure. The recursion's hybrid is saved there."""
     torch.set_num_threads(1)
     base = real_base.load(folder / BASE)
@@ -112,7 +112,7 @@ def learn(folder: Path, learns: str, effort: Effort, seed: int) -> Learned:
     )
 
 
-def held_out(effort: Effort) -> dict[str, list[AskedText]]:
+def held_out(effort: RealEffort) -> dict[str, list[AskedText]]:
     """Texts that training never sees, by the question at their end, the last of which is new as well."""
     game = effort.game
     return {
@@ -177,12 +177,12 @@ def _model(learns: str, base: Any, seed: int) -> Model:
     return Model(hybrid, base, last, draws_steps=True)
 
 
-def _train(model: Model, folder: Path, learns: str, effort: Effort, seed: int) -> dict[str, float]:
+def _train(model: Model, folder: Path, learns: str, effort: RealEffort, seed: int) -> dict[str, float]:
     states = load_file(folder / STATES)
     layer, last = f"h{model.layer}", f"h{len(decoder_layers(model.base))}"
     steps = effort.steps if learns == RECURSION else effort.lora_steps
     rate = 2e-3 if learns == RECURSION else 1e-3
-    plan = Plan(steps=steps, learning_rate=rate, kept=2, seed=seed)
+    plan = TrainingPlan(steps=steps, learning_rate=rate, kept=2, seed=seed)
     known = Known(Questions(states["ids"], states["asked"]), model.layer, states[layer])
     kept = states["kept ids"], states[f"kept {layer}"], states[f"kept {last}"]
     began, every = time.perf_counter(), max(1, steps // 5)

@@ -23,8 +23,8 @@ from hybrid.demo.real.learn import (
     NOTHING_LEARNED,
     RECURSION,
     STATES,
-    Effort,
     Learned,
+    RealEffort,
     learn,
     prose,
 )
@@ -36,10 +36,10 @@ from hybrid.saving.files import replace_file
 from hybrid.training import run_folder
 
 _KEPT_ROW = 64  # tokens
-_FULL = Effort(
+_FULL = RealEffort(
     replace(WORDS, most=8), games=2000, kept=256, steps=2000, lora_steps=800, questions=30, rows=16
 )
-_QUICK = Effort(replace(WORDS, most=3), games=64, kept=4, steps=4, lora_steps=4, questions=3, rows=2)
+_QUICK = RealEffort(replace(WORDS, most=3), games=64, kept=4, steps=4, lora_steps=4, questions=3, rows=2)
 _ARMS = (NOTHING_LEARNED, RECURSION, LORA)
 
 
@@ -70,7 +70,7 @@ def run(output: Path | str, seed: int = 0, quick: bool = False, package: str = r
     return 0 if all(found[RECURSION].checks.values()) else 1
 
 
-def _learn_all(folder: Path, effort: Effort, seed: int) -> list[Learned]:
+def _learn_all(folder: Path, effort: RealEffort, seed: int) -> list[Learned]:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
     try:
@@ -84,7 +84,7 @@ def _learn_all(folder: Path, effort: Effort, seed: int) -> list[Learned]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _keep_states(folder: Path, effort: Effort) -> None:
+def _keep_states(folder: Path, effort: RealEffort) -> None:
     """What the last two layers make of the games, and of prose that is to stay as it is."""
     tokenizer = real_base.load_tokenizer(folder / BASE)
     base = real_base.load(folder / BASE, torch.bfloat16)

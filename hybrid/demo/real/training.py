@@ -91,7 +91,7 @@ class AnswerLoss:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How an arm is trained.
 
     closing   weight of the question at the end, as a share of the loss
@@ -116,7 +116,7 @@ class Plan:
 def train(
     model: Model,
     data: Known,
-    plan: Plan,
+    plan: TrainingPlan,
     kept: tuple[Tensor, Tensor, Tensor] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, float]:
@@ -167,7 +167,7 @@ class _Loss:
         self,
         model: Model,
         data: Known,
-        plan: Plan,
+        plan: TrainingPlan,
         kept: tuple[Tensor, Tensor, Tensor] | None,
         generator: torch.Generator,
     ) -> None:

@@ -9,7 +9,7 @@ from hybrid import HybridConfig, HybridModel
 from hybrid.demo.real.game import WORDS
 from hybrid.demo.real.questions import NOTHING, AskedText, encode
 from hybrid.demo.real.states import hidden_states
-from hybrid.demo.real.training import AnswerLoss, Known, Model, Plan, _Loss, train
+from hybrid.demo.real.training import AnswerLoss, Known, Model, TrainingPlan, _Loss, train
 from tests.support.tiny_words import word_base, word_tokenizer
 
 
@@ -138,7 +138,7 @@ def learned(tokenizer, kept_rows=0, steps=40, **changes):
     some = encode(tokenizer, [WORDS.text(i, False, length=2) for i in range(64)])
     h = hidden_states(base, some.ids, (2,), some.lengths())[2]
     model = a_hybrid(base, **changes)
-    plan = Plan(steps=steps, batch_size=16, kept=kept_rows, learning_rate=1e-2)
+    plan = TrainingPlan(steps=steps, batch_size=16, kept=kept_rows, learning_rate=1e-2)
     result = train(model, Known(some, 2, h), plan, (some.ids, h, h))
     for name, before in weights.items():
         assert torch.equal(base.state_dict()[name], before), "the base is frozen"
@@ -165,11 +165,11 @@ def test_short_games_come_first(tokenizer):
     some = encode(tokenizer, [WORDS.text(i, False) for i in range(100)])
     known = Known(some, 2, hidden_states(base, some.ids, (2,), some.lengths())[2])
     model, draw = a_hybrid(base), torch.Generator().manual_seed(0)
-    of = _Loss(model, known, Plan(steps=100, growing=0.5), None, draw)
+    of = _Loss(model, known, TrainingPlan(steps=100, growing=0.5), None, draw)
     longest = [int(of.moves[of.rows_of(step)].max()) for step in range(100)]
     assert set(longest[:3]) == {1} and 6 <= max(longest[:25]) <= 9 and max(longest[:45]) < 16
     assert set(longest[60:]) == {16}
-    at_once = _Loss(model, known, Plan(steps=100, growing=0), None, draw)
+    at_once = _Loss(model, known, TrainingPlan(steps=100, growing=0), None, draw)
     assert int(at_once.moves[at_once.rows_of(0)].max()) == 16
 
 
@@ -177,4 +177,4 @@ def test_time_ends_it(tokenizer):
     base = word_base()
     some = encode(tokenizer, [WORDS.text(i, False, length=2) for i in range(8)])
     h = hidden_states(base, some.ids, (2,), some.lengths())[2]
-    assert train(a_hybrid(base), Known(some, 2, h), Plan(steps=50, seconds=0.0))["steps"] == 1
+    assert train(a_hybrid(base), Known(some, 2, h), TrainingPlan(steps=50, seconds=0.0))["steps"] == 1
