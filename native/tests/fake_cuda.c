@@ -113,7 +113,7 @@ CUresult cuModuleUnload(CUmodule module) {
 }
 
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-    expect(module && name[0] == '_' && strlen(name) < 64);
+    expect(module && name[0] && strlen(name) < 64);
     strcpy((char *)module, name);
     *function = (CUfunction)module;
     return CUDA_SUCCESS;
