@@ -465,12 +465,12 @@ class HybridConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         self._check_counts()
-        self._check_cycles()
         for name in ("deep_supervision", "trm_input_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"HybridConfig: expected {name} to be True or False, got {getattr(self, name)!r}."
                 )
+        self._check_cycles()
         if not is_int(self.recursion_seed):
             raise ValueError(
                 f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."

@@ -49,6 +49,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, monkeypatch):
     given = [*tiny, "--seeds", "0", "--arms", *KINDS]
     assert command.main(given) == 0

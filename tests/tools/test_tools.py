@@ -107,7 +107,9 @@ def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
     assert again.draw_recursion_steps() == resumed.draw_recursion_steps(0), "a new run counts from the start"
 
 
-@pytest.mark.parametrize("wrapper", ["PEFT", "PEFT of a frozen TRM", "a module"])
+@pytest.mark.parametrize(
+    "wrapper", ["PEFT", pytest.param("PEFT of a frozen TRM", marks=pytest.mark.slow), "a module"]
+)
 def test_trainer_resumes_counting_draws_inside_of_a_wrapper(wrapper, tmp_path):
     def run(folder, steps, resume=None, **changes):
         torch.manual_seed(0)

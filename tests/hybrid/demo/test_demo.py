@@ -189,6 +189,7 @@ def test_quick_run_leaves_report_pictures_and_models(quick):
         assert (quick.folder / "training" / folder / "metrics.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_the_first_with_the_same_figures(quick):
     page = (quick.folder / report.REPORT).read_text()
     (quick.folder / report.REPORT).write_text("old")
@@ -198,6 +199,7 @@ def test_a_second_run_replaces_the_first_with_the_same_figures(quick):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_the_reference_gives_the_same_as_the_default(quick, tmp_path, capsys):
     """As long as the default is the reference: where there is no GPU."""
     if torch.cuda.is_available():

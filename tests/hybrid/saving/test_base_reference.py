@@ -173,9 +173,9 @@ def test_files_that_are_no_safetensors_are_loaded_again(folder, tmp_path, is_cha
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_a_gguf_file_is_read_again(tmp_path, is_changed):
     pytest.importorskip("gguf", reason="the extra trm-hybrid[gguf] is not installed")
-    from tests.hybrid.saving.test_gguf_base import WORDS, tiny_llama, write_gguf
+    from tests.hybrid.saving.test_gguf_base import MERGES, WORDS, tiny_llama, write_gguf
 
-    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", WORDS, MERGES, special=3)
     base = loaded(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     if is_changed:
         with torch.no_grad():

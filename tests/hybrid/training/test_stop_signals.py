@@ -39,6 +39,7 @@ def test_the_step_is_finished_and_saved(number, tmp_path):
     train(straight, Counting(), settings_for(tmp_path / "a"), {"new": Counting(5)})
 
     def act():
+        signal.signal(number, signal.SIG_DFL)  # under nohup a process is born without SIGHUP
         settings = settings_for(tmp_path / "b")
         train(phase_1(), Counting(), settings, {"new": Counting(5)}, on_step=sends(number, at=13))
 
