@@ -75,7 +75,7 @@ def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
                 launched |= {
                     (op, settings, row)
                     for op, row in looked_up
-                    if call.kernel.fn.__name__.startswith(op) and takes(call, row)
+                    if call.kernel.fn.__name__.lstrip("_").startswith(op) and takes(call, row)
                 }
     others = {"decode_attention": tuning.DECODE, "one_launch": tuning.ONE_LAUNCH}
     for table in (tuning._TABLE, tuning._GEMMS, tuning._TILES, tuning.ATTENTION, others):
