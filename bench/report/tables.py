@@ -3,7 +3,6 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `python -m bench tables` writes all anew.
 """
 
-import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
@@ -16,6 +15,7 @@ from bench.peers.workloads import WORKLOADS
 from bench.report.figures import RESULTS, Measured, ms, read, table
 from hybrid.bases import KNOWN_BASES, LEVELS, PRESET_BASES
 from hybrid.cli import main
+from hybrid.demo.marked_tables import with_tables
 from hybrid.plan.cards import CARDS
 from hybrid.plan.fit import fit
 from hybrid.plan.guide import LEVEL_HARDWARE
@@ -38,8 +38,6 @@ PLANNED = {
     3: "--cards 8xA100-80GB --gigabytes 100",
     4: "--cards 16xH100-80GB --gigabytes 1000",
 }
-
-_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 
 
 def number(value: float) -> str:
@@ -199,19 +197,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """The text with every table in it made anew.
-
-    Errors: ValueError for a table of an unknown name, and for a marker without its end.
-    """
-    if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
-        raise ValueError(f"tables: expected an end to each of {begun} tables, got {found}.")
-
-    def anew(block: re.Match[str]) -> str:
-        if block["name"] not in TABLES:
-            raise ValueError(f"tables: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
-        return f"{block[1]}{TABLES[block['name']]()}\n{block[4]}"
-
-    return _BLOCK.sub(anew, text)
+    """The text with every table in it made anew. Raises ValueError as with_tables does."""
+    return with_tables(text, TABLES, "tables")
 
 
 def rewrite(path: Path) -> bool:

@@ -4,7 +4,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `make evidence
 anew.
 """
 
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from evidence.results import Results, mean_and_deviation
 from evidence.shell_game import SWAPS
 from evidence.tasks import TASKS
+from hybrid.demo.marked_tables import with_tables
 from hybrid.demo.report import table
 
 GAME = "shell_game"
@@ -26,7 +26,6 @@ ANSWERS = {
 }
 _PROMPTS = {"1 to 4 swaps": slice(0, 4), f"1 to {SWAPS} swaps": slice(0, SWAPS)}
 _MOST_COLUMNS = 6  # of difficulties in one table
-_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 
 Result = dict[str, Any]
 
@@ -146,21 +145,12 @@ TABLES = {
 
 
 def rewritten(text: str, results: Results) -> str:
-    """The text with every table in it made anew.
+    """The text with every table in it made anew. Raises ValueError as with_tables does."""
 
-    Errors: ValueError for a table of an unknown name, and for a marker without its end.
-    """
-    if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
-        raise ValueError(f"evidence: expected an end to each of {begun} tables, got {found}.")
+    def made(of: Table) -> str:
+        return of.make(results) if of.task in results.runs else "Not run yet."
 
-    def anew(block: re.Match[str]) -> str:
-        if block["name"] not in TABLES:
-            raise ValueError(f"evidence: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
-        of = TABLES[block["name"]]
-        made = of.make(results) if of.task in results.runs else "Not run yet."
-        return f"{block[1]}{made}\n{block[4]}"
-
-    return _BLOCK.sub(anew, text)
+    return with_tables(text, {name: partial(made, of) for name, of in TABLES.items()}, "evidence")
 
 
 def all_tables(results: Results) -> str:

@@ -3,7 +3,6 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +13,12 @@ from evidence_real.arms import ARMS
 from evidence_real.measures import N
 from evidence_real.results import Lines
 from evidence_real.tasks import TASKS
+from hybrid.demo.marked_tables import with_tables
 from hybrid.demo.report import table
 
 SEEDS = range(5)
 _NONE = "-"
 _RECURSION = [name for name, arm in ARMS.items() if arm.learns == "recursion"]
-_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 
 Result = dict[str, Any]
 
@@ -126,16 +125,6 @@ TABLES: dict[str, Callable[[Lines], str]] = {
 
 
 def rewritten(text: str, lines: Lines) -> str:
-    """The text with every table in it made anew.
-
-    Errors: ValueError for a table of an unknown name, and for a marker without its end.
-    """
-    if (begun := text.count("<!-- table: ")) != (found := len(_BLOCK.findall(text))):
-        raise ValueError(f"evidence_real: expected an end to each of {begun} tables, got {found}.")
-
-    def anew(block: re.Match[str]) -> str:
-        if block["name"] not in TABLES:
-            raise ValueError(f"evidence_real: expected one of {', '.join(TABLES)}, got {block['name']!r}.")
-        return f"{block[1]}{TABLES[block['name']](lines)}\n{block[4]}"
-
-    return _BLOCK.sub(anew, text)
+    """The text with every table in it made anew. Raises ValueError as with_tables does."""
+    made = {name: partial(make, lines) for name, make in TABLES.items()}
+    return with_tables(text, made, "evidence_real")

@@ -63,6 +63,7 @@ from hybrid.model.lora import add_lora, disabled, remove_lora
 from hybrid.model.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
+from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, checkpoint
 from trm_kernels import TRM
 from trm_kernels.modules.trm import Matrix
@@ -162,11 +163,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def trm_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of every TRM, projections and gates included; with lora_rank, the LoRA's too."""
-        return (p for name, p in self.named_parameters() if checkpoint.is_trm_key(name))
+        return (p for name, p in self.named_parameters() if is_trm_key(name))
 
     def base_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that is not a TRM's."""
-        return ((name, p) for name, p in self.named_parameters() if not checkpoint.is_trm_key(name))
+        return ((name, p) for name, p in self.named_parameters() if not is_trm_key(name))
 
     def freeze_base(self) -> Self:
         """Training phase 1: only the TRMs' parameters require gradients."""
@@ -726,8 +727,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As torch's; not strict, what a file of the TRMs alone lacks of the base is not called missing."""
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if all(checkpoint.is_trm_key(name) for name in state_dict):
-            keys.missing_keys[:] = [name for name in keys.missing_keys if checkpoint.is_trm_key(name)]
+        if all(is_trm_key(name) for name in state_dict):
+            keys.missing_keys[:] = [name for name in keys.missing_keys if is_trm_key(name)]
         return keys
 
     def unwrap(self) -> PreTrainedModel:
@@ -846,7 +847,7 @@ def _check_base(model: PreTrainedModel) -> None:
     for size in ("hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(text_config, size, None), int):
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
-    if wrapped := [name for name, _ in model.named_parameters() if checkpoint.is_trm_key(name)]:
+    if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
         raise ValueError(
             f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already."
         )

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.run import Run, linear_layers
-from hybrid.saving import checkpoint
 from trm_kernels.recursion.saved_bytes import SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
 
 CUDA_BYTES = 1.0e9  # assumed: of the context and of cuBLAS, 0.5 to 1 GB are seen
@@ -107,7 +107,7 @@ def _units(run: Run) -> dict[str, list[nn.Parameter]]:
         for name, module in layer.named_children():
             if isinstance(module, Injection):
                 found[f"{name} of layer {number}"] = list(module.parameters())
-        of_trm = {id(p) for name, p in layer.named_parameters() if checkpoint.is_trm_key(name)}
+        of_trm = {id(p) for name, p in layer.named_parameters() if is_trm_key(name)}
         found[f"layer {number}"] = [p for p in layer.parameters() if id(p) not in of_trm]
     taken = {id(p) for parameters in found.values() for p in parameters}
     found["root"] = [p for p in model.parameters() if id(p) not in taken]
@@ -124,7 +124,7 @@ def _stored(run: Run) -> dict[str, float]:
     in_int8 = {id(m.weight) for m in linear_layers(model)} if run.dtype == "int8" else set()
     sizes = {"weights: base": 0.0, "weights: LoRA": 0.0, "weights: TRM": 0.0}
     for name, p in model.named_parameters():
-        part = "TRM" if checkpoint.is_trm_key(name) else "LoRA" if ".lora_" in name else "base"
+        part = "TRM" if is_trm_key(name) else "LoRA" if ".lora_" in name else "base"
         each = p.element_size()
         if id(p) in in_int8:
             sizes["weights: base"] += _local(p, run.shards) + 4 * -(-p.shape[0] // run.shards)

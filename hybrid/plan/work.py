@@ -24,10 +24,10 @@ from typing import NamedTuple, Self
 from hybrid.bases import KNOWN_BASES
 from hybrid.info import count
 from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.memory import memory
 from hybrid.plan.run import Run
 from hybrid.presets import PresetConfigs
-from hybrid.saving import checkpoint
 
 TOKENS_PER_PARAMETER = 20  # from scratch: Hoffmann et al., 2022, arXiv 2203.15556
 BYTES_PER_TOKEN = 4.0  # of English text, assumed
@@ -103,7 +103,7 @@ def work(run: Run) -> Work:
     layers, adapters, answers = [], 0.0, config.supervised_answers
     for i, layer in enumerate(decoder_layers(model.llm_model)):
         rows = answers if i >= config.injection_layers[-1] else 1  # for one that comes in
-        own = {n: p for n, p in layer.named_parameters() if not checkpoint.is_trm_key(n) and p.ndim > 1}
+        own = {n: p for n, p in layer.named_parameters() if not is_trm_key(n) and p.ndim > 1}
         adapters += 2.0 * rows * sum(p.numel() for n, p in own.items() if "lora_" in n)
         products = 2.0 * sum(p.numel() for n, p in own.items() if "lora_" not in n)
         layers.append(Flops(products, attended).times(rows))

@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hybrid.model.quantized_base import is_quantized
+from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum
 
 _ADAPTED = ".base_layer"  # peft puts it into the name of a module that it has wrapped
@@ -41,7 +42,7 @@ def base_tensors(model: Any, once: bool = True) -> Iterator[tuple[str, Tensor]]:
         *base.named_parameters(remove_duplicate=once),
         *base.named_buffers(remove_duplicate=once),
     ):
-        if "trm" in name.lower() or name not in saved:
+        if is_trm_key(name) or name not in saved:
             continue
         if t.device.type == "meta":
             found = _offloaded(base, name)

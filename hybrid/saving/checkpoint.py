@@ -31,6 +31,7 @@ from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import read_json_object
 from hybrid.model.lora import is_merged
 from hybrid.model.quantized_base import as_it_was, is_quantized
+from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_reference, saved_folder
 from hybrid.saving.local_paths import check_folder
 from hybrid.saving.modeling_file import AUTO_MAP, write_modeling_file
@@ -42,11 +43,6 @@ logger = logging.get_logger(__name__)
 _PLACE_OF_TRM = ("revision", "subfolder")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 SAVING = threading.RLock()  # one save at a time in a process
-
-
-def is_trm_key(name: str) -> bool:
-    """Whether a parameter belongs to a TRM: the training guide's own rule."""
-    return "trm" in name.lower()
 
 
 def _set_since_built(model: Any) -> dict[str, Any]:

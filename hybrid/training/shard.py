@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.trm_names import is_trm_key
 
 _FILE_BYTES = 5 * 10**9  # the largest file, about
 
@@ -38,7 +39,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, compute: torch.dtype | None 
     compute   the precision of the units' work; None: that of the language model's parameters as they are
     """
     base = model.llm_model if isinstance(model, HybridModel) else model
-    of_base = next(p for name, p in base.named_parameters() if "trm" not in name)
+    of_base = next(p for name, p in base.named_parameters() if not is_trm_key(name))
     policy = MixedPrecisionPolicy(
         param_dtype=compute or of_base.dtype,
         reduce_dtype=torch.float32,
