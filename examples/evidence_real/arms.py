@@ -7,11 +7,10 @@ import torch
 from evidence.untied import UntiedStack
 from peft import LoraConfig, get_peft_model
 
-from hybrid import HybridConfig, HybridModel
+from hybrid.demo.real.adapters import with_lora, with_recursion
 from hybrid.demo.real.training import Model, TrainingPlan
 
 LAST = 30  # layers of the base
-_LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -64,38 +63,13 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
     torch.manual_seed(seed)
     if arm.learns == "nothing":
         return Model(base, base, LAST)
-    if arm.learns.startswith("LoRA"):
-        return _lora(arm, base)
-    config = HybridConfig(
-        injection_layers=[LAST],
-        trm_hidden_size=64,
-        trm_num_heads=4,
-        trm_num_layers=1,
-        trm_intermediate_size=168,
-        trm_attention="sdpa",
-        trm_input_norm=arm.norm,
-        num_recursion_steps=arm.n,
-        recursion_sampling=arm.sampling,
-        recursion_seed=seed,
-        injection_strength=32.0,
-    )
-    model = HybridModel(llm_model=base, config=config)
-    if arm.learns == "untied":
-        injection = base.model.layers[LAST - 1].trm
-        injection.recursion = UntiedStack(64, 4, 168, arm.n, config.trm_rms_norm_eps, config.trm_attention)
-    return Model(model.freeze_base(), base, LAST, draws_steps=arm.sampling == "uniform")
-
-
-def _lora(arm: Arm, base: Any) -> Model:
-    """All matrices of the last layer, or two of each layer."""
-    if arm.learns == "LoRA on all layers":
+    if arm.learns == "LoRA on the last layer":
+        return with_lora(base, arm.rank)
+    if arm.learns == "LoRA on all layers":  # two matrices of each
         everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
         return Model(get_peft_model(base, everywhere), base, layer=0)
-    last = LoraConfig(
-        r=arm.rank,
-        lora_alpha=2 * arm.rank,
-        target_modules=list(_LORA),
-        layers_to_transform=[LAST - 1],
-        layers_pattern="layers",
-    )
-    return Model(get_peft_model(base, last), base, LAST - 1)
+    made = with_recursion(base, seed, arm.n, arm.sampling, arm.norm)
+    if arm.learns == "untied":
+        config, injection = made.whole.config, base.model.layers[LAST - 1].trm
+        injection.recursion = UntiedStack(64, 4, 168, arm.n, config.trm_rms_norm_eps, config.trm_attention)
+    return made

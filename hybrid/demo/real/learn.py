@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hybrid.config import HybridConfig
 from hybrid.data.stream import TokenBlocks
 from hybrid.demo.real import base as real_base
+from hybrid.demo.real.adapters import with_lora, with_recursion
 from hybrid.demo.real.game import Game
 from hybrid.demo.real.questions import AskedText, Questions
 from hybrid.demo.real.training import Known, Model, TrainingPlan, train
@@ -28,7 +27,6 @@ RECURSION, LORA, NOTHING_LEARNED = "recursion", "LoRA", "nothing"
 _ROW = 128  # tokens of ordinary text in a row
 _TOGETHER = 20  # texts that are gone on with in one batch
 _PROMPT = "The capital of France is"
-_LORA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -148,33 +146,9 @@ def _blocks(tokenizer: Any, text: str, name: str, rows: int) -> TokenBlocks:
 
 
 def _model(learns: str, base: Any, seed: int) -> Model:
-    last = len(decoder_layers(base))
     if learns == NOTHING_LEARNED:
-        return Model(base, base, last)
-    if learns == LORA:
-        config = LoraConfig(
-            r=12,
-            lora_alpha=24,
-            target_modules=_LORA,
-            layers_to_transform=[last - 1],
-            layers_pattern="layers",
-        )
-        return Model(get_peft_model(base, config), base, last - 1)
-    settings = HybridConfig(
-        injection_layers=[last],
-        trm_hidden_size=64,
-        trm_num_heads=4,
-        trm_num_layers=1,
-        trm_intermediate_size=168,
-        trm_attention="sdpa",
-        trm_input_norm=True,
-        num_recursion_steps=8,
-        recursion_sampling="uniform",
-        recursion_seed=seed,
-        injection_strength=32.0,
-    )
-    hybrid = HybridModel(llm_model=base, config=settings).freeze_base()
-    return Model(hybrid, base, last, draws_steps=True)
+        return Model(base, base, len(decoder_layers(base)))
+    return with_lora(base) if learns == LORA else with_recursion(base, seed)
 
 
 def _train(model: Model, folder: Path, learns: str, effort: RealEffort, seed: int) -> dict[str, float]:
