@@ -31,6 +31,8 @@ from trm_kernels.runtime.tuning import REGIMES
 BLENDING_STRATEGIES = ("linear", "gated")
 RECURSION_SAMPLINGS = ("fixed", "uniform")
 TRM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# of a saved config that does not say: it was written before there was such a norm
+_NO_NORM = {"trm_input_norm": False}
 # the weights' shapes and places: fixed once a model is made
 _BUILT_IN = (
     "injection_layers",
@@ -100,7 +102,7 @@ class HybridConfig(PreTrainedConfig):
     recursion_sampling       "fixed", or "uniform": each training forward draws n from 1..num_recursion_steps
     recursion_seed           of these draws
     trm_input_norm           whether what comes in is normed behind its projection as well, so that it cannot
-                             drown y and z: x = rms(rms(h) W_in^T)
+                             drown y and z: x = rms(rms(h) W_in^T); a saved config that does not say has none
     trm_rope_theta           RoPE's base in the TRM's attention
     trm_rms_norm_eps         eps of every norm of the TRM
     trm_dtype                of the TRM's parameters: "float32", "bfloat16" or "float16"; it computes in the
@@ -160,7 +162,7 @@ class HybridConfig(PreTrainedConfig):
         trm_regime: str = "auto",
         trm_quantize: str | None = None,
         lora_rank: int | None = None,
-        trm_input_norm: bool = False,
+        trm_input_norm: bool = True,
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
@@ -420,7 +422,11 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As PreTrainedConfig's; the keywords' fields replace the dictionary's before they are checked."""
+        """As PreTrainedConfig's; the keywords' fields replace the dictionary's before they are checked.
+
+        A dictionary without trm_input_norm is of a hybrid that was made before there was such a norm.
+        """
+        config_dict = _NO_NORM | config_dict
         own = {name: kwargs.pop(name) for name in trm_fields(cls) if name in kwargs}
         return super().from_dict(config_dict | own, **kwargs)
 
@@ -429,7 +435,7 @@ class HybridConfig(PreTrainedConfig):
         decoded: dict[str, Any] = cls._decode_special_floats(
             read_json_object(os.fspath(json_file), "fields of HybridConfig")
         )
-        return decoded
+        return _NO_NORM | decoded
 
     def check_base(self, base_config: PreTrainedConfig) -> None:
         """Refuse a base that has no place for the injection points."""

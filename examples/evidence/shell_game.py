@@ -165,6 +165,7 @@ def _model(chosen: Settings, seed: int) -> LanguageModel:
         return get_peft_model(base, adapters)
     config = HybridConfig(
         injection_layers=[1],
+        trm_input_norm=False,  # as when these runs were published
         trm_hidden_size=chosen.width,
         trm_num_heads=4,
         trm_num_layers=1,

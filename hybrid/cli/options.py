@@ -272,7 +272,7 @@ class BlockOptions:
         shown="none",
     )
     trm_input_norm: bool = _field(
-        False,
+        True,
         "what comes in is normed behind its projection as well, so that it cannot drown y and z",
         action=BooleanOptionalAction,
     )

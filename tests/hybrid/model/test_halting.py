@@ -16,7 +16,7 @@ SIZES = {"num_recursion_steps": N, "injection_layers": [0, 2], "trm_num_layers":
 RULES = [
     Halting(0.05),
     Halting(0.1, in_order=False),
-    Halting(0.1, watch="latent"),
+    Halting(0.2, watch="latent"),
     Halting(0.2, watch="latent", in_order=False),
 ]
 every_rule = pytest.mark.parametrize("rule", RULES, ids=str)

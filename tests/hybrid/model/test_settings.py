@@ -21,7 +21,7 @@ EFFECTIVE = {
     "injection_strength": 0.3,
     "trm_rms_norm_eps": 0.1,
     "trm_rope_theta": 3.0,
-    "trm_input_norm": True,
+    "trm_input_norm": False,
 }
 BUILT_IN = {
     "injection_layers": [1],

@@ -1,5 +1,7 @@
 """The norm behind the projection into the recursion: the size of W_in makes no difference, on every path."""
 
+import json
+
 import pytest
 import torch
 
@@ -72,8 +74,17 @@ def test_it_is_saved(tmp_path):
 def test_a_config_that_says_nothing_of_it_has_none(tmp_path):
     """As every file that was written before there was one."""
     config = HybridConfig(injection_layers=[1]).to_dict()
-    del config["trm_input_norm"]
+    assert config.pop("trm_input_norm") is True, "a new one has it"
     assert HybridConfig.from_dict(config).trm_input_norm is False
+    assert HybridConfig.from_dict(config, trm_input_norm=True).trm_input_norm is True
+    hybrid = tiny_hybrid(trm_input_norm=False)
+    hybrid.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert written.pop("trm_input_norm") is False
+    path.write_text(json.dumps(written))
+    again = type(hybrid).from_pretrained(tmp_path)
+    assert again.config.trm_input_norm is False and torch.equal(logits(again), logits(hybrid))
 
 
 def test_it_is_there_or_not():
