@@ -44,6 +44,8 @@ ARMS: dict[str, Arm] = {
     "frozen base": Arm("nothing", plan=TrainingPlan(steps=0)),
     "n random in 1..8": _RANDOM,
     "n random, text kept": replace(_RANDOM, plan=TrainingPlan(kept=4)),
+    "n random in 1..12": replace(_RANDOM, n=12),
+    "n random in 1..12, text kept": replace(_RANDOM, n=12, plan=TrainingPlan(kept=4)),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
     "n = 8": Arm("recursion"),
