@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.write:
         chosen.write.parent.mkdir(parents=True, exist_ok=True)
         chosen.write.write_text(as_json(resources(found)))
+    if unfenced := sum(job.kernel.lacks_fence for job in found):
+        print(f"{unfenced} kernels multiply copies that no fence orders before wgmma: Triton 3.6, not 3.7")
     failed = sum(bool(job.complaints) for job in found)
     print(f"{failed} kernels outside their limits" if failed else "every kernel keeps within its limits")
     return 1 if failed else 0

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
+from trm_kernels.export.machine_code import copies_without_fence, instructions, unguarded_writes
 from trm_kernels.runtime.launch import Launch
+
+# Kernels whose unguarded writes were read by hand, sm_90, Triton 3.6.0 and 3.7.1: what they write to is not
+# what tensor cores read. The forward copies the next halves of K, which RoPE rotates before they are
+# multiplied; the backward of one tile stores p and do, while k, which was multiplied, is still needed.
+_WRITES_ELSEWHERE = ("rope_attention_fwd_kernel", "rope_attention_bwd_tile_kernel")
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per
 # Compute Capability" (163, 99 and 227 KB on A100, RTX 4090 and H100).
@@ -68,6 +74,8 @@ class Compiled:
     cubin: bytes
     main_loop: MainLoop | None = None  # of a kernel that multiplies matrices
     parameters: tuple[str, ...] = ()  # as the assembler text declares them: "u64", "u32", "f32"
+    unguarded_writes: int = 0  # of shared memory, behind wgmma: export/machine_code.py
+    lacks_fence: bool = False  # wgmma reads copies that no fence orders before it
 
     def complaints(self, max_registers: int) -> list[str]:
         """What keeps it from running, or from running well, on its GPU."""
@@ -79,6 +87,8 @@ class Compiled:
             found.append(f"takes {self.registers} registers of {max_registers}")
         if self.shared > limit:
             found.append(f"takes {self.shared} bytes of shared memory of {limit}")
+        if self.unguarded_writes and self.name not in _WRITES_ELSEWHERE:
+            found.append(f"writes {self.unguarded_writes} times to shared memory that wgmma may still read")
         return found + (self.main_loop.complaints() if self.main_loop else [])
 
 
@@ -128,6 +138,8 @@ def _compile(
     built = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=dict(options))
     cubin = built.asm["cubin"]
     registers, stack = _resources(cubin)
+    code = instructions(cubin) if "wgmma" in built.asm["ptx"] else []
+    has_warpgroups = built.metadata.num_warps > 4
     constants = {signature[i][0] for (i,), _ in constexprs}
     strides_are_aligned = all(
         i in aligned
@@ -145,6 +157,8 @@ def _compile(
         cubin=cubin,
         main_loop=_main_loop(built.asm, arch, built.metadata, strides_are_aligned),
         parameters=tuple(re.findall(r"\.param \.(\w+)", built.asm["ptx"].partition(".entry")[2])),
+        unguarded_writes=len(unguarded_writes(code)) if has_warpgroups else 0,
+        lacks_fence=copies_without_fence(code),
     )
 
 

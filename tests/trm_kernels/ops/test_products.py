@@ -26,7 +26,7 @@ from trm_kernels import (
 )
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
-from trm_kernels.runtime.gemm_common import are_aligned, tile_of_program
+from trm_kernels.runtime.gemm_common import add_weight_gradient, are_aligned, tile_of_program
 from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.optional_triton import tl, triton
 from trm_kernels.testing.cases import CASES
@@ -224,18 +224,37 @@ def test_rows_that_are_not_aligned_take_small_tiles():
     assert tuning.gemm("linear_swiglu", "sm90", 2, False) == tuning.gemm("linear_swiglu", "sm12345", 2, True)
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_float32_is_true_float32_unless_tf32_is_allowed(allowed):
+@pytest.mark.parametrize(
+    ("setting", "value", "precision"),
+    [
+        ("allow_tf32", False, "ieee"),
+        ("allow_tf32", True, "tf32"),
+        ("fp32_precision", "none", "ieee"),
+        ("fp32_precision", "ieee", "ieee"),
+        ("fp32_precision", "tf32", "tf32"),  # allow_tf32 cannot be read from here on
+    ],
+)
+def test_float32_is_true_float32_unless_tf32_is_allowed(setting, value, precision):
     pytest.importorskip("triton")
     v, gate_up = torch.empty(4, 32, device="meta"), torch.empty(64, 32, device="meta")
-    before = torch.backends.cuda.matmul.allow_tf32
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, setting, value)
         with record("sm90") as launches:
             linear_swiglu(v, gate_up, candidate="fused")
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert launches[0].meta["PRECISION"] == ("tf32" if allowed else "ieee")
+        matmul.fp32_precision = before
+    assert launches[0].meta["PRECISION"] == precision
+
+
+def test_weights_gradients_where_there_are_only_shapes():
+    """As where launches are recorded or a training is compiled; the addmm of torch 2.11 refuses it."""
+    shapes = ((6, 4), torch.float32), ((3, 6), torch.bfloat16), ((3, 4), torch.bfloat16)
+    dw, dy, x = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
+    add_weight_gradient(dw, dy, x)
+    with pytest.raises(RuntimeError):
+        add_weight_gradient(dw, dy, dy)
 
 
 ASKED = [

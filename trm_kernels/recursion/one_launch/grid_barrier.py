@@ -89,4 +89,6 @@ def counter_for(device: torch.device) -> Tensor:
                 "of the graph's memory"
             )
         _counters[device] = Counters(device)
+        if device.type == "cuda":  # other streams do not wait for this one, which sets them to zero
+            torch.cuda.current_stream(device).synchronize()
     return _counters[device].take(stream, is_capturing)

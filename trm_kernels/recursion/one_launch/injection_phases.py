@@ -12,7 +12,7 @@ model's h is called hidden here, [M, N].
 from trm_kernels.ops.attention.rope import cos_and_sin
 from trm_kernels.ops.injection_blend import rows_by_weight_and_score
 from trm_kernels.ops.injection_in import rows_by_weight_and_squares
-from trm_kernels.recursion.one_launch.phases import STATE_X, STATE_Y, rstd_of
+from trm_kernels.recursion.one_launch.phases import STATE_X, STATE_Y, of_state, rstd_of
 from trm_kernels.runtime.optional_triton import tl, triton
 
 
@@ -31,8 +31,9 @@ def angles_phase(
     frequencies = tl.load(frequencies_ptr + offs_j, mask=offs_j < J, other=0.0)
     for token in range(tl.program_id(0), TOKENS, tl.num_programs(0)):
         cos, sin = cos_and_sin(tl.load(positions_ptr + token).to(tl.float32) * frequencies)
-        tl.store(cos_ptr + token * J + offs_j, cos, mask=offs_j < J)
-        tl.store(sin_ptr + token * J + offs_j, sin, mask=offs_j < J)
+        offs = tl.cast(token, tl.int64) * J + offs_j
+        tl.store(cos_ptr + offs, cos, mask=offs_j < J)
+        tl.store(sin_ptr + offs, sin, mask=offs_j < J)
 
 
 @triton.jit(noinline=True)
@@ -67,7 +68,7 @@ def in_phase(
         tl.store(x_ptr + offs_m[:, None] * D + offs_n[None, :], x, mask=mask)
         if NORMS_X:
             x = x.to(tl.float32)  # as rounded, like every state
-            of_x = squares_ptr + STATE_X * M * TILES
+            of_x = of_state(squares_ptr, STATE_X, M, TILES)
             tl.store(of_x + offs_m * TILES + tile // tiles_m, tl.sum(x * x, axis=1), mask=in_m)
 
 
@@ -99,7 +100,7 @@ def blend_phase(
         offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m, in_n = offs_m < M, offs_n < N
         u, score = rows_by_weight_and_score(
-            h_ptr + STATE_Y * M * D,
+            of_state(h_ptr, STATE_Y, M, D),
             w_ptr,
             gate_weight_ptr,
             offs_m,

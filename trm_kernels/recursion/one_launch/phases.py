@@ -31,16 +31,20 @@ from trm_kernels.runtime.optional_triton import tl, triton
 # which of the states: z and y; h of a layer, after its attention; h2 of a layer that is not the last of its f
 STATE_Z, STATE_Y, STATE_MIXED, STATE_PASSING = (tl.constexpr(i) for i in range(4))
 STATES = 4
-STATE_X = tl.constexpr(
-    4
-)  # x has no place among the states, but sums of squares among theirs, where it is normed
+STATE_X = tl.constexpr(4)  # no state, but its sums of squares lie among theirs, where it is normed
+
+
+@triton.jit
+def of_state(ptr, state, M, WIDTH: tl.constexpr):
+    """Where a state's [M, WIDTH] begins, in int64: all of them together may pass 2^31 elements."""
+    return ptr + tl.cast(M, tl.int64) * (state * WIDTH)
 
 
 @triton.jit
 def rstd_of(
     squares_ptr, state, M, offs_m, in_m, eps, D: tl.constexpr, TILES: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    return rstd_of_tiles(squares_ptr + state * M * TILES, TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
+    return rstd_of_tiles(of_state(squares_ptr, state, M, TILES), TILES, offs_m, in_m, D, eps, TILES, BLOCK_T)
 
 
 @triton.jit
@@ -67,8 +71,8 @@ def _rstds_at_start(
 @triton.jit
 def _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D: tl.constexpr):
     """A tile of what an f starts from: rms(z) + rms(y), and x where z is to be updated; float32."""
-    z = tl.load(h_ptr + STATE_Z * M * D + offs, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(h_ptr + STATE_Y * M * D + offs, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(of_state(h_ptr, STATE_Z, M, D) + offs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(of_state(h_ptr, STATE_Y, M, D) + offs, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offs, mask=mask & adds_x, other=0.0).to(tl.float32)
     return z * rstd_z[:, None] + y * rstd_y[:, None] + x * rstd_x[:, None]
 
@@ -99,9 +103,10 @@ def _store_state(
 ):
     """A tile of un-normalised rows, and of each row the sum of squares within the tile."""
     h = h.to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + state * M * D + offs, h, mask=mask)
+    tl.store(of_state(h_ptr, state, M, D) + offs, h, mask=mask)
     h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
-    tl.store(squares_ptr + state * M * TILES + offs_m * TILES + tile_n, tl.sum(h * h, axis=1), mask=in_m)
+    squares_ptr = of_state(squares_ptr, state, M, TILES)
+    tl.store(squares_ptr + offs_m * TILES + tile_n, tl.sum(h * h, axis=1), mask=in_m)
 
 
 @triton.jit(noinline=True)
@@ -131,7 +136,7 @@ def start_phase(
             u = tl.load(y_ptr + m * stride_ym + offs_d, mask=offs_d < D, other=0.0)
         tl.store(h_ptr + tl.cast(row, tl.int64) * D + offs_d, u.to(h_ptr.dtype.element_ty), mask=offs_d < D)
         squares = tl.where(offs_t == 0, D * (1.0 - eps), 0.0)
-        tl.store(squares_ptr + row * TILES + offs_t, squares, mask=offs_t < TILES)
+        tl.store(squares_ptr + tl.cast(row, tl.int64) * TILES + offs_t, squares, mask=offs_t < TILES)
     for i in range(program, COUNTS, programs):
         tl.store(count_ptr + i, 0)
 
@@ -201,7 +206,7 @@ def project_phase(
                 high = tl.dot(v, as_wide_as(w_high, v), high, input_precision=PRECISION)
         else:
             low, high = rows_by_two_weights(
-                h_ptr + STATE_PASSING * M * D,
+                of_state(h_ptr, STATE_PASSING, M, D),
                 w_ptr,
                 offs_m,
                 in_m,
@@ -373,7 +378,7 @@ def mix_phase(
             h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
         else:
             rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-            v = tl.load(h_ptr + STATE_PASSING * M * D + offs, mask=mask, other=0.0)
+            v = tl.load(of_state(h_ptr, STATE_PASSING, M, D) + offs, mask=mask, other=0.0)
             h += v.to(tl.float32) * rstd[:, None]
         _store_state(h, h_ptr, squares_ptr, STATE_MIXED, M, tile_n, offs, offs_m, in_m, mask, D, TILES)
 
@@ -403,7 +408,7 @@ def gate_up_phase(
         offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m, in_n = offs_m < M, offs_n < F
         g, u = rows_by_two_weights(
-            h_ptr + STATE_MIXED * M * D,
+            of_state(h_ptr, STATE_MIXED, M, D),
             w_ptr,
             offs_m,
             in_m,
@@ -458,7 +463,7 @@ def down_phase(
         h2 *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
         rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
-        h = tl.load(h_ptr + STATE_MIXED * M * D + offs, mask=mask, other=0.0)
+        h = tl.load(of_state(h_ptr, STATE_MIXED, M, D) + offs, mask=mask, other=0.0)
         h2 += h.to(tl.float32) * rstd[:, None]
         _store_state(h2, h_ptr, squares_ptr, state, M, tile_n, offs, offs_m, in_m, mask, D, TILES)
 
@@ -479,7 +484,9 @@ def end_phase(
     # one row of z or y
     offs_d, offs_t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
     for row in range(tl.program_id(0), 2 * M, tl.num_programs(0)):
-        squares = tl.load(squares_ptr + row * TILES + offs_t, mask=offs_t < TILES, other=0.0)
+        squares = tl.load(
+            squares_ptr + tl.cast(row, tl.int64) * TILES + offs_t, mask=offs_t < TILES, other=0.0
+        )
         rstd = tl.rsqrt(tl.sum(squares, axis=0) / D + eps)
         h = tl.load(h_ptr + tl.cast(row, tl.int64) * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
         u = (h * rstd).to(h_ptr.dtype.element_ty)
