@@ -1,8 +1,9 @@
 """Microbenchmarks that decide designs: one small question each, answered on the device.
 
 launches     the cost of starting a kernel: from PyTorch, from Triton, as a node of a CUDA graph
-barrier      the cost of a barrier across the grid of one cooperative launch, by the size of the grid. It
-             decides whether a whole recursion should be one launch
+barrier      the cost of a barrier across the grid of one cooperative launch, by the size of the grid: alone,
+             and behind stores that it has to make visible. It decides whether a whole recursion should be
+             one launch
 products     our products with epilogues against torch.mm with one kernel beside it, and torch.mm alone
 attention    our attention against SDPA's backends at 97, 916 and 2048 tokens
 accumulate   a weight's gradient summed in float32 by addmm(out_dtype=float32), against bfloat16
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 
 _LAUNCHES = 200  # in one timed run
 _BARRIERS = 500
+_STORED = 2048  # float32 numbers that each program stores before a barrier: a tile of 32 x 64
 
 
 @triton.jit
@@ -37,10 +39,12 @@ def _nothing_kernel(x_ptr):  # type: ignore[no-untyped-def]  # Triton, not Pytho
 
 
 @triton.jit
-def _barriers_kernel(counter_ptr, rounds):  # type: ignore[no-untyped-def]  # Triton, not Python
+def _barriers_kernel(counter_ptr, out_ptr, rounds, stores, STORED: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton, not Python
     # every program arrives, and waits until all have; the counter is zero before the launch and only grows
     programs = tl.num_programs(0)
+    offs = tl.program_id(0) * STORED + tl.arange(0, STORED)
     for i in range(rounds):
+        tl.store(out_ptr + offs, i, mask=offs < stores)
         seen = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") + 1
         while seen < (i + 1) * programs:
             seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
@@ -104,15 +108,19 @@ def _raise(error: Exception) -> None:
 def barrier(bench: Bench) -> list[Row]:
     """Milliseconds of one launch without and with 500 barriers, by the number of programs."""
     counter = torch.zeros(1, dtype=torch.int32, device=bench.device)
+    behind = f"{_BARRIERS} barriers, each behind {4 * _STORED >> 10} KB of stores a program"
     full = torch.cuda.get_device_properties(0).multi_processor_count if bench.device == "cuda" else 1
     rows = []
     for programs in sorted({1, 16, 64, full}) if bench.device == "cuda" else (1,):
+        out = torch.zeros(programs * _STORED, device=bench.device)
 
-        def run(rounds: int, programs: int = programs) -> None:
+        def run(rounds: int, stores: int = 0, programs: int = programs, out: Tensor = out) -> None:
             counter.zero_()
-            launch(_barriers_kernel, (programs,), counter, rounds, num_warps=8, launch_cooperative_grid=True)
+            options = {"STORED": _STORED, "num_warps": 8, "launch_cooperative_grid": True}
+            launch(_barriers_kernel, (programs,), counter, out, rounds, stores, **options)
 
         runs = {"none": partial(run, 0), f"{_BARRIERS} barriers": partial(run, _BARRIERS)}
+        runs[behind] = partial(run, _BARRIERS, programs * _STORED)
         rows += bench.rows(f"{programs} programs", runs)
         if "why" not in rows[-1] and int(counter) not in (0, programs * _BARRIERS):
             rows.append({"what": f"{programs} programs", "way": "counter", "why": f"ended at {int(counter)}"})

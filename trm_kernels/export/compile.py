@@ -16,10 +16,12 @@ import torch
 from trm_kernels.export.machine_code import copies_without_fence, instructions, unguarded_writes
 from trm_kernels.runtime.launch import Launch
 
-# Kernels whose unguarded writes were read by hand, sm_90, Triton 3.6.0 and 3.7.1: what they write to is not
-# what tensor cores read. The forward copies the next halves of K, which RoPE rotates before they are
-# multiplied; the backward of one tile stores p and do, while k, which was multiplied, is still needed.
-_WRITES_ELSEWHERE = ("rope_attention_fwd_kernel", "rope_attention_bwd_tile_kernel")
+# Kernels whose unguarded writes were read by hand, sm_90, Triton 3.6.0 and 3.7.1: they write beside what the
+# tensor cores read. Attention copies K's next halves, which RoPE rotates first, or stores v, do and p while
+# the tiles that were multiplied are needed once more; a barrier stands before those are written again.
+_WRITES_ELSEWHERE = tuple(
+    f"rope_attention_{part}_kernel" for part in ("fwd", "bwd_tile", "bwd_dq", "bwd_dkv")
+)
 
 # Shared memory one block may use, in bytes: CUDA programming guide, "Technical Specifications per
 # Compute Capability" (163, 99 and 227 KB on A100, RTX 4090 and H100).

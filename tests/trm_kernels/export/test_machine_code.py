@@ -1,4 +1,4 @@
-"""What is read out of machine code: barriers between wgmma and writes to shared memory, fences before wgmma."""
+"""What machine code says: barriers between wgmma and writes to shared memory, fences before wgmma."""
 
 import pytest
 import torch

@@ -142,3 +142,16 @@ def test_the_first_call_of_all_cannot_be_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(Impossible, match="expected a call before a CUDA graph is captured"):
         grid_barrier.counter_for(torch.device("cuda", 0))
+
+
+def test_counters_are_zero_before_any_other_stream_counts(monkeypatch):
+    waited = []
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(grid_barrier, "_counters", {})
+    monkeypatch.setattr(grid_barrier.Counters, "__init__", lambda self, device: None)
+    monkeypatch.setattr(grid_barrier.Counters, "take", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        grid_barrier.counter_for(torch.device("cuda", 0))
+    assert waited == [True], "once, after they were made"

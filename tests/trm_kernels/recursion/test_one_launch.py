@@ -6,6 +6,7 @@ wait for everybody?
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from tests.trm_kernels.ops.test_ops import error, kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import TRM, rope_angles, trm_recursion
 from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom
-from trm_kernels.recursion.one_launch import grid_barrier, kernel, launchers
+from trm_kernels.recursion.one_launch import addresses, grid_barrier, kernel, launchers, phases
 from trm_kernels.recursion.one_launch.kernel import count_phases
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
 from trm_kernels.recursion.quantize import quantize
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
+from trm_kernels.runtime.optional_triton import tl, triton
 
 pytestmark = pytest.mark.kernels
 
@@ -460,6 +462,38 @@ def test_streams_do_not_share_a_counter():
             found.add(grid_barrier.counter_for(device).data_ptr())
             found.add(grid_barrier.counter_for(device).data_ptr())
     assert len(found) == 4
+
+
+@pytest.mark.parametrize(("is_captured", "other"), [(True, True), (False, True), (False, False)])
+def test_a_table_is_there_for_every_stream_and_outlives_the_graphs_that_read_it(
+    monkeypatch, is_captured, other
+):
+    waits, kept = [], []
+    table = object.__new__(addresses._Table)
+    table.copied, table.stream = "copied", "first"
+    device = SimpleNamespace(type="cuda")
+    table.distances = SimpleNamespace(device=device, record_stream=kept.append)
+    stream = SimpleNamespace(wait_event=waits.append) if other else "first"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_captured)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(addresses, "_in_graphs", set())
+    assert table.on_this_stream() is table.distances
+    assert (table in addresses._in_graphs) == is_captured
+    assert (waits, kept) == ((["copied"], [stream]) if other and not is_captured else ([], []))
+
+
+@triton.jit
+def _state_kernel(out_ptr, M, WIDTH: tl.constexpr):
+    for state in tl.static_range(4):
+        apart = phases.of_state(out_ptr, state, M, WIDTH).to(tl.int64) - out_ptr.to(tl.int64)
+        tl.store(out_ptr + state, apart)
+
+
+@kernels_run
+def test_states_lie_beyond_31_bits():
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    _state_kernel[(1,)](out, 2**29 + 1, WIDTH=8)
+    assert out.tolist() == [8 * 8 * state * (2**29 + 1) for state in range(4)]
 
 
 def test_counters_are_one_a_stream_and_one_a_captured_launch():
