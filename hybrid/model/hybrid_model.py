@@ -10,7 +10,6 @@ import inspect
 import os
 import random
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,6 +62,7 @@ from hybrid.model.lora import add_lora, disabled, remove_lora
 from hybrid.model.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
+from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, checkpoint
 from trm_kernels import TRM
@@ -141,7 +141,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self.draws = 0  # forwards that drew a number of recursion steps; trainer_callback.py keeps it
-        self._warned_of_float16 = False
+        self._warnings = TrainingWarnings()
         self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         self._came = came
@@ -351,7 +351,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         rule: Halting | None,
     ) -> tuple[InjectionCall | None, dict[str, Any]]:
         """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
-        self._warn_of_float16_training()
+        self._warnings.look(self, inputs, self.is_injecting)
         if use_cache is None:
             use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
         if use_cache and past_key_values is None:
@@ -561,21 +561,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         of_trm = from_entries(mask, inputs.shape[1], cache, self._num_base_layers)
         of_base = {name: t for name, t in mask.items() if name not in ("trm", "trm_keys")}
         return of_base.get("base", of_base), of_trm
-
-    def _warn_of_float16_training(self) -> None:
-        if self._warned_of_float16 or not (self.training and torch.is_grad_enabled()):
-            return
-        if torch.compiler.is_compiling():
-            return
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and parameter.dtype == torch.float16:
-                self._warned_of_float16 = True
-                warnings.warn(
-                    f"HybridModel: training float16 parameters ({name}, ...): a plain AdamW was seen to "
-                    "reach NaN within 20 steps. Keep them in float32 or bfloat16, or freeze them.",
-                    stacklevel=3,
-                )
-                return
 
     # Generation
 
