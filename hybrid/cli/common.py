@@ -48,11 +48,11 @@ def running(arguments: argparse.Namespace) -> Iterator[None]:
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer) for inference: on the accelerator if there is one, recursing as was asked for."""
     from hybrid.model.hybrid_model import HybridModel
-    from hybrid.saving.loading import load_model, load_tokenizer
+    from hybrid.saving.loading import load_model
     from hybrid.training.processes import this_process
 
     halting = _halting(arguments)
-    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = tokenizer_of(arguments.model, arguments)
     model = load_model(arguments.model, arguments.dtype or "auto", arguments.trust_remote_code)
     n = arguments.num_recursion_steps
     if n is not None:
@@ -66,6 +66,18 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
             raise ValueError(f"expected a hybrid for --recursion-*, got {type(model).__name__}.")
         model.halting = halting
     return model.to(this_process().device).eval(), tokenizer
+
+
+def tokenizer_of(name_or_path: str, arguments: argparse.Namespace) -> Any:
+    """The model's tokenizer, with the chat template of --chat-template where there is one."""
+    from hybrid.data.chats import read_template
+    from hybrid.saving.loading import load_tokenizer
+
+    template = None if arguments.chat_template is None else read_template(arguments.chat_template)
+    tokenizer = load_tokenizer(name_or_path, arguments.trust_remote_code)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def steps_taken(record: StepRecord, config: HybridConfig) -> str:

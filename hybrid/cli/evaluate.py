@@ -13,6 +13,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("eval: expected --data or --tasks, got neither.")
+    if arguments.chat_template is not None and arguments.data is None:
+        raise ValueError("eval: expected --data with --chat-template, which no task uses; got none.")
     model, tokenizer = load(arguments)
     for source in arguments.data or ():
         if names := unused_columns(sources_of([source], arguments), tokenizer):

@@ -10,13 +10,17 @@ from hybrid.options import flag_of
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from hybrid.data.chats import prompt_of_chat
     from hybrid.data.special_tokens import prompt_tokens
 
     for name in ("top_k", "top_p", "seed"):
         if arguments.temperature is None and getattr(arguments, name) is not None:
             raise ValueError(f"generate: expected --temperature with {flag_of(name)}, to sample; got none.")
+    if arguments.chat_template is not None and not arguments.chat:
+        raise ValueError("generate: expected --chat with --chat-template; got none.")
     model, tokenizer = load(arguments)
-    inputs = {name: t.to(model.device) for name, t in prompt_tokens(arguments.prompt, tokenizer).items()}
+    prompt = (prompt_of_chat if arguments.chat else prompt_tokens)(arguments.prompt, tokenizer)
+    inputs = {name: t.to(model.device) for name, t in prompt.items()}
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:
         from hybrid.training.processes import seed_everything
@@ -30,7 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(getattr(model, "halting", None), TokenHalting):
         options["use_cache"] = False
     with record_steps() as record:
-        print(tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True))
+        tokens = model.generate(**inputs, **options)[0]
+    if arguments.chat:
+        tokens = tokens[inputs["input_ids"].shape[1] :]
+    print(tokenizer.decode(tokens, skip_special_tokens=True))
     if getattr(model, "halting", None) is not None:
         print(steps_taken(record, model.config), file=sys.stderr)
     return 0

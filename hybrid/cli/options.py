@@ -67,6 +67,17 @@ class DataOptions:
 
 
 @dataclass
+class ChatOptions:
+    chat_template: Path | None = option(
+        None,
+        "a file of Jinja that renders chats; train saves it with the tokenizer, so that generate, eval and "
+        "others take it from there",
+        shown="the tokenizer's",
+        metavar="FILE",
+    )
+
+
+@dataclass
 class TrainOptions:
     base: str = option(
         help="a language model or a saved hybrid: name on the hub, or folder", flag=("--base", "--model")
@@ -131,6 +142,9 @@ class InferenceOptions:
 @dataclass
 class GenerateOptions:
     prompt: str = option(help="the text to continue", metavar="TEXT")
+    chat: bool = option(
+        False, "the prompt is what a user says, rendered by the chat template; the answer alone is printed"
+    )
     max_new_tokens: int = option(64, "tokens at most")
     temperature: float | None = option(None, "sample at this temperature", shown="the likeliest token")
     top_k: int | None = option(None, "of so many likeliest tokens, when sampling", shown="50")

@@ -39,6 +39,7 @@ COMMANDS = {
             options.TrainOptions,
             TrainSettings,
             options.DataOptions,
+            options.ChatOptions,
             options.TrustOptions,
             options.BackendOptions,
             options.BlockOptions,
@@ -48,7 +49,13 @@ COMMANDS = {
         "generate",
         "continue a prompt",
         "trm-hybrid generate --model runs/first --prompt 'Once upon a time' --num-recursion-steps 8",
-        (options.GenerateOptions, options.InferenceOptions, options.TrustOptions, options.BackendOptions),
+        (
+            options.GenerateOptions,
+            options.ChatOptions,
+            options.InferenceOptions,
+            options.TrustOptions,
+            options.BackendOptions,
+        ),
     ),
     "eval": Command(
         "evaluate",
@@ -57,6 +64,7 @@ COMMANDS = {
         (
             options.EvaluateOptions,
             options.DataOptions,
+            options.ChatOptions,
             options.InferenceOptions,
             options.TrustOptions,
             options.BackendOptions,

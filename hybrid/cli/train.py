@@ -11,13 +11,13 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from hybrid.cli.common import block, read_blocks, sequence_length, sources_of
+from hybrid.cli.common import block, read_blocks, sequence_length, sources_of, tokenizer_of
 from hybrid.config import HybridConfig
 from hybrid.data.stream import TokenStream, unused_columns
 from hybrid.info import count, count_trained
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.options import given
-from hybrid.saving.loading import load_config, load_model, load_on_first, load_tokenizer
+from hybrid.saving.loading import load_config, load_model, load_on_first
 from hybrid.training.batches import LengthCurriculum
 from hybrid.training.loop import TrainResult, TrainSettings, train
 from hybrid.training.phases import PHASES, Phase, enter
@@ -47,7 +47,7 @@ def _run_in_folder(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, phase)
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = block(start, arguments)
-    tokenizer = load_tokenizer(arguments.base, arguments.trust_remote_code)
+    tokenizer = tokenizer_of(arguments.base, arguments)
 
     processes = this_process()
     say: Callable[..., None] = print if processes.is_main_process else _say_nothing

@@ -8,10 +8,12 @@ import inspect
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.meta
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.data.formats import check_unicode
@@ -96,6 +98,34 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
+def prompt_of_chat(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"} [1, T] int64 of `text` as a user's turn, and how an answer begins.
+
+    Errors: ValueError as of render.
+    """
+    check_unicode(text)
+    chat = Chat([{"role": "user", "content": text}])
+    render(chat, tokenizer)
+    found: Any = tokenizer.apply_chat_template(
+        chat.turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def read_template(path: Path) -> str:
+    """The chat template in a file.
+
+    Errors: ValueError for a file that cannot be read, is not UTF-8 or no Jinja, or reads no `messages`.
+    """
+    try:
+        template = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a chat template in {path}, got no text ({error}).") from None
+    if "messages" not in _variables(template):
+        raise ValueError(f"expected a chat template in {path}, got one that does not read `messages`.")
+    return template
+
+
 def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """(tokens of a chat, 1 for each that the assistant says and 0 for others), by the template's marks.
 
@@ -104,8 +134,8 @@ def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
     if not _GENERATION.search(_template(tokenizer, chat)):
         raise ValueError(
             "expected a chat template that marks what the assistant says with {% generation %} and "
-            "{% endgeneration %}, for a loss on completions, got one without: put the marks around it in the "
-            "tokenizer's chat_template.jinja, or use rows of prompt and completion."
+            "{% endgeneration %}, for a loss on completions, got one without: put the marks around it in a "
+            "file for --chat-template, or use rows of prompt and completion."
         )
     if len(text := render(chat, tokenizer)) > _LONGEST_MARKED:
         raise ValueError(
@@ -147,7 +177,10 @@ def _variables(template: str) -> frozenset[str]:
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     if not tokenizer.chat_template:
-        raise ValueError("expected a tokenizer with a chat template for a chat, got one without.")
+        raise ValueError(
+            "expected a tokenizer with a chat template for a chat, got one without; --chat-template gives it "
+            "one."
+        )
     return tokenizer.get_chat_template(tools=chat.others.get("tools"))
 
 

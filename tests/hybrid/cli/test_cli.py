@@ -358,6 +358,47 @@ def test_generate_and_eval_stop_early(trained, base, texts, capsys, options, rul
     assert f"{file}: {record.mean_steps:.2f} recursion steps a token of at most {n}" in out
 
 
+ANSWERING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}" + (
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_generate_answers_a_turn_of_a_chat(from_file, tmp_path, capsys):
+    folder, template = save_base(tmp_path / "base"), tmp_path / "a.jinja"
+    (template if from_file else folder / "chat_template.jinja").write_text(ANSWERING)
+    command = ["generate", "--model", folder, "--prompt", " 1 and", "--chat", "--max-new-tokens", 5]
+    command += ["--chat-template", template] * from_file
+    assert main([str(word) for word in command]) == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("[user] 1 and<end>[assistant]", return_tensors="pt")["input_ids"]
+    said = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(said, skip_special_tokens=True) + "\n"
+
+
+def test_a_chat_that_cannot_be(base, tmp_path, capsys):
+    command = ["generate", "--model", base, "--prompt", "1"]
+    assert "a chat template for a chat, got one without" in refused(capsys, *command, "--chat")
+    template = tmp_path / "a.jinja"
+    template.write_text("{{ messages }}")
+    assert "expected --chat with --chat-template" in refused(capsys, *command, "--chat-template", template)
+    tasks = ["eval", "--model", base, "--tasks", "piqa", "--chat-template", template]
+    assert "expected --data with --chat-template" in refused(capsys, *tasks)
+    for content, message in (
+        (None, "got no text"),
+        (b"\xff", "got no text"),
+        (b"", "does not read `messages`"),
+        (b"{% for m in messages %}", "chat template of Jinja, got one that it refuses"),
+        (b"{% if not messages %}{% endif %}", "got nothing for this chat"),
+        (b"{{ raise_exception(messages[0].role) }}", "got one it refuses (user)"),
+    ):
+        if content is None:
+            template.unlink()
+        else:
+            template.write_bytes(content)
+        assert message in refused(capsys, *command, "--chat", "--chat-template", template)
+
+
 def test_sampling_repeats_by_its_seed(base, capsys):
     outs = []
     for seed in ("0", "0", "1"):

@@ -340,6 +340,25 @@ def test_loss_on_completions(tmp_path, texts, capsys):  # noqa: F811
     )
 
 
+def test_a_chat_template_from_a_file_is_saved_with_the_tokenizer(base, tmp_path, capsys):  # noqa: F811
+    from tests.hybrid.data.test_chats import CHAT, CHATML, MARKED
+
+    template, run = tmp_path / "marked.jinja", tmp_path / "run"
+    template.write_text(MARKED)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(60)))
+    command = ["train", "--base", base, "--data", tmp_path / "a.jsonl", "--steps", 2, "--batch-size", 2]
+    command += ["--sequence-length", 32, "--loss-on", "completions", *options(FIELDS), "--output", run]
+    command = [str(word) for word in command]
+    assert main([*command, "--chat-template", str(template)]) == 0
+    assert (run / "checkpoint-000002" / "chat_template.jinja").read_text() == MARKED
+    assert not (base / "chat_template.jinja").exists()
+    assert main(["generate", "--model", str(run), "--prompt", "hi", "--chat", "--max-new-tokens", "2"]) == 0
+    template.write_text(CHATML.replace("<end>", "{% generation %}<end>{% endgeneration %}"))
+    capsys.readouterr()
+    assert main([*command, "--chat-template", str(template), "--resume"]) == 2
+    assert "expected tokenizer" in capsys.readouterr().err
+
+
 def test_an_empty_shard_is_one_line(base, texts, tmp_path, capsys):  # noqa: F811
     datasets = pytest.importorskip("datasets", reason="parquet needs the package datasets")
     texts_of = {"a": [], "b": [f"{i} and one is {i + 1}" for i in range(60)]}

@@ -2,9 +2,11 @@
 
 import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
+from hybrid.data.chats import Chat, read_template, render_marked
 from hybrid.data.sources import Sources
 from hybrid.data.stream import TokenBlocks, TokenStream, read_rows, unused_columns
 from tests.support.tiny_text import CHARACTERS, character_tokenizer
@@ -217,3 +219,29 @@ def test_prompt_and_completion_are_a_loss_on_completions_already(folder):
     assert labels_of(one[0]) == labels_of(other[0]) == [None, None, "c", "d", "<end>"]
     with pytest.raises(ValueError, match="expected a loss on all or completions, got 'some'"):
         Sources(names, loss_on="some")
+
+
+SMOLLM2 = (  # of HuggingFaceTB/SmolLM2-135M-Instruct
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "be kind "}]])
+def test_the_marked_template_of_smollm2_renders_what_its_own_does(first):
+    file = Path(__file__).parents[3] / "examples/chat_templates/smollm2.jinja"
+    turns = [*first, {"role": "user", "content": " hi\n"}, {"role": "assistant", "content": "yes\n "}]
+    turns += [{"role": "user", "content": ""}, {"role": "assistant", "content": "no"}]
+    own, marked = with_template(SMOLLM2), with_template(read_template(file))
+    for chat in (turns, turns[:1], turns[:-1]):
+        for asks in (False, True):
+            texts = [
+                t.apply_chat_template(chat, tokenize=False, add_generation_prompt=asks) for t in (own, marked)
+            ]
+            assert texts[0] == texts[1]
+    ids, mask = render_marked(Chat(turns), marked)
+    said = "".join(CHARACTERS[i] if counts else "|" for i, counts in zip(ids, mask, strict=True))
+    assert [part for part in said.split("|") if part] == ["yes\n <", "im_end", ">", "no<", "im_end", ">"]
