@@ -425,7 +425,16 @@ class HybridConfig(PreTrainedConfig):
         """As PreTrainedConfig's; the keywords' fields replace the dictionary's before they are checked.
 
         A dictionary without trm_input_norm is of a hybrid that was made before there was such a norm.
+
+        Errors: ValueError for the config of another kind of model, and for fields that are refused.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind not in (cls.model_type, HybridConfig.model_type):
+            raise ValueError(
+                "HybridConfig: expected the config of a saved hybrid, got that of a model without TRMs "
+                f"({kind}). HybridModel(llm_model=AutoModelForCausalLM.from_pretrained(...), "
+                "config=HybridConfig(injection_layers=[...])) puts them into a language model."
+            )
         config_dict = _NO_NORM | config_dict
         own = {name: kwargs.pop(name) for name in trm_fields(cls) if name in kwargs}
         return super().from_dict(config_dict | own, **kwargs)

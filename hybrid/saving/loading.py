@@ -19,7 +19,7 @@ from transformers import (
 from hybrid.config import HybridConfig
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.quantized_base import quantization_config
-from hybrid.saving.local_paths import check_folder
+from hybrid.saving.local_paths import check_folder, is_in_a_folder_here
 from hybrid.training import checkpoints as run_state
 from hybrid.training import run_folder
 
@@ -108,6 +108,11 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
 def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
     place = _place(name_or_path)
     check_folder(what, place)
+    if not Path(place).exists() and is_in_a_folder_here(place):
+        raise ValueError(
+            f"expected {what} at {name_or_path}, got none that can be loaded: there is no such folder in "
+            f"{place.partition('/')[0]}, which is one here. For a model of the hub, work in another folder."
+        )
     try:
         return loader.from_pretrained(place, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:

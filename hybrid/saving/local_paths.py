@@ -3,6 +3,10 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 # what the hub allows: NAME or OWNER/NAME
 _OF_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -13,6 +17,21 @@ def looks_local(name_or_path: str | os.PathLike[str]) -> bool:
     name = os.fspath(name_or_path)
     starts = name.startswith(("/", ".", "~"))
     return starts or _OF_HUB.fullmatch(name) is None or os.path.lexists(name)
+
+
+def is_in_a_folder_here(name: str) -> bool:
+    """Whether OWNER/NAME is rather meant to be NAME in the folder OWNER here: there is such a folder, and no
+    such model was ever fetched from the hub."""
+    owner, _, rest = name.partition("/")
+    return bool(rest) and os.path.isdir(owner) and not isinstance(_fetched(name), str)
+
+
+def _fetched(name: str) -> Any:
+    """Where the config of a model of the hub lies in the cache, or None."""
+    try:
+        return try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
 
 
 def check_folder(what: str, name_or_path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hybrid import HybridModel
+from hybrid import HybridConfig, HybridModel
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
 from tests.support.tiny_text import character_tokenizer
 
@@ -219,3 +219,9 @@ def test_a_mistyped_folder_asks_no_hub(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     with pytest.raises(ValueError, match="there is no such folder"):
         HybridModel.from_pretrained(name)
+
+
+@pytest.mark.parametrize("load", [HybridModel, HybridConfig])
+def test_a_base_is_no_hybrid(load, base_folder):
+    with pytest.raises(ValueError, match=r"without TRMs \(llama\). HybridModel\(llm_model=.* puts them into"):
+        load.from_pretrained(base_folder)

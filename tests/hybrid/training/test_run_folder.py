@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from hybrid.cli import main
 from hybrid.data.sources import Sources
 from hybrid.data.stream import TokenStream
+from hybrid.saving import local_paths
 from hybrid.saving.files import beside, remove_left_over
-from hybrid.saving.local_paths import check_folder, looks_local
+from hybrid.saving.local_paths import check_folder, is_in_a_folder_here, looks_local
 from hybrid.training import checkpoints as run_state
 from hybrid.training import contents, hidden_states, run_folder
 from hybrid.training.hidden_states import HiddenStates
@@ -417,6 +418,31 @@ def test_names_that_may_be_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="it is no folder"):
         check_folder("a model", "./file")
+
+
+def test_a_name_in_a_folder_here_is_not_asked_of_the_hub(tmp_path, monkeypatch, capsys):
+    """Only a model that was fetched before keeps its name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    for command in ("generate --prompt a --model", "eval --data a.txt --model", "info --base"):
+        assert main([*command.split(), "runs/frist"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "at runs/frist, got none that can be loaded: there is no such folder in runs" in error
+    assert not is_in_a_folder_here("elsewhere/frist")
+    assert not is_in_a_folder_here("runs")
+    cached = tmp_path / "hub/models--runs--frist"
+    (cached / "snapshots/0").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0")
+    (cached / "snapshots/0/config.json").write_text("{}")
+    asks = local_paths.try_to_load_from_cache
+    monkeypatch.setattr(
+        local_paths, "try_to_load_from_cache", lambda *a: asks(*a, cache_dir=tmp_path / "hub")
+    )
+    assert not is_in_a_folder_here("runs/frist")
+    assert is_in_a_folder_here("runs/-frist-"), "no name of the hub at all"
 
 
 def test_the_command_line_says_what_differs_at_the_start(tmp_path, capsys):
