@@ -224,3 +224,94 @@ def test_deep_supervision_is_refused_where_the_trainer_makes_the_loss(kind, tmp_
         trainer = trl.SFTTrainer(deep, config, train_dataset=TEXTS, **given)
     with pytest.raises(ValueError, match="deep_supervision expected the loss to be the model's own"):
         trainer.train()
+
+
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+CHATS = Dataset.from_dict(
+    {
+        "messages": [
+            [{"role": "user", "content": f"{i} and one"}, {"role": "assistant", "content": f"is {i + 1}."}]
+            for i in range(16)
+        ]
+    }
+)
+COMPLETIONS = PAIRS.rename_column("chosen", "completion").remove_columns("rejected")
+WAYS = {
+    "completion only": (COMPLETIONS, {"completion_only_loss": True}),
+    "prompt too": (COMPLETIONS, {"completion_only_loss": False}),
+    "assistant only": (CHATS, {"assistant_only_loss": True}),
+    "packed": (TEXTS, {"packing": True}),
+    "packed, wrapped": (TEXTS, {"packing": True, "packing_strategy": "wrapped"}),
+}
+
+
+def first_step(trainer):
+    """(inputs, loss) of the first step."""
+    seen, compute = [], trainer.compute_loss
+
+    def recorded(model, inputs, *args, **kwargs):
+        loss = compute(model, inputs, *args, **kwargs)
+        seen.append((inputs, (loss[0] if isinstance(loss, tuple) else loss).item()))
+        return loss
+
+    trainer.compute_loss = recorded
+    trainer.train()
+    return seen[0]
+
+
+def fresh_and_base(folder):
+    base = AutoModelForCausalLM.from_pretrained(tiny_text.save_base(folder / "base"))
+    return tiny_text.tiny_hybrid(copy.deepcopy(base), injection_layers=[0, 1, 2]).freeze_base(), base
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sft_of_a_fresh_hybrid_begins_with_its_bases_loss(way, tmp_path):
+    rows, chosen = WAYS[way]
+    tokenizer = tiny_text.character_tokenizer()
+    tokenizer.chat_template = MARKED
+    losses = []
+    for number, model in enumerate(fresh_and_base(tmp_path)):
+        arguments = STEPS | {"max_steps": 1, "max_length": 48} | chosen
+        config = trl.SFTConfig(tmp_path / f"out{number}", **arguments)
+        inputs, loss = first_step(
+            trl.SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        )
+        losses.append(loss)
+    assert losses[0] == losses[1]
+    learns = "".join(tiny_text.CHARACTERS[i] for i in inputs["labels"][0] if i != -100)
+    assert ("and one" in learns) == (way not in ("completion only", "assistant only"))
+    if way == "packed":
+        assert inputs["position_ids"].diff().ne(1).any(), "several documents in a row"
+
+
+def test_dpo_of_a_fresh_hybrid_has_its_bases_precomputed_reference(tmp_path):
+    found = []
+    for number, model in enumerate(fresh_and_base(tmp_path)):
+        arguments = STEPS | {"max_steps": 1, "precompute_ref_log_probs": True}
+        trainer = trl.DPOTrainer(
+            model,
+            args=trl.DPOConfig(tmp_path / f"out{number}", **arguments),
+            train_dataset=PAIRS,
+            processing_class=tiny_text.character_tokenizer(),
+        )
+        _, loss = first_step(trainer)
+        rows = trainer.train_dataset
+        found.append((loss, list(rows["ref_chosen_logps"]), list(rows["ref_rejected_logps"])))
+    assert found[0] == found[1]
+    assert len(set(found[0][1])) > 1
+
+
+def test_a_peft_config_that_leaves_the_trm_out_says_so(tmp_path):
+    hybrid, _ = fresh_and_base(tmp_path)
+    trainer = trl.SFTTrainer(
+        hybrid,
+        trl.SFTConfig(tmp_path / "out", max_length=32, **STEPS),
+        train_dataset=TEXTS,
+        processing_class=tiny_text.character_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    with pytest.warns(UserWarning, match="learns nothing in this training"):
+        trainer.train()
