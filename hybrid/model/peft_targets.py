@@ -69,6 +69,11 @@ def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
             "HybridModel: PEFT's Shadow builds a second model out of the decoder's class, which a hybrid "
             "does not have: it cannot be used on one."
         )
+    if getattr(config, "layer_replication", None):
+        raise ValueError(
+            "HybridModel: PEFT's layer_replication repeats decoder layers, and those of a hybrid have TRMs "
+            "at places that are counted: expected a LoraConfig without it."
+        )
     matches = tuner._check_target_module_exists
     of_base = [name for name, _ in model.named_modules() if name not in of_trms]
     _check_modules(config, of_base, of_trms, matches)

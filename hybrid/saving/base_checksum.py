@@ -14,7 +14,7 @@ Source: multiply-shift hashing of vectors, Dietzfelbinger, 1996; splitmix64, Ste
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 import numpy as np
@@ -45,6 +45,17 @@ def digest(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> str:
         t = t.detach()
         t = t.to(dtype) if t.is_floating_point() else t
         lines.append(f"{name} {tuple(t.shape)} {_sum(t)}")
+    return _of_lines(lines)
+
+
+def digest_of_sums(sums: Mapping[str, tuple[str, tuple[int, ...], int]], dtype: str) -> str | None:
+    """What `digest` gives of the tensors that were summed; None where one would be cast to `dtype`."""
+    if any(name != dtype and getattr(torch, name).is_floating_point for name, _, _ in sums.values()):
+        return None
+    return _of_lines(f"{name} {shape} {total}" for name, (_, shape, total) in sums.items())
+
+
+def _of_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

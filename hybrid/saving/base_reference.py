@@ -50,14 +50,20 @@ def base_tensors(model: Any, once: bool = True) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(_ADAPTED, ""), t
 
 
-def checksums(model: Any) -> dict[str, str] | None:
+def checksums(model: Any, before: Mapping[str, Any]) -> dict[str, str] | None:
     """dtype -> digest of the base's tensors in it: its own, and narrower ones that it may be loaded in.
 
-    None for a base that is quantized: how it is rounded depends on the device.
+    Of a base that is split among processes there is that of its own dtype, as it was wrapped. None for a base
+    that is quantized: how it is rounded depends on the device.
     """
     if is_quantized(model.llm_model):
         return None
     own = model.llm_model.dtype
+    now = dict(base_tensors(model))
+    if any(map(_is_split, now.values())):
+        name = str(own).removeprefix("torch.")
+        found = base_checksum.digest_of_sums(before, name) if now.keys() == before.keys() else None
+        return None if found is None else {name: found}
     dtypes = [own, *(d for d in _NARROW if d.itemsize < own.itemsize)]
     return {str(d).removeprefix("torch."): base_checksum.digest(base_tensors(model), d) for d in dtypes}
 
@@ -90,7 +96,7 @@ def changed(model: Any, now: Mapping[str, Tensor], before: Mapping[str, Any]) ->
     for name, parameter in base_tensors(model):
         t = _gathered(now, name, parameter)
         seen.add(name)
-        if t.device.type == "meta":
+        if not _is_here(t):
             if parameter.requires_grad:
                 return name, was_cast
             continue
@@ -190,7 +196,7 @@ def _compare_with_loaded(model: Any, tensors: Mapping[str, Tensor]) -> str | Non
         return False
     there = again.state_dict()
     for name, t in tensors.items():
-        if name not in there or not torch.equal(there[name].to(t.dtype), t.detach().cpu()):
+        if name not in there or (_is_here(t) and not torch.equal(there[name].to(t.dtype), t.detach().cpu())):
             return f"{name} has other values than where it came from"
     return None
 
@@ -200,7 +206,7 @@ def _difference(name: str, t: Tensor, file: str) -> str | None:
         there = opened.get_tensor(name)
     if there.shape != t.shape:
         return f"{name} is {list(t.shape)}, and {list(there.shape)} where it came from"
-    if t.device.type != "meta" and not torch.equal(there.to(t.dtype), t.detach().cpu()):
+    if _is_here(t) and not torch.equal(there.to(t.dtype), t.detach().cpu()):
         return f"{name} has other values than where it came from"
     return None
 
@@ -254,6 +260,16 @@ def refuse_bases_folder(folder: Path, config: Any) -> None:
             f"save_pretrained: expected another folder than the base's own, got {folder}: the hybrid's files "
             f"have the same names, and the base at {reference} would be lost."
         )
+
+
+def _is_split(t: Tensor) -> bool:
+    """Whether each process has a part of it (FSDP2); the type is not imported, which takes seconds."""
+    return hasattr(t, "full_tensor")
+
+
+def _is_here(t: Tensor) -> bool:
+    """Whether this process has all of its values."""
+    return t.device.type != "meta" and not _is_split(t)
 
 
 def _gathered(now: Mapping[str, Tensor], name: str, otherwise: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def _digests(model: Any) -> dict[str, str] | None:
         known.clear()
     dtype = model.llm_model.dtype
     if dtype not in known:
-        known[dtype] = base_reference.checksums(model)
+        known[dtype] = base_reference.checksums(model, model._base_sums)
     found: dict[str, str] | None = known[dtype]
     return found
 

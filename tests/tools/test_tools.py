@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    get_peft_model,
+)
 from peft.utils import register_peft_method
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -283,6 +290,25 @@ def test_peft_keeps_a_trm_for_each_adapter(tmp_path):
         again.load_adapter(tmp_path / "two", adapter_name="two")
         for adapter, then in want.items():
             assert torch.equal(logits(again, adapter), then)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_an_adapters_folder_gives_the_hybrid_and_the_adapter(task, tmp_path):
+    tiny_hybrid().save_pretrained(tmp_path / "hybrid", save_base=True)
+    lora = LoraConfig(task_type=task, target_modules=["q_proj"], modules_to_save=["trm", "trm_before"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid"), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save.default.out_proj" in name:
+                parameter.fill_(0.01)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    if task is None:
+        with pytest.raises(ValueError, match="'hybrid.model.hybrid_model' which is not in the import allow"):
+            AutoPeftModel.from_pretrained(tmp_path / "adapter")
+        again = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["hybrid"])
+    else:
+        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
 def test_why_the_trm_is_no_peft_method():

@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hybrid import HybridModel
+from tests.support import tiny_text
 from tests.support.peft_methods import METHODS, STEPS, outcome
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
 
@@ -102,6 +104,7 @@ def test_transformers_own_way_to_add_an_adapter():
         ({"target_modules": r".*q_proj|.*trm.*o_proj"}, "a TRM's matrices"),
         ({"target_modules": [], "target_parameters": ["qkv_proj.weight"]}, "target_parameters expected"),
         ({"target_modules": USUAL, "modules_to_save": ["o_proj"]}, "modules_to_save expected .* is also"),
+        ({"target_modules": USUAL, "layer_replication": [[0, 2], [1, 3]]}, "layer_replication repeats"),
     ],
 )
 def test_adapting_a_trm_is_refused_with_a_sentence(arguments, got):
@@ -219,3 +222,18 @@ def answer_of_the_base(model):
     off = getattr(model, "disable_injection", nullcontext)
     with off():
         return model(input_ids=tokens()).logits
+
+
+def test_after_merging_the_config_says_that_embeddings_are_not_tied(tmp_path):
+    """PEFT's test_merge_and_unload_fixes_tie_word_embeddings_config, without LLaMA's name of the head."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_text.save_base(tmp_path / "base"))
+    tiny_text.tiny_hybrid(base).save_pretrained(tmp_path / "hybrid", save_base=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", tie_word_embeddings=True)
+    lora = LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+    adapted, ids = get_peft_model(model, lora).eval(), torch.arange(1, 9)[None]
+    want = adapted(input_ids=ids).logits
+    with pytest.warns(UserWarning, match="Setting.*tie_word_embeddings"):
+        merged = adapted.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    assert merged.get_output_embeddings().weight.data_ptr() != merged.get_input_embeddings().weight.data_ptr()
+    torch.testing.assert_close(merged(ids).logits, want)

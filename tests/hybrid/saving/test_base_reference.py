@@ -5,11 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hybrid import HybridConfig, HybridModel
+from hybrid.model.injection import decoder_layers
 from hybrid.saving import base_checksum
 from hybrid.saving.base_reference import base_tensors
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
@@ -414,3 +419,50 @@ def test_what_will_be_otherwise_when_it_is_loaded_is_said(folder, tmp_path, monk
     hybrid.injection_enabled = False
     hybrid.save_pretrained(tmp_path / "b")
     assert ["config.rms_norm_eps was set to 0.5" in said[0], "switched off" in said[1]] == [True, True]
+
+
+# A base that FSDP2 has split, of which a process has parts
+
+
+@pytest.fixture
+def mesh():
+    """Of two processes, of which one is here: nobody answers, so a save that asks the other one fails."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def split(hybrid, mesh):
+    """`hybrid` in parts; its TRMs' tensors as they were."""
+    whole = {name: t.clone() for name, t in hybrid.state_dict().items() if "trm" in name}
+    for unit in (*decoder_layers(hybrid.llm_model), hybrid):
+        fully_shard(unit, mesh=mesh)
+    return whole
+
+
+def test_the_trms_of_a_split_hybrid_are_saved_with_their_bases_checksum(folder, tmp_path, mesh):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "before")
+    whole = split(hybrid, mesh)
+    hybrid.save_pretrained(tmp_path / "after", state_dict=whole)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after")]
+    assert configs[0]["base_checksums"] == configs[1]["base_checksums"]
+    again = loaded(tmp_path / "after").state_dict()
+    assert all(torch.equal(again[name], t) for name, t in whole.items())
+
+
+def test_of_a_split_hybrid_that_was_not_saved_before(folder, tmp_path, mesh):
+    hybrid = wrapped(loaded(folder))
+    hybrid.save_pretrained(tmp_path / "after", state_dict=split(hybrid, mesh), save_base=False)
+    checksums = json.loads((tmp_path / "after" / "config.json").read_text())["base_checksums"]
+    assert checksums.keys() == {"float32"}
+    loaded(tmp_path / "after")  # which compares
+    other = tiny_base(seed=1)
+    with pytest.raises(ValueError, match="got one with other weights"):
+        HybridModel.from_pretrained(tmp_path / "after", llm_model=other)
+
+
+def test_a_split_base_that_learns_is_not_taken_for_the_one_in_its_files(folder, tmp_path, mesh):
+    hybrid = wrapped(loaded(folder)).requires_grad_(True)
+    with pytest.raises(ValueError, match="has changed since it was wrapped"):
+        hybrid.save_pretrained(tmp_path / "after", state_dict=split(hybrid, mesh), save_base=False)
