@@ -52,13 +52,14 @@ peers: $(READY) $(PEERS)/.fetched
 liger: $(READY) $(PEERS)/.fetched
 	export TRITON_INTERPRET=1; $(RUN_PEERS) tests/peers/liger.py $(ARGS)
 
-# the tests skip, and say so, where a source distribution is not to be had
+# the tests skip, and say so, where a source distribution is not to be had; the next call asks again
 $(PEERS)/.fetched: constraints.txt Makefile | $(READY)
 	mkdir -p $(PEERS)
-	for package in $$(grep -E '^(transformers|peft)==' constraints.txt) liger_kernel==0.8.5; do \
-		$(BIN)/pip download --no-deps --no-binary :all: --no-build-isolation -d $(PEERS) $$package || exit 0; done
-	for archive in $(PEERS)/*.tar.gz; do tar xzf $$archive -C $(PEERS) || exit 0; done
-	$(BIN)/pip install --no-deps --target $(PEERS)/site parameterized && touch $@ || echo "no tests of others are at hand"
+	missing=; for package in $$(grep -E '^(transformers|peft)==' constraints.txt) liger_kernel==0.8.5; do \
+		$(BIN)/pip download --no-deps --no-binary :all: --no-build-isolation -d $(PEERS) $$package \
+			&& tar xzf $(PEERS)/$$(echo $$package | sed s/==/-/).tar.gz -C $(PEERS) || missing="$$missing $$package"; done; \
+	$(BIN)/pip install --no-deps --target $(PEERS)/site parameterized || missing="$$missing parameterized"; \
+	if [ -z "$$missing" ]; then touch $@; else echo "not at hand:$$missing"; fi
 
 slow: $(READY)
 	$(PYTEST) -m slow
