@@ -394,6 +394,8 @@ class _InjectionBlend(torch.autograd.Function):
             dy = scaled_mm(dout, w_out, ctx.strength) if needs_y else None
             dw_out = weight_gradient(dout, y, ctx.strength) if needs_w_out else None
             return dh, dy, dw_out, None, None, None, None
+        if not any((needs_y, needs_w_out, needs_gate_weight, needs_gate_bias)):
+            return dh, None, None, None, None, None, None
         t = torch.mm(dout, w_out)
         dy, shared_y, dscore = _injection_blend_bwd(t, y, gate_weight, gate, ctx.strength)
         dw_out = weight_gradient(dout, shared_y) if needs_w_out else None

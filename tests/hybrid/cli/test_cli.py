@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaForCausalLM, T5Config
 
 from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
 from hybrid.cli import main
@@ -406,6 +406,28 @@ def test_sampling_repeats_by_its_seed(base, capsys):
         assert main(command) == 0
         outs.append(capsys.readouterr().out)
     assert outs[0] == outs[1] != outs[2]
+
+
+def test_sampling_is_among_the_likeliest_that_were_asked_for(base, capsys, monkeypatch):
+    """At this temperature all tokens are about as likely; one that is left is what greedy search takes."""
+
+    def said(*options):
+        assert main(["generate", "--model", str(base), "--prompt", "12", *options]) == 0
+        return capsys.readouterr().out
+
+    hot, greedy = ("--temperature", "100"), said()
+    assert said(*hot) != greedy
+    assert said(*hot, "--top-k", "1") == greedy
+    assert said(*hot, "--top-p", "0.000001") == greedy
+
+    asked = []
+    generate = LlamaForCausalLM.generate
+    monkeypatch.setattr(
+        LlamaForCausalLM, "generate", lambda *a, **options: asked.append(options) or generate(*a, **options)
+    )
+    said(*hot)
+    said(*hot, "--top-k", "7", "--top-p", "0.5")
+    assert [(how["top_k"], how["top_p"]) for how in asked] == [(50, 1.0), (7, 0.5)]
 
 
 def test_eval_measures_each_file(trained, texts, capsys):

@@ -303,10 +303,17 @@ def _in_phase_1(**changes):
 
 
 def test_how_a_run_is_watched_may_change(tmp_path):
+    """It is watched as it is told to be from then on, and what it computes stays the same."""
+    straight, resumed = phase_1(), phase_1()
+    train(straight, Counting(), settings_for(tmp_path / "a"))
     with pytest.raises(Stopped):
-        train(phase_1(), Counting(), settings_for(tmp_path), on_step=stop_after(13))
+        train(phase_1(), Counting(), settings_for(tmp_path / "b"), on_step=stop_after(13))
     changes = {"save_every": 5, "log_every": 1, "eval_every": 2, "keep_checkpoints": 1}
-    train(phase_1(), Counting(), settings_for(tmp_path, **changes), resume=True)
+    train(resumed, Counting(), settings_for(tmp_path / "b", **changes), resume=True)
+    assert_equal(resumed, straight)
+    lines = lines_of(tmp_path / "b")
+    assert [line["step"] for line in lines if "loss" in line] == [4, 8, *range(11, 21)]
+    assert [path.name for path in (tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-000020"]
 
 
 def test_there_must_be_a_run_to_resume(tmp_path):

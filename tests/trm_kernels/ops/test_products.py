@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.measure.counting import Counting
 from tests.trm_kernels.ops.test_ops import (
     DEVICE,
     EACH_PRODUCT,
@@ -165,8 +166,7 @@ def test_autocast_means_what_it_means_for_linear(case):
 
 
 @kernels_run
-def test_gradients_nobody_asked_for_are_not_computed():
-    """A frozen weight, or an input that is no leaf: no product is spent on it."""
+def test_a_gradient_alone_is_what_it_is_among_all():
     for name in ("linear_swiglu", "swiglu_mlp-scaled", "linear_residual-scaled", "injection_in-mm"):
         inputs = inputs_of(BY_NAME[name], (5, 24, 40), torch.float32)
         with backend("triton"):
@@ -175,6 +175,39 @@ def test_gradients_nobody_asked_for_are_not_computed():
                 some = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
                 got = run(BY_NAME[name].op, some)
                 assert torch.equal(got[f"gradient of input {i}"], everything[f"gradient of input {i}"])
+
+
+# input by input: how many calls of torch.mm and how many kernels a backward for it alone takes
+WORK_OF_GRADIENTS = {
+    "norm_add": [(0, 1), (0, 0)],  # r's is that of the sum
+    "linear_swiglu": [(1, 1), (1, 1)],
+    "linear_swiglu-mm": [(1, 1), (1, 1), (0, 1)],
+    "swiglu_mlp": [(1, 1), (1, 1), (1, 1)],
+    "swiglu_mlp-mm": [(1, 1), (1, 1), (1, 1), (0, 1)],
+    "linear_residual": [(1, 2), (1, 2), (0, 2)],
+    "linear_residual-mm": [(1, 2), (1, 2), (0, 2), (0, 2)],
+    "injection_in": [(1, 1), (1, 1)],
+    "injection_blend": [(0, 0), (1, 0), (1, 0)],
+    # every gradient but h's goes through that of the gate, which takes a product
+    "injection_blend-gated": [(0, 0), (1, 1), (2, 1), (2, 1), (1, 1)],
+}
+
+
+@pytest.mark.parametrize("name", WORK_OF_GRADIENTS)
+def test_gradients_nobody_asked_for_are_not_computed(name):
+    """A frozen weight, or an input that is no leaf: neither a product nor a kernel is spent on it."""
+    pytest.importorskip("triton")
+    case, work = BY_NAME[name], []
+    inputs = case.inputs((5, 24, 40) if len(case.shapes[0]) == 3 else (5, 40), torch.float32, 0)
+    for i in range(len(inputs)):
+        some = [t.detach().to("meta").requires_grad_(i == j) for j, t in enumerate(inputs)]
+        with record("sm90"):
+            out = case.op(*some)
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        with record("sm90") as launches, Counting() as counted:
+            torch.autograd.grad(outs, some[i], [torch.empty_like(t) for t in outs])
+        work.append((counted.calls["mm"] + counted.calls["addmm"], len(launches)))
+    assert work == WORK_OF_GRADIENTS[name]
 
 
 # --- which candidate runs
@@ -211,8 +244,11 @@ def test_every_choice_has_its_settings():
     for op, arch, size, width, aligned in product(
         tuning._CHOICES, ("sm80", "sm90", "sm999"), (2, 4), (1, 1024, 1025, 10**6), (False, True)
     ):
-        assert tuning.choose(op, arch, size, width, aligned) in tuning.CANDIDATES
-        assert tuning.choose(op, arch, size, width, aligned, "fused") == "fused"
+        is_narrow = width <= 1024 or op == "injection_blend"
+        chosen = tuning.choose(op, arch, size, width, aligned)
+        assert chosen == ("fused" if aligned and size == 2 and is_narrow else "mm")
+        for asked in tuning.CANDIDATES:
+            assert tuning.choose(op, arch, size, width, aligned, asked) == asked
         assert tuning.gemm(op, arch, size, aligned).element_size == size
 
 

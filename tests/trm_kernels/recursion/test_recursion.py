@@ -314,6 +314,24 @@ def watch_fused():
         yield ran
 
 
+@without_interpreter
+def test_gradients_of_frozen_weights_are_not_computed():
+    """One product a use of a weight is spent on its gradient, and none on that of a frozen one."""
+    pytest.importorskip("triton")
+    products = {}
+    for is_frozen in (False, True):
+        trm = make(num_cycles=1).to("meta").requires_grad_(not is_frozen)
+        x = torch.empty(2, 3, 64, device="meta", requires_grad=True)
+        with record("sm90"):
+            y, _ = trm(x)
+            with Counting(inside_ours=True) as counted:
+                (dx,) = torch.autograd.grad(y, x, torch.empty_like(y), retain_graph=True)
+        assert dx.shape == x.shape
+        products[is_frozen] = counted.calls["addmm_"]
+    evaluations = 3  # of 2 layers with 4 matrices
+    assert products == {False: evaluations * 2 * 4, True: 0}
+
+
 @kernels_run
 @torch.no_grad()
 def test_which_way_is_taken():
