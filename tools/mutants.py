@@ -1,0 +1,324 @@
+"""Mutants, small slips in the code: does a test notice each? `python -m tools.mutants` plants a sample
+
+The slips are cosmic-ray's: another comparison or operator, a number more or less, a loop of no rounds, a lost
+`not`. A measurement, made once a package, says which of its tests run a line. A mutant is met by these, the
+quickest first, in a process that has imported torch already. All happens in build/mutants, in a copy of the
+tracked files. What came of it: docs/decisions/mutation-tests.md
+
+A run that is begun again with the same sample goes on where it was stopped.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from difflib import unified_diff
+from itertools import accumulate, takewhile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+from coverage import CoverageData
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "mutants"
+TREE = BUILD / "tree"
+RESULTS = BUILD / "results.jsonl"
+# package -> the ways in which its tests are run; they stand below tests/ in a folder of the same name
+PACKAGES = {
+    "hybrid/training": ("plain",),
+    "hybrid/data": ("plain",),
+    "hybrid/model": ("plain",),
+    "trm_kernels/recursion": ("plain", "interpreted"),
+}
+# the environment of a way, and pytest's options
+WAYS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "plain": ({}, []),
+    "interpreted": ({"TRITON_INTERPRET": "1"}, ["-m", "kernels and not slow"]),
+}
+ALWAYS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+PRELOADED = [
+    "torch",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "accelerate",
+    "matplotlib",
+    "pytest",
+]
+# an operator for one of another kind is a TypeError on the spot, which proves nothing of the tests
+_DIES_AT_ONCE = re.compile(
+    "BinaryOperator_(?!Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd)"
+)
+SLOWEST = 10  # times as long as measured, and a minute: then a mutant hangs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A slip: the `occurrence`th place in `module` where `operator` changes something, which is in `line`."""
+
+    module: str
+    line: int
+    operator: str
+    occurrence: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a mutant.
+
+    outcome   killed, survived, not run (no test runs its line), or error (the tests could not be run)
+    tests     how many tests met it
+    left_out  how many more run its line, and were left out since they take too long
+    diff      what was changed
+    """
+
+    mutant: Mutant
+    outcome: str
+    tests: int
+    left_out: int
+    diff: str
+
+
+# The sample
+
+
+def mutants_in(module: str) -> dict[tuple[int, int], list[Mutant]]:
+    """(line, column) -> the slips that are possible there; none in annotations, which nothing reads."""
+    source = (ROOT / module).read_text(encoding="utf-8")
+    tree, unread = get_ast(source), list(_annotations(source))
+    places: dict[tuple[int, int], list[Mutant]] = defaultdict(list)
+    for name in operator_names():
+        operator = get_operator(name)
+        if operator.arguments() or _DIES_AT_ONCE.search(name):
+            continue
+        found = (place for node in ast_nodes(tree) for place in operator().mutation_positions(node))
+        for occurrence, (start, _) in enumerate(found):
+            if not any(first <= start < last for first, last in unread):
+                places[start].append(Mutant(module, start[0], name, occurrence))
+    return places
+
+
+def _annotations(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    for node in ast.walk(ast.parse(source)):
+        for one in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if one is not None:
+                yield (one.lineno, one.col_offset), (one.end_lineno, one.end_col_offset)
+
+
+def sample(package: str, count: int | None, seed: int) -> list[Mutant]:
+    """One slip at each of `count` places of the package, or at all places."""
+    chosen = random.Random(f"{seed} {package}")
+    modules = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py"))
+    places = [mutants for module in modules for _, mutants in sorted(mutants_in(module).items())]
+    if count is not None:
+        places = chosen.sample(places, min(count, len(places)))
+    return [chosen.choice(mutants) for mutants in places]
+
+
+# The tests that run a line
+
+
+def measure(package: str, way: str) -> None:
+    """Run the package's tests once, and keep which lines of it each runs and how long it takes."""
+    environment, options = WAYS[way]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, f"tests/{package}"]
+    command += [
+        f"--cov={package}",
+        "--cov-context=test",
+        "--cov-report=",
+        f"--junitxml={_seconds(package, way)}",
+    ]
+    print(f"measuring which tests run which lines of {package}, {way}", flush=True)
+    environment = ALWAYS | environment | {"COVERAGE_FILE": str(_contexts(package, way))}
+    subprocess.run(command, cwd=TREE, env=os.environ | environment, check=True)
+
+
+def _contexts(package: str, way: str) -> Path:
+    return BUILD / f"{package.replace('/', '.')}-{way}.coverage"
+
+
+def _seconds(package: str, way: str) -> Path:
+    return _contexts(package, way).with_suffix(".xml")
+
+
+class TestsOfLines:
+    """Which tests of a package run a line of it, the quickest first; in one way of running them."""
+
+    def __init__(self, package: str, way: str) -> None:
+        self.environment = WAYS[way][0]
+        if not _seconds(package, way).exists():
+            measure(package, way)
+        self._data = CoverageData(str(_contexts(package, way)))
+        self._data.read()
+        self._seconds: dict[str, float] = {}
+        for case in ElementTree.parse(_seconds(package, way)).iter("testcase"):
+            name = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
+            self._seconds[name] = float(case.attrib["time"])
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """All tests that run the mutant's statement; of what is run on import, all that run its module."""
+        measured = [file for file in self._data.measured_files() if file.endswith(f"/{mutant.module}")]
+        by_line = self._data.contexts_by_lineno(measured[0]) if measured else {}
+        source = (ROOT / mutant.module).read_text(encoding="utf-8")
+        lines = _lines_of_statement(source, mutant.line) or by_line.keys()
+        contexts = {context for line in lines for context in by_line.get(line, ()) if context}
+        return sorted({context.partition("|")[0] for context in contexts}, key=self.seconds)
+
+    def seconds(self, *tests: str) -> float:
+        """How long these took together."""
+        return sum(self._seconds.get(test, 0.0) for test in tests)
+
+    def within(self, tests: list[str], budget: float) -> list[str]:
+        """The first, as many as took `budget` seconds together, and one at least."""
+        sums = accumulate(self.seconds(test) for test in tests)
+        return tests[: max(1, len(list(takewhile(lambda s: s <= budget, sums))))]
+
+
+def _lines_of_statement(source: str, line: int) -> Iterable[int]:
+    """The lines of the innermost statement around `line` in a function; none where it is in no function."""
+    around, in_function = None, False
+    for node in ast.walk(ast.parse(source)):  # outer nodes first
+        if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or 0):
+            continue
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        in_function = in_function or (is_function and line >= node.body[0].lineno)  # type: ignore[attr-defined]
+        around = node
+    if around is None or not in_function:
+        return ()
+    body = getattr(around, "body", None)
+    last = body[0].lineno - 1 if body else around.end_lineno or around.lineno
+    return range(around.lineno, max(around.lineno, last) + 1)
+
+
+# One mutant
+
+
+def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> Found:
+    """Plant a mutant in the copy, run its tests, and take it out again."""
+    path, source = TREE / mutant.module, (ROOT / mutant.module).read_text(encoding="utf-8")
+    changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+    differing = unified_diff(source.split("\n"), changed.split("\n"), n=0, lineterm="")
+    diff = "\n".join(line for line in differing if not line.startswith(("---", "+++", "@@")))
+    outcome, run, left_out = "not run", 0, 0
+    path.write_text(changed, encoding="utf-8")
+    try:
+        for way in tests_of_lines:
+            tests = way.of(mutant)
+            if tests and outcome != "killed":
+                few = way.within(tests, budget)
+                run, left_out = run + len(few), left_out + len(tests) - len(few)
+                outcome = _outcome(few, way.environment, 60 + SLOWEST * way.seconds(*few))
+    finally:
+        path.write_text(source, encoding="utf-8")
+    return Found(mutant, outcome, run, left_out, diff)
+
+
+def _outcome(tests: list[str], environment: dict[str, str], seconds: float) -> str:
+    process = multiprocessing.get_context("forkserver").Process(target=_run_tests, args=(tests, environment))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+        return "killed"
+    return {0: "survived", 1: "killed", 2: "killed"}.get(process.exitcode, "error")
+
+
+def _run_tests(tests: list[str], environment: dict[str, str]) -> None:
+    """In a process of its own: the tests, until one fails. pytest's code is the process's."""
+    import pytest
+
+    os.setsid()  # what the tests start goes with it
+    log = os.open(BUILD / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.environ.update(ALWAYS | environment)
+    sys.dont_write_bytecode = True
+    os.chdir(TREE)
+    sys.path.insert(0, str(TREE))
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", *tests])))
+
+
+# The run
+
+
+def copy_tracked_files() -> None:
+    """The tracked files as they are now, in TREE."""
+    shutil.rmtree(TREE, ignore_errors=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    for name in filter(None, names.split("\0")):
+        (TREE / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, TREE / name)
+
+
+def before() -> dict[Mutant, Found]:
+    """What was found already."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    found = (json.loads(line) for line in lines)
+    return {(m := Mutant(**one["mutant"])): Found(**one | {"mutant": m}) for one in found}
+
+
+def report(found: list[Found]) -> str:
+    """A table of the outcomes by package, and every mutant that lived."""
+    lines = ["| package | mutants | killed | survived | not run | error |", "|---|---|---|---|---|---|"]
+    for package in PACKAGES:
+        of = Counter(one.outcome for one in found if one.mutant.module.startswith(package))
+        counts = [sum(of.values()), *(of[outcome] for outcome in ("killed", "survived", "not run", "error"))]
+        lines.append(f"| `{package}` | " + " | ".join(map(str, counts)) + " |")
+    for one in found:
+        if one.outcome != "killed":
+            mutant = one.mutant
+            where = f"{mutant.module}:{mutant.line} {mutant.operator.rpartition('/')[2]}"
+            lines += ["", f"{where}: {one.outcome}, {one.tests} tests, {one.left_out} left out", one.diff]
+    return "\n".join(lines)
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command at the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.mutants", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--each", type=int, default=25, metavar="N", help="mutants of a package (25)")
+    parser.add_argument("--all", action="store_true", help="all places instead: days")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    parser.add_argument(
+        "--packages", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), metavar="PACKAGE"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds of tests for a mutant and mode (60)"
+    )
+    arguments = parser.parse_args(words)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    copy_tracked_files()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    known, found = before(), []
+    for package in arguments.packages:
+        tests_of_lines = [TestsOfLines(package, way) for way in PACKAGES[package]]
+        for mutant in sample(package, None if arguments.all else arguments.each, arguments.seed):
+            if mutant not in known:
+                known[mutant] = meet(mutant, tests_of_lines, arguments.budget)
+                with open(RESULTS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(known[mutant])) + "\n")
+                print(
+                    f"{known[mutant].outcome:8} {mutant.module}:{mutant.line} {mutant.operator}", flush=True
+                )
+            found.append(known[mutant])
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
