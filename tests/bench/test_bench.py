@@ -229,6 +229,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     tiny(again, "eager", "TRM paper's eager", "one that never ends")
 
 
+@pytest.mark.slow  # a minute: every workload is called once
 def test_the_script_of_a_gpu_run_runs_dry(tmp_path, capsys):
     """All but the device: one stage as a process with its limit, others as such a process runs them."""
     dry = ["--dry-run", "--out", str(tmp_path)]

@@ -16,7 +16,12 @@ ONE_EACH = [w for w in WORKLOADS if w.name not in ("W2", "W4-16", "W6-8")]  # th
 
 
 def ours(workload) -> list[str]:
-    return [name for name in peers_of(workload, True) if name.startswith("ours") and "graph" not in name]
+    """All at the first workload; at the others the one that is compared, and what only runs there."""
+    first, names = (
+        [name for name in peers_of(w, True) if name.startswith("ours") and "graph" not in name]
+        for w in (ONE_EACH[0], workload)
+    )
+    return [name for name in names if workload is ONE_EACH[0] or name == "ours" or name not in first]
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")

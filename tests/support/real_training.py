@@ -175,13 +175,13 @@ def _with_adapters(model, rank):
     )
 
 
-def as_rank(rank, world_size, folder):
-    """Every case in both phases, measured as one rank of a gloo group."""
+def as_rank(rank, world_size, folder, names):
+    """Cases by name in both phases, measured as one rank of a gloo group."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     try:
         return {
             f"{name}, {phase}": measured(run_of(name, phase, shards=world_size))
-            for name in CASES
+            for name in names
             for phase in (1, 2)
         }
     finally:
@@ -189,5 +189,5 @@ def as_rank(rank, world_size, folder):
 
 
 if __name__ == "__main__":
-    found = as_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    found = as_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
     Path(sys.argv[3], f"rank-{sys.argv[1]}.json").write_text(json.dumps(found))

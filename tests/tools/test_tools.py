@@ -65,6 +65,9 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
+SHALLOW = {"num_cycles": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
+
+
 def arguments_for(folder, steps):
     return TrainingArguments(
         folder,
@@ -92,7 +95,7 @@ def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
 
     def run(folder, steps, resume=None):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        changes = {"recursion_sampling": sampling, "num_recursion_steps": 6}
+        changes = {"recursion_sampling": sampling, "num_recursion_steps": 4} | SHALLOW
         hybrid = awaken(HybridModel(llm_model=base, config=tiny_config(**changes)))
         if phase == 1:
             hybrid.freeze_base()
@@ -120,7 +123,7 @@ def test_trainer_trains_and_resumes(sampling, phase, tmp_path, monkeypatch):
 def test_trainer_resumes_counting_draws_inside_of_a_wrapper(wrapper, tmp_path):
     def run(folder, steps, resume=None, **changes):
         torch.manual_seed(0)
-        hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6)
+        hybrid = tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=4, **SHALLOW)
         if wrapper.startswith("PEFT"):
             lora = LORA if wrapper == "PEFT" else LoraConfig(r=2, target_modules=["q_proj"])
             model = get_peft_model(hybrid, lora)

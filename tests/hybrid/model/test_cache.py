@@ -226,9 +226,9 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
 @torch.no_grad()
 def test_a_compiled_forward_with_a_dynamic_cache():
     torch._dynamo.reset()
-    brief = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
+    brief = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [2]}
     hybrid, ids = tiny_hybrid(**brief), tokens()
-    compiled = torch.compile(hybrid, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
     whole, cache = hybrid(ids).logits, hybrid(ids[:, :3], use_cache=True).past_key_values
     hybrid(ids[:, 3:4], past_key_values=cache)  # now there is room
     for at in range(4, 8):  # compiled, and for two tokens not

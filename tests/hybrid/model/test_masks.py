@@ -202,6 +202,7 @@ def test_generating_needs_no_general_mask(family, told):
         told.clear()
 
 
+@pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
 def test_a_compiled_decoding_needs_no_general_mask(told):
     torch._dynamo.reset()
     hybrid, ids = tiny_hybrid(**BRIEF), tokens()

@@ -42,23 +42,29 @@ def test_stochastic_rounding_keeps_what_is_planned():
         compare(planned(run), measured(run, stochastic_rounding=True))
 
 
-def two_ranks(folder):
+def two_ranks(folder, names):
     """What each of two processes measured, which divide everything between them (FSDP2 over gloo)."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.support.real_training", "1", "2", str(folder)],
+        [sys.executable, "-m", "tests.support.real_training", "1", "2", str(folder), *names],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as other:
-        here = as_rank(0, 2, folder)
+        here = as_rank(0, 2, folder, names)
     assert other.returncode == 0
     there = json.loads((folder / "rank-1.json").read_text())
     return here, {name: Bytes(*figures) for name, figures in there.items()}
 
 
-def test_two_ranks(tmp_path):
-    """One test: the processes start once, however the tests are divided among workers."""
-    for found in two_ranks(tmp_path):
-        for name in CASES:
+SOME = ("qwen3, checkpointing", "phi, on the embeddings")
+
+
+@pytest.mark.parametrize(
+    "names", [SOME, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_two_ranks(names, tmp_path):
+    """One test for several cases: the processes start once, however the tests are divided among workers."""
+    for found in two_ranks(tmp_path, names):
+        for name in names:
             for phase in (1, 2):
                 compare(planned(run_of(name, phase, shards=2)), found[f"{name}, {phase}"])
 

@@ -117,6 +117,7 @@ def test_one_process_goes_on_from_two_and_two_from_one(folder, ended, tmp_path):
     assert_close(numbers_of(together), numbers_of(folder / "one"))
 
 
+@pytest.mark.slow  # three launches of two processes
 def test_a_killed_process_loses_nothing(folder):
     for where, at in (("step", 3), ("save", 2)):
         killed = two(folder / "killed", where=where, at=at)
@@ -135,9 +136,8 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(folder):
     assert "Signal 15 (SIGTERM) received" in told.stderr and "SIGKILL" not in told.stderr
     assert "SIGTERM after step 3, which is saved" in told.stdout
     assert run_state.latest(folder / "told").name == "checkpoint-000003"
-    ended = two(folder / "told")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert_close(numbers_of(folder / "told"), numbers_of(folder / "one"))
+    so_far = numbers_of(folder / "told")
+    assert_close(so_far, numbers_of(folder / "one")[: len(so_far)])
 
 
 def test_both_phases_split_and_the_whole_model_comes_out(folder, tmp_path):

@@ -19,7 +19,7 @@ from hybrid.training.loop import TrainSettings, train
 from hybrid.training.phases import enter
 from tests.support import tiny_text
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
-from tests.trm_kernels.ops.test_ops import kernels_run
+from tests.trm_kernels.ops.test_ops import compiles, kernels_run
 from trm_kernels import TRM, backend
 from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import interpreting
@@ -133,8 +133,6 @@ SIZES = {"num_layers": 2, "intermediate_size": 32, "num_recursion_steps": 2, "nu
     "settings",
     [
         {"save": "all"},
-        {"save": "layer"},
-        {"save": "step"},
         {"attention": "sdpa"},
         {"attention": "reference"},
         {"num_key_value_heads": 1, "grad_cycles": None},
@@ -287,6 +285,7 @@ def test_quantized_matrices():
         torch.testing.assert_close(hybrid(ids).logits.float(), want, rtol=0, atol=0.2)
 
 
+@compiles
 def test_in_one_compiled_graph():
     hybrid, ids = tiny_hybrid(injection_layers=[2]).freeze_base().train(), tokens()
 

@@ -23,6 +23,9 @@ kernels_run = pytest.mark.skipif(
     not interpreting() and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
 )
 compiles = pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
+reference_alone = pytest.mark.skipif(
+    interpreting(), reason="the reference is the same without the interpreter"
+)
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 EACH_PRODUCT = pytest.mark.parametrize(
     "case",
@@ -220,6 +223,7 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
             dx.sum().backward()
 
 
+@reference_alone
 @EACH
 def test_reference_against_finite_differences(case):
     """First and second derivative, in float64."""
