@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
@@ -61,7 +63,9 @@ PRELOADED = [
 _DIES_AT_ONCE = re.compile(
     "BinaryOperator_(?!Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Mul|Mod_Mul|Pow_Mul|BitAnd_BitOr|BitOr_BitAnd)"
 )
-SLOWEST = 10  # times as long as measured, and a minute: then a mutant hangs
+# a mutant that computes for so many seconds, and ten times as long as its tests took, never ends; one that
+# waits for so long is an error: whether it ends cannot be told on a machine that is busy
+COMPUTES, WAITS = 60, 3600
 
 
 @dataclass(frozen=True)
@@ -219,28 +223,30 @@ def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> F
             if tests and outcome != "killed":
                 few = way.within(tests, budget)
                 run, left_out = run + len(few), left_out + len(tests) - len(few)
-                outcome = _outcome(few, way.environment, 60 + SLOWEST * way.seconds(*few))
+                outcome = _outcome(few, way.environment, COMPUTES + round(10 * way.seconds(*few)))
     finally:
         path.write_text(source, encoding="utf-8")
     return Found(mutant, outcome, run, left_out, diff)
 
 
-def _outcome(tests: list[str], environment: dict[str, str], seconds: float) -> str:
-    process = multiprocessing.get_context("forkserver").Process(target=_run_tests, args=(tests, environment))
+def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str:
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_run_tests, args=(tests, environment, seconds)
+    )
     process.start()
-    process.join(seconds)
+    process.join(WAITS)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-        return "killed"
-    return {0: "survived", 1: "killed", 2: "killed"}.get(process.exitcode, "error")
+        return "error"
+    killed = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED, -signal.SIGXCPU)
+    return "survived" if process.exitcode == 0 else "killed" if process.exitcode in killed else "error"
 
 
-def _run_tests(tests: list[str], environment: dict[str, str]) -> None:
-    """In a process of its own: the tests, until one fails. pytest's code is the process's."""
-    import pytest
-
+def _run_tests(tests: list[str], environment: dict[str, str], seconds: int) -> None:
+    """In a process of its own that may compute for `seconds`: the tests, until one fails; pytest's exit code."""
     os.setsid()  # what the tests start goes with it
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     log = os.open(BUILD / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -248,7 +254,7 @@ def _run_tests(tests: list[str], environment: dict[str, str]) -> None:
     sys.dont_write_bytecode = True
     os.chdir(TREE)
     sys.path.insert(0, str(TREE))
-    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", *tests])))
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=0", "-m", "", *tests])))
 
 
 # The run
