@@ -244,9 +244,9 @@ def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str
 
 
 def _run_tests(tests: list[str], environment: dict[str, str], seconds: int) -> None:
-    """In a process of its own that may compute for `seconds`: the tests, until one fails; pytest's exit code."""
+    """In a process of its own, which may compute for `seconds`: the tests, until one fails."""
     os.setsid()  # what the tests start goes with it
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # SIGXCPU, then SIGKILL
     log = os.open(BUILD / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
