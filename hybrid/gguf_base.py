@@ -10,7 +10,6 @@ that can be reached. What such a package would install beside it is left out.
 
 import argparse
 import copy
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid.extras import installed
+from hybrid.saving.files import new_folder
 
 _NOT_OF_A_FOLDER = ("quantization_config", "_name_or_path")  # of a config that came from GGUF
 
@@ -46,14 +46,9 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Non
     model = AutoModelForCausalLM.from_config(type(read.config)(**values), dtype=dtype)
     model.load_state_dict(read.state_dict())
     model.generation_config = copy.deepcopy(read.generation_config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".making-{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with new_folder(folder) as written:
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
 
 
 def fetch(package: str, folder: Path) -> Path:

@@ -79,7 +79,7 @@ class Mutant:
 
 
 @dataclass(frozen=True)
-class Found:
+class Fate:
     """What came of a mutant.
 
     outcome   killed, survived, not run (no test runs its line), or error (the tests could not be run)
@@ -209,7 +209,7 @@ def _lines_of_statement(source: str, line: int) -> Iterable[int]:
 # One mutant
 
 
-def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> Found:
+def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> Fate:
     """Plant a mutant in the copy, run its tests, and take it out again."""
     path, source = TREE / mutant.module, (ROOT / mutant.module).read_text(encoding="utf-8")
     changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
@@ -226,7 +226,7 @@ def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> F
                 outcome = _outcome(few, way.environment, COMPUTES + round(10 * way.seconds(*few)))
     finally:
         path.write_text(source, encoding="utf-8")
-    return Found(mutant, outcome, run, left_out, diff)
+    return Fate(mutant, outcome, run, left_out, diff)
 
 
 def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str:
@@ -284,14 +284,14 @@ def copy_tracked_files() -> None:
         shutil.copy2(ROOT / name, TREE / name)
 
 
-def before() -> dict[Mutant, Found]:
+def before() -> dict[Mutant, Fate]:
     """What was found already."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     found = (json.loads(line) for line in lines)
-    return {(m := Mutant(**one["mutant"])): Found(**one | {"mutant": m}) for one in found}
+    return {(m := Mutant(**one["mutant"])): Fate(**one | {"mutant": m}) for one in found}
 
 
-def report(found: list[Found]) -> str:
+def report(found: list[Fate]) -> str:
     """A table of the outcomes by package, and every mutant that lived."""
     lines = ["| package | mutants | killed | survived | not run | error |", "|---|---|---|---|---|---|"]
     for package in PACKAGES:

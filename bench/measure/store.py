@@ -6,9 +6,10 @@ record again, TRIES times in all, and then leaves it.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from hybrid.saving.files import replace_file
 
 Record = dict[str, Any]
 
@@ -46,9 +47,7 @@ class Store:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"stages": self._content}, indent=1) + "\n")
-        os.replace(new, self.path)
+        replace_file(self.path, (json.dumps({"stages": self._content}, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> dict[str, Any]:

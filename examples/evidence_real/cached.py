@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evidence_real.arms import LAST
@@ -14,6 +14,7 @@ from hybrid.demo.real import base as real_base
 from hybrid.demo.real.questions import Questions, encode
 from hybrid.demo.real.states import hidden_states
 from hybrid.demo.texts import split_sources
+from hybrid.saving.files import replace_file
 
 LAYERS = (LAST - 1, LAST)
 GAMES = 4000  # to train on
@@ -95,7 +96,5 @@ class Cache:
                 self._base = real_base.load(self.base_folder, torch.bfloat16)
             states = hidden_states(self._base, questions.ids, LAYERS, questions.lengths())
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".making")
-            save_file({f"h{layer}": h for layer, h in states.items()}, beside)
-            beside.replace(path)
+            replace_file(path, save({f"h{layer}": h for layer, h in states.items()}))
         return {"ids": questions.ids, "asked": questions.asked, **load_file(path)}

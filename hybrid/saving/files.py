@@ -4,6 +4,9 @@ import hashlib
 import os
 import platform
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -11,18 +14,38 @@ import psutil
 SAVING = ".saving-"
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, is_awaited: bool = True) -> None:
     """Write to a temporary path, then atomically rename: a reader sees the old file or the new one, whole.
 
-    Also where several processes write into the folder. When this returns it is on the disk.
+    Also where several processes write into the folder.
+
+    is_awaited   when this returns it is on the disk; False for what can be computed again: a machine that
+                 loses its power may then lose the file
     """
     written = beside(path)
     with open(written, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if is_awaited:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(written, path)
-    sync_folder(path.parent)
+    if is_awaited:
+        sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Within the block: a folder to fill, which becomes `folder` at its end; an error leaves neither."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = beside(folder)
+    written.mkdir()
+    try:
+        yield written
+        sync_tree(written)
+        os.rename(written, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def beside(path: Path) -> Path:

@@ -13,7 +13,6 @@ on with the same folder.
 import hashlib
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from torch.utils.data import Dataset
 from hybrid.data.stream import TokenStream
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.saving import base_checksum
-from hybrid.saving.files import beside, remove_left_over, replace_file
+from hybrid.saving.files import remove_left_over, replace_file
 from hybrid.saving.json_files import read_object
 from hybrid.training import run_folder
 from hybrid.training.batches import Batch, count, describe_items
@@ -197,7 +196,8 @@ class HiddenStates:
 
     def _write(self, row: int, h: Tensor, digest: str) -> None:
         facts = {"inputs": digest, "sha256": _checksum(h, row, digest)}
-        _replace_row(self._path(row), save({"hidden_states": h}, facts))
+        # not awaited: a row that does not come onto the disk is computed again
+        replace_file(self._path(row), save({"hidden_states": h}, facts), is_awaited=False)
 
 
 def _describe_base(model: HybridModel) -> dict[str, str]:
@@ -245,13 +245,6 @@ def _checksum(h: Tensor, row: int, digest: str) -> str:
     content = hashlib.sha256(f"{row} {digest} {h.dtype} {list(h.shape)}".encode())
     content.update(h.contiguous().view(torch.uint8).numpy().data)
     return content.hexdigest()
-
-
-def _replace_row(path: Path, content: bytes) -> None:
-    """As replace_file, without waiting for the disk: a row that did not come there is computed again."""
-    written = beside(path)
-    written.write_bytes(content)
-    os.replace(written, path)
 
 
 def _say_damaged(path: Path, why: str) -> None:

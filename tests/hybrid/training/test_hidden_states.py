@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -376,14 +375,14 @@ def test_a_row_cut_short_in_writing_is_not_there(text, plain, tmp_path, monkeypa
     replace, rows = os.replace, []
 
     def dies(source, target):
-        rows.append(target)
+        if "row-" in target.name:
+            rows.append(target)
         if len(rows) == 8:
-            assert "row-" in target.name
             raise Stopped
         replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(hidden_states, "os", types.SimpleNamespace(replace=dies, getpid=os.getpid))
+        patch.setattr("hybrid.saving.files.os.replace", dies)
         run(model(), text, tmp_path / "a", tmp_path / "cache")
     assert len(rows_of(tmp_path / "cache")) == 7, "all but the one that was being written"
     resumed = model()
