@@ -14,7 +14,7 @@ READY := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 .PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map \
-	docs gpu bench static cubins resources native clean
+	docs gpu bench static cubins resources native mutants nightly clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -68,6 +68,11 @@ slow: $(READY)
 deep: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/trm_kernels/recursion/test_recursion.py
 
+# slips planted in the code, a sample: which does no test notice? docs/decisions/mutation-tests.md
+mutants: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[mutants]'
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m tools.mutants $(ARGS)
+
 check: lint types floors test
 
 format: $(READY)
@@ -112,6 +117,9 @@ native: $(READY)
 	$(BIN)/cmake -B build/native -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
 	$(BIN)/cmake --build build/native
 	$(BIN)/ctest --test-dir build/native --output-on-failure
+
+# what takes too long for every change: the slow tests, the tests of others, a sample of mutants
+nightly: slow deep peers liger mutants
 
 # registers, stack and shared memory of every kernel, for review
 resources: $(READY)

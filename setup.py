@@ -102,6 +102,7 @@ setup(
         "gguf": ["gguf>=0.19"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "peft": ["peft"],
+        "mutants": ["cosmic-ray", "pytest-cov"],
     },
     entry_points={"console_scripts": ["trm-hybrid = hybrid.cli:main"]},
     **NATIVE,

@@ -36,20 +36,24 @@ class Read(NamedTuple):
 
 
 def read_text(path: Path, format: Format, start: int | None, field: str) -> Iterator[Read]:
-    """One document; a long one in pieces that end with a line where there is one."""
+    """One document; a long one in pieces that end with a line where there is one.
+
+    Where a piece ends is a function of where it begins: what goes on from a place reads the same pieces.
+    """
     at, has_text = start or 0, bool(start)
     if not at:
         check_text(path, format.packed, field)
     with open_bytes(path, format.packed, at) as file:
-        content = file.read(_PIECE)
+        content = file.read(_PIECE + 1)  # the one says whether there is more
         while content:
-            more = file.read(_PIECE)
-            piece = content if not more else content[: _end_of_piece(content)]
+            is_last = len(content) <= _PIECE
+            piece = content if is_last else content[: _end_of_piece(content[:_PIECE])]
             has_text = has_text or bool(piece.strip())
             text = _decoded(piece, path, at)
-            yield Read(text if at else text.removeprefix("\ufeff"), at, str(path), at == 0, not more)
+            yield Read(text if at else text.removeprefix("\ufeff"), at, str(path), at == 0, is_last)
             at += len(piece)
-            content = content[len(piece) :] + more
+            content = content[len(piece) :]
+            content += file.read(_PIECE + 1 - len(content))
     if not has_text:
         raise _empty(path)
 

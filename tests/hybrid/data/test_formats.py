@@ -70,6 +70,23 @@ def test_packed_text(ending, folder, monkeypatch):
         assert list(documents([name])) == [text]
 
 
+@pytest.mark.parametrize("piece", [5, 6, 7, 8, 17])
+@pytest.mark.parametrize(
+    "text", ["aé日𝄞bß語" * 5, "a\n\n日 b\nlonger lines\n\n\n" * 6], ids=["no lines", "lines"]
+)
+def test_a_long_text_comes_in_pieces_which_do_not_depend_on_where_reading_began(
+    text, piece, folder, monkeypatch
+):
+    """A tokenizer may join what two pieces divide: a run that goes on has to see the same ones."""
+    monkeypatch.setattr("hybrid.data.readers._PIECE", piece)
+    (folder / "a.txt").write_text(text, encoding="utf-8")
+    pieces = list(Sources(["a.txt"]).read())
+    assert "".join(read.content for read in pieces) == text
+    assert len(pieces) > 4
+    for k, read in enumerate(pieces):
+        assert list(Sources(["a.txt"]).read(read.place)) == pieces[k:]
+
+
 def test_a_stream_of_a_table_goes_on_from_anywhere(folder):
     (folder / "a.csv").write_bytes(table(","))
 

@@ -83,6 +83,8 @@ def test_every_row_comes_once_a_pass_and_passes_differ(jsonl):
     assert numbers[0] == numbers[1] == list(range(rows_of_text))
     assert first != second
     assert [row[0] for row in some(stream(jsonl, seed=1), 20)] != first[:20]
+    passes = [place.passes for _, place in islice(stream(jsonl).rows(), 2 * rows_of_text)]
+    assert passes == [0] * rows_of_text + [1] * rows_of_text
 
 
 def test_what_is_held_out_is_not_trained_on(jsonl):
