@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# neighbours stay with one worker, as far as both have work: what a file shares is made once
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map \
 	docs gpu bench static cubins resources native mutants nightly clean

@@ -202,6 +202,8 @@ def test_one_launch_under_autocast():
 # --- a hybrid
 
 
+# the interpreter is slow, so these are shallow
+SHALLOW = {"injection_layers": [0, 2], "trm_num_layers": 1}
 HYBRIDS = {
     "linear": {},
     "gated": {"blending_strategy": "gated"},
@@ -212,7 +214,9 @@ HYBRIDS = {
     "deep": {"injection_layers": [1, 3], "grad_cycles": None, "deep_supervision": True},
     "bfloat16 weights": {"trm_dtype": "bfloat16"},
 }
-EACH_HYBRID = pytest.mark.parametrize("changes", HYBRIDS.values(), ids=HYBRIDS)
+EACH_HYBRID = pytest.mark.parametrize(
+    "changes", [SHALLOW | changes for changes in HYBRIDS.values()], ids=HYBRIDS
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2"])
@@ -287,7 +291,8 @@ def test_quantized_matrices():
 
 @compiles
 def test_in_one_compiled_graph():
-    hybrid, ids = tiny_hybrid(injection_layers=[2]).freeze_base().train(), tokens()
+    brief = SHALLOW | {"injection_layers": [2], "num_cycles": 1}
+    hybrid, ids = tiny_hybrid(**brief).freeze_base().train(), tokens()
 
     def loss_of(model):
         with torch.autocast("cpu", torch.bfloat16):

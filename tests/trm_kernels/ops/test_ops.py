@@ -98,9 +98,13 @@ def test_as_close_to_the_truth_as_eager(case, shape, dtype):
     check_closeness(case, shape, dtype)
 
 
+# in the interpreter programs follow each other: what is left over between two calls is the same in any dtype
+RERUN = (torch.float32,) if interpreting() else (torch.float32, torch.bfloat16)
+
+
 @kernels_run
 @EACH
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", RERUN, ids=str)
 def test_reruns_are_equal_bit_for_bit(case, dtype):
     inputs = inputs_of(case, case.shapes[-1], dtype)
     with backend("triton"):
@@ -126,14 +130,14 @@ def turned(t: Tensor) -> Tensor:
 
 @kernels_run
 @EACH
-@pytest.mark.parametrize("view", (apart, turned))
-def test_views_give_what_their_copies_give(case, view):
+def test_views_give_what_their_copies_give(case):
     inputs = inputs_of(case, case.shapes[1], torch.float32)
-    views = [view(t.detach()).requires_grad_(t.requires_grad) for t in inputs]
     with backend("triton"):
-        of_copies, of_views = run(case.op, inputs), run(case.op, views)
-    for name in of_copies:
-        assert torch.equal(of_copies[name], of_views[name]), name
+        of_copies = run(case.op, inputs)
+        for view in (apart, turned):
+            of_views = run(case.op, [view(t.detach()).requires_grad_(t.requires_grad) for t in inputs])
+            for name in of_copies:
+                assert torch.equal(of_copies[name], of_views[name]), f"{name}, {view.__name__}"
 
 
 @kernels_run
