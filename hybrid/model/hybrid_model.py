@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -65,6 +66,7 @@ from hybrid.model.quantized_base import keep_gradients
 from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, checkpoint
+from hybrid.serving.paged_keys import PagedKeys
 from trm_kernels import TRM
 from trm_kernels.modules.trm import Matrix
 from trm_kernels.ops.attention.rope import Angles, rope_angles
@@ -73,6 +75,14 @@ from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.runtime.backend import current_backend
 
 _CONFIGS = frozenset(trm_fields())
+# what depends on the language model's attention alone
+_SUPPORTS = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_can_compile_fullgraph",
+)
 _NO_LABELS = (
     "HybridModel: deep_supervision expected the loss to be the model's own, over several answers, so labels "
     "in each training forward, got {}. A trainer's label smoothing and loss functions keep the labels from "
@@ -103,6 +113,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = "llm_model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # of the class, which knows no language model yet; an instance has its language model's
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -130,6 +141,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
 
         self.llm_model = llm_model
+        for name in _SUPPORTS:
+            setattr(self, name, getattr(llm_model, name))
         # by these trainers decide whom to take for a reference, and what a forward takes
         self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
         if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
@@ -365,6 +378,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             spec = replace(self.config.recursion_spec, num_recursion_steps=n)
             if past_key_values is not None:
                 spec = replace(spec, save="all")  # computed again, keys would be appended again
+            if past_key_values is not None and not isinstance(past_key_values, PagedKeys):
                 num_layers = self._num_trm_cache_layers(spec, rule)
                 make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
             positions = self._positions(inputs, position_ids, past_key_values)
@@ -385,12 +399,17 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
         return call, {
             "attention_mask": base_mask,
-            "past_key_values": past_key_values,
+            "past_key_values": None if isinstance(past_key_values, PagedKeys) else past_key_values,
             "use_cache": use_cache,
         }
 
     def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
         """`module`, which holds all of the layers, under this call."""
+        if call is not None and "cache" in given and not isinstance(call.cache, PagedKeys):
+            raise ValueError(
+                "HybridModel: got the paged cache of a manager that was made for the language model alone; "
+                "init_continuous_batching of the hybrid makes one for both."
+            )
         before = current_call.set(call)
         try:
             output = module(**given)
@@ -613,6 +632,52 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         what = visible(inputs_embeds, attention_mask, past_key_values, self._num_base_layers, position_ids)
         trm = as_entries(what, inputs_embeds)
         return {**base, **trm} if isinstance(base, dict) else {"base": base, **trm}
+
+    def _supports_logits_to_keep(self) -> bool:
+        """Whether the language model has it: what it does not have would be dropped without a word."""
+        return "logits_to_keep" in self._base_arguments
+
+    # Continuous batching, by which transformers serves
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        *args: Any,
+        num_recursion_steps: int | None = None,
+        halting: Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate_batch, whose answers are generate()'s; num_recursion_steps as in a forward.
+
+        Errors: ValueError for what it cannot serve, see hybrid/serving/continuous_batching.py.
+        """
+        return self._batched(num_recursion_steps, halting).generate_batch(inputs, *args, **kwargs)
+
+    def continuous_batching_context_manager(
+        self,
+        *args: Any,
+        num_recursion_steps: int | None = None,
+        halting: Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' context manager of a manager; see generate_batch."""
+        view = self._batched(num_recursion_steps, halting)
+        return view.continuous_batching_context_manager(*args, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        *args: Any,
+        num_recursion_steps: int | None = None,
+        halting: Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' manager of requests; see generate_batch."""
+        return self._batched(num_recursion_steps, halting).init_continuous_batching(*args, **kwargs)
+
+    def _batched(self, num_recursion_steps: int | None, halting: Literal[False] | None) -> Any:
+        from hybrid.serving.continuous_batching import BatchedHybrid  # it imports this package's model
+
+        return BatchedHybrid(self, num_recursion_steps, halting)
 
     # Files
 
@@ -860,3 +925,5 @@ def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)
+# `transformers serve` looks for a config's architecture there
+vars(transformers)["HybridModel"] = HybridModel

@@ -24,6 +24,7 @@ from hybrid.config_values import count_parameters
 from hybrid.model.cache import InjectionCache, keeps_steps
 from hybrid.model.call_in_progress import CallInProgress
 from hybrid.model.masks import Visible
+from hybrid.serving.paged_keys import PagedInjectionKeys, PagedKeys
 from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.modules.trm import Matrix
 from trm_kernels.ops.attention.rope import Angles
@@ -41,7 +42,7 @@ class InjectionCall:
     positions: Tensor  # [B, T] or [1, T], in tokens
     angles: Angles | None  # RoPE's table of them; None where each injection makes it in its own launch
     visible: Visible
-    cache: Cache | None
+    cache: Cache | PagedKeys | None
     spec: RecursionSpec  # of this forward, whatever the config is set to before its backward
     strength: float
     norms_x: bool  # trm_input_norm
@@ -163,7 +164,7 @@ class Injection(GradientCheckpointingLayer):
         steps: list[tuple[Tensor, Tensor]] | None = None,
         each_cycle: bool = False,
         norms_x: bool = False,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | PagedKeys | None = None,
     ) -> Tensor:
         """h' [B, T, D] in h's dtype and on its device; weights are cast to it for the call.
 
@@ -175,12 +176,7 @@ class Injection(GradientCheckpointingLayer):
         The cache comes as a keyword because gradient checkpointing takes it away by that name.
         """
         mask, key_mask, num_keys = visible
-        update_cache = None
-        if past_key_values is not None:
-            evaluations = trm_evaluations(self.config, spec, halting)
-            first = self.first_cache_layer + self.index * (evaluations + keeps_steps(halting))
-            steps_layer = first + evaluations if keeps_steps(halting) else None
-            update_cache = InjectionCache(past_key_values, first, num_keys, steps_layer)
+        update_cache: Any = self._keys_in(past_key_values, spec, halting, num_keys)
 
         def report(taken: Tensor, evaluations: Tensor) -> None:
             if update_cache is not None:
@@ -215,6 +211,23 @@ class Injection(GradientCheckpointingLayer):
                 ys = [y]
             blended = [injection_blend(h, y, w_out, strength, *gate) for y in ys]
             return torch.cat(blended) if each_cycle else blended[0]
+
+    def _keys_in(
+        self,
+        cache: Cache | PagedKeys | None,
+        spec: RecursionSpec,
+        halting: Halting | None,
+        num_keys: int | None,
+    ) -> InjectionCache | PagedInjectionKeys | None:
+        """This point's part of a cache."""
+        if cache is None:
+            return None
+        evaluations = trm_evaluations(self.config, spec, halting)
+        if isinstance(cache, PagedKeys):
+            return cache.of_injection(self.index, evaluations)
+        first = self.first_cache_layer + self.index * (evaluations + keeps_steps(halting))
+        steps_layer = first + evaluations if keeps_steps(halting) else None
+        return InjectionCache(cache, first, num_keys, steps_layer)
 
 
 def trm_evaluations(config: HybridConfig, spec: RecursionSpec, halting: Halting | None) -> int:
