@@ -16,7 +16,7 @@ from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.adaptive import Adapted, Halting, Waiting, adaptive_evaluations, run_adaptive
 from trm_kernels.recursion.injection import run_injection
-from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache
+from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCache
 from trm_kernels.recursion.quantize import QUANTIZE, dequantize_layers, quantize_layers
 from trm_kernels.recursion.recursion import run_recursion
 from trm_kernels.recursion.saved_bytes import SAVES
@@ -255,6 +255,7 @@ class TRM(nn.Module):
         strength: float = 1.0,
         spec: RecursionSpec | None = None,
         norms_x: bool = False,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """Runs the recursion; weights of another dtype are cast to x's for the call.
 
@@ -279,6 +280,7 @@ class TRM(nn.Module):
             strength: With injection, the factor of what is added.
             spec: Of this call; None takes the module's attributes.
             norms_x: With injection, whether its x is normed, see ops/injection_in.py.
+            attend: Does the attention of every evaluation, see recursion/inputs.py; not with halting.
 
         Returns:
             (y, z), each [B, T, D] in x's dtype; with injection h', of x's shape and dtype.
@@ -288,9 +290,11 @@ class TRM(nn.Module):
             RuntimeError: With halting for a call with gradient or under torch.compile.
         """
         spec = self._spec_of(spec, num_recursion_steps)
-        inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
+        inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
+        if halting is not None and attend is not None:
+            raise ValueError("TRM: expected attend without halting, got both.")
         if injection is not None:
-            assert y is z is halting is None and positions is not None
+            assert y is z is halting is None and (positions is None) == (attend is not None)
             return self._inject(x, InjectionPoint(injection, strength, norms_x), spec, inputs)
         if halting is None:
             return self._cycles(spec, x, y, z, inputs)

@@ -22,7 +22,7 @@ from torch import Tensor
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.injection_blend import injection_blend
 from trm_kernels.ops.injection_in import injection_in
-from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache, check_key_mask
+from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCache, check_key_mask
 from trm_kernels.recursion.one_launch.choice import choose_regime
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_injection
 from trm_kernels.recursion.recursion import run_recursion
@@ -44,7 +44,7 @@ def trm_injection(
     num_recursion_steps: int,
     num_cycles: int = 1,
     grad_cycles: int | None = 1,
-    positions: Tensor,
+    positions: Tensor | None,
     mask: Tensor | None = None,
     causal: bool = True,
     rope_theta: float | None = 10000.0,
@@ -57,6 +57,7 @@ def trm_injection(
     regime: str = "auto",
     scales: Sequence[LayerWeights] | None = None,
     norms_x: bool = False,
+    attend: Attend | None = None,
 ) -> Tensor:
     """Runs a whole injection point. Formula, dtypes and source: the top of this file.
 
@@ -69,7 +70,7 @@ def trm_injection(
         y: [B, T, d], the answer to start from.
         z: [B, T, d], the latent state to start from.
         weights: The layers' matrices; see weights.py.
-        positions: [B, T] or [1, T] whole numbers, for RoPE.
+        positions: [B, T] or [1, T] whole numbers, for RoPE; None with attend.
         angles: RoPE's table of these positions, for the three ops. One launch makes its own.
         norms_x: Whether x is normed as well, see ops/injection_in.py.
 
@@ -93,7 +94,7 @@ def trm_injection(
         save,
         regime=regime,
     )
-    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
+    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
     return run_injection(h, InjectionPoint(injection, strength, norms_x), y, z, weights, scales, spec, inputs)
 
 

@@ -1,11 +1,15 @@
 """What the attention of a recursion reads besides its tokens: positions, masks, and a cache it may fill."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from trm_kernels.ops.attention.rope import Angles
+
+# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K], see ops/attention/rope_attention.py
+Attend = Callable[[int, Tensor], Tensor]
 
 
 class EvaluationCache(Protocol):
@@ -48,6 +52,8 @@ class AttentionInputs(NamedTuple):
         mask: General, see ops/attention/rope_attention.py.
         key_mask: [B, S] bool, False for keys that no query attends to.
         update_cache: Keeps the keys and values of every evaluation of a layer.
+        attend: Does the whole attention of every evaluation, RoPE included, instead of ours: a server's, with
+            its own cache. Nothing else of these inputs is read then.
     """
 
     positions: Tensor | None = None
@@ -55,6 +61,7 @@ class AttentionInputs(NamedTuple):
     mask: Tensor | None = None
     key_mask: Tensor | None = None
     update_cache: EvaluationCache | None = None
+    attend: Attend | None = None
 
 
 def room_in(cache: EvaluationCache | None, *what: Any) -> CacheRoom | None:

@@ -36,7 +36,7 @@ from trm_kernels.ops.attention.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.ops.linear_swiglu import linear_swiglu
 from trm_kernels.recursion.custom_op import fused_recursion, fused_recursion_with_cache
-from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache, check_key_mask
+from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCache, check_key_mask
 from trm_kernels.recursion.one_launch.choice import choose_regime
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
 from trm_kernels.recursion.quantize import dequantize_layers
@@ -55,9 +55,6 @@ from trm_kernels.runtime.autocast import as_autocast, is_on
 from trm_kernels.runtime.backend import backend, current_backend, runs_triton
 from trm_kernels.runtime.gemm_common import rows_of, wants_gradient
 from trm_kernels.runtime.launch import arch_of
-
-# (evaluation, qkv [B, T, (H + 2G) K]) -> o [B, T, H K], see ops/attention/rope_attention.py
-Attend = Callable[[int, Tensor], Tensor]
 
 
 def trm_recursion_ref(
@@ -143,6 +140,7 @@ def trm_recursion(
     angles: Angles | None = None,
     regime: str = "auto",
     scales: Sequence[LayerWeights] | None = None,
+    attend: Attend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the whole recursion. Formula, dtypes and source: the top of this file.
 
@@ -172,6 +170,7 @@ def trm_recursion(
             "auto" takes the settings table's; per op where that cannot run, and, with a warning, per phase
             where a cooperative launch is impossible.
         scales: Of weights in 8 bits, see quantize.py.
+        attend: Does the attention of every evaluation, see inputs.py; per op, and without gradient.
 
     Returns:
         y and z after all cycles, [B, T, D] each.
@@ -195,7 +194,7 @@ def trm_recursion(
         candidate,
         regime,
     )
-    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache)
+    inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
     return run_recursion(x, y, z, weights, scales, spec, inputs)
 
 
@@ -210,6 +209,7 @@ def run_recursion(
 ) -> tuple[Tensor, Tensor]:
     """trm_recursion with its settings and attention inputs as one value each."""
     check_call(x, y, z, weights, spec)
+    _check_attend(x, y, z, weights, inputs)
     if is_on(x):
         x, y, z = as_autocast(x, y, z)
         weights = weights if scales is not None else in_dtype(weights, x.dtype)
@@ -240,6 +240,8 @@ def _per_op(
     """As one op whose kernels are the single ops' where that can be; else op by op."""
 
     def attend(evaluation: int, qkv: Tensor) -> Tensor:
+        if inputs.attend is not None:
+            return inputs.attend(evaluation, qkv)
         update = None if inputs.update_cache is None else partial(inputs.update_cache, evaluation)
         return attend_to(qkv, spec, inputs, update)
 
@@ -253,10 +255,25 @@ def _per_op(
         return trm_recursion_ref(x, y, z, weights, spec, attend)
     weights = [map_weights(lambda t: rows_of(t.to(x.dtype)), w) for w in weights]
     spec = replace(spec, save=choose_save(spec.save, x, weights, spec.num_heads, spec.differentiated_fs))
-    if inputs.update_cache is not None:
+    if inputs.update_cache is not None or inputs.attend is not None:
         return fused_recursion_with_cache(x, y, z, weights, spec, attend)
     check_key_mask(inputs.key_mask, x)
     return fused_recursion(x, y, z, weights, spec, inputs.angles, inputs.key_mask)
+
+
+def _check_attend(
+    x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights], inputs: AttentionInputs
+) -> None:
+    """Attention of a caller's own reads none of our inputs, and has no gradient."""
+    if inputs.attend is None:
+        return
+    given = [name for name, value in inputs._asdict().items() if name != "attend" and value is not None]
+    if given:
+        raise ValueError(f"trm_recursion: expected attend by itself, got it with {', '.join(given)}.")
+    if wants_gradient(x, y, z, *flat_weights(weights)):
+        raise ValueError(
+            "trm_recursion: expected attend in a call without gradient (torch.no_grad()), got one."
+        )
 
 
 def _check_nothing_is_cached_twice(
@@ -306,11 +323,11 @@ def _is_fused(
         return False
     # a cache is a Python function, which neither a graph nor a backward can hold
     must_hold = torch.compiler.is_compiling() or wants_gradient(x, *flat_weights(weights))
-    if inputs.update_cache is not None and must_hold:
+    if (inputs.update_cache is not None or inputs.attend is not None) and must_hold:
         return False
     if not runs_triton("trm_recursion", x, has_kernel=x.dtype != torch.float64):
         return False
-    if not any(isinstance(w.mixer, AttentionWeights) for w in weights):
+    if inputs.attend is not None or not any(isinstance(w.mixer, AttentionWeights) for w in weights):
         return True
     sizes = x.shape[2] // spec.num_heads, x.element_size(), x.shape[1]
     return tuning.find_attention("rope_attention_fwd", arch_of(x), *sizes) is not None
@@ -322,6 +339,8 @@ def rope_table(
     """RoPE's table, once for all evaluations; None where there are no positions or no attention."""
     if spec.rope_theta is None or not any(isinstance(w.mixer, AttentionWeights) for w in weights):
         return None
+    if inputs.attend is not None:
+        return None  # it rotates as well
     (B, T, D), angles, positions = x.shape, inputs.angles, inputs.positions
     if angles is None:
         positions = torch.arange(T, device=x.device)[None] if positions is None else positions

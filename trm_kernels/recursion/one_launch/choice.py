@@ -126,6 +126,8 @@ def _why_not_of_sizes(
 
 
 def _why_not_as_asked(spec: RecursionSpec, inputs: AttentionInputs) -> str | None:
+    if inputs.attend is not None:
+        return "its attention is its own, and attend was given"
     if inputs.mask is not None or spec.attention not in ("auto", "triton"):
         return "it expected causal and key_mask to say what is visible, and our own attention"
     if spec.candidate is not None:
