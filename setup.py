@@ -103,7 +103,11 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "peft": ["peft"],
         "mutants": ["cosmic-ray", "pytest-cov"],
+        "vllm": ["vllm>=0.32"],
     },
-    entry_points={"console_scripts": ["trm-hybrid = hybrid.cli:main"]},
+    entry_points={
+        "console_scripts": ["trm-hybrid = hybrid.cli:main"],
+        "vllm.general_plugins": ["trm_hybrid = hybrid.serving.vllm_plugin:register"],
+    },
     **NATIVE,
 )
