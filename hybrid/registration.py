@@ -16,6 +16,7 @@ from types import ModuleType
 _LIGHT = ("cli", "extras", "lazy", "options", "registration", "training.settings", "__main__")
 _FACES = ("training",)  # the package itself, without what is inside
 _TRAINER = "transformers.trainer"
+_SERVER = "transformers.cli.serving.model_manager"
 
 
 def register_with_transformers() -> None:
@@ -27,11 +28,24 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("hybrid.model.hybrid_model")
+    module = importlib.import_module("hybrid.model.hybrid_model")
+    _name_in_transformers(module.HybridModel)
     if _TRAINER in sys.modules:
         _tell_trainer()
     else:
         sys.meta_path.insert(0, _Watch(_TRAINER.__eq__, _tell_trainer))
+
+
+def _name_in_transformers(model_class: type) -> None:
+    """`transformers serve` looks for the architecture of a config in transformers itself.
+
+    While it is imported transformers puts a second module object into the place of the first: the server may
+    have either.
+    """
+    now = sys.modules["transformers"]
+    server = sys.modules.get(_SERVER)
+    for transformers in (now, getattr(server, "transformers", now)):
+        setattr(transformers, model_class.__name__, model_class)
 
 
 def _tell_trainer() -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+from dataclasses import fields
 from typing import Any
 
 from hybrid.cli.common import block
+
+_OF_SERVING = ("json", "serve", "level", "cards", "sequence_length", "dtype")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -14,8 +17,33 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.guide:
         print(guide())
         return 0
+    if arguments.serve:
+        return _serve(arguments)
     made = plan(*_planned(arguments))
     print(json.dumps(as_json(made), indent=1) if arguments.json else "\n".join(lines(made)))
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from hybrid.cli.options import PlanOptions
+    from hybrid.options import flag_of
+    from hybrid.plan import serve
+
+    of_training = [f for f in fields(PlanOptions) if f.name not in _OF_SERVING]
+    given = [f.name for f in of_training if getattr(arguments, f.name) != f.default]
+    if given:
+        raise ValueError(
+            f"plan: expected no {flag_of(given[0])} with --serve, which plans no training; got one."
+        )
+    run, _ = _planned(arguments)
+    if run.cards != 1:
+        raise ValueError(f"plan: expected one card with --serve, a TRM is not split; got {run.cards}.")
+    if run.lora is not None:
+        raise ValueError("plan: expected no --lora-rank with --serve, got one.")
+    found = serve.serving(run)
+    print(
+        json.dumps(serve.as_json(found), indent=1) if arguments.json else "\n".join(serve.lines(run, found))
+    )
     return 0
 
 

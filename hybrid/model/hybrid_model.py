@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -925,5 +924,3 @@ def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModelForCausalLM.register(HybridConfig, HybridModel)
-# `transformers serve` looks for a config's architecture there
-vars(transformers)["HybridModel"] = HybridModel

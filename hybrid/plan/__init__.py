@@ -7,5 +7,6 @@ memory.py    bytes on each card
 work.py      operations for a token, seconds for a step, hours and money for a text
 fit.py       the smallest change that makes it fit
 table.py     a plan as a table and as JSON
+serve.py     serving in place of training: keys and values, requests that fit, the least time a token
 guide.py     the training guide and its cost sheet, claim by claim
 """

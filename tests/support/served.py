@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -90,13 +90,13 @@ def prompts() -> list[list[int]]:
     return [*found, *(alike + some(count) for count in (3, 9, 20))]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, and a chat template."""
-    vocabulary = {"<s>": 0, "</s>": END}
-    vocabulary |= {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every letter of 256, so that any tokens are a text; and a chat template."""
+    letters = [*map(chr, range(32, 127)), "\n"]
+    letters += [chr(0x100 + i) for i in range(256 - len(letters))]
+    vocabulary = {"<s>": 0, "</s>": END} | {letter: i + 2 for i, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -119,7 +119,7 @@ def save_served(kind: str, folder: Path) -> Served:
     hybrid = awaken(HybridModel(llm_model=base, config=HybridConfig(**fields)).eval(), size=0.15)
     hybrid.save_pretrained(hybrid_folder, save_base=in_one)
     for place in (base_folder, hybrid_folder):
-        byte_tokenizer().save_pretrained(place)
+        letter_tokenizer().save_pretrained(place)
     hybrid = HybridModel.from_pretrained(hybrid_folder).eval()
     found = [answers(hybrid), answers(hybrid, num_recursion_steps=hybrid.config.num_recursion_steps + 3)]
     with hybrid.disable_injection():

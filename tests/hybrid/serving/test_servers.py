@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hybrid import HybridModel
-from tests.support.served import END, NEW_TOKENS, byte_tokenizer, save_served
+from tests.support.served import END, NEW_TOKENS, letter_tokenizer, save_served
 
 if find_spec("vllm") is None or find_spec("openai") is None:
     pytest.skip("no vLLM and openai here; `make serving` installs them elsewhere", allow_module_level=True)
@@ -74,7 +74,7 @@ def served(tmp_path_factory):
 
 def expected_text(folder, **arguments) -> str:
     """What generate() answers to MESSAGES."""
-    tokenizer = byte_tokenizer()
+    tokenizer = letter_tokenizer()
     ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt")
     ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
     out = HybridModel.from_pretrained(folder).generate(
@@ -85,7 +85,9 @@ def expected_text(folder, **arguments) -> str:
         pad_token_id=END,
         **arguments,
     )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert len(text) == NEW_TOKENS, "a letter a token, and no end"
+    return text
 
 
 def ask(port: int, model: str) -> str:
