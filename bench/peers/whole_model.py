@@ -37,8 +37,9 @@ def build(device: str, is_tiny: bool) -> HybridModel:
     base_config = _TINY if is_tiny else KNOWN_BASES["llama-2-7b"]
     config = PresetConfigs.llama_2_7b_level1()
     if is_tiny:
-        sizes = {"injection_layers": [1, 2], "trm_hidden_size": 32, "trm_num_heads": 2}
-        config = HybridConfig(trm_input_norm=False, **sizes)
+        config = HybridConfig(
+            injection_layers=[1, 2], trm_hidden_size=32, trm_num_heads=2, trm_input_norm=False
+        )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

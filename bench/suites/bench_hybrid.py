@@ -28,8 +28,13 @@ def _hybrid() -> HybridModel:
             num_attention_heads=4,
         )
     )
-    sizes = {"trm_hidden_size": 128, "trm_num_heads": 4, "num_recursion_steps": 4}
-    config = HybridConfig(injection_layers=[2], trm_input_norm=False, **sizes)
+    config = HybridConfig(
+        injection_layers=[2],
+        trm_hidden_size=128,
+        trm_num_heads=4,
+        num_recursion_steps=4,
+        trm_input_norm=False,  # as when its figures were counted
+    )
     return HybridModel(llm_model=base, config=config)
 
 
