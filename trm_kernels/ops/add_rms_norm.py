@@ -34,7 +34,8 @@ def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None =
     h = wide(x) + wide(r)
     if s is not None:
         h = h + wide(s)
-    return rms_norm_ref(h, eps).to(x.dtype)
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * rstd if h.requires_grad else h.mul_(rstd)).to(x.dtype)
 
 
 @triton.jit
