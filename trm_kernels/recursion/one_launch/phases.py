@@ -37,7 +37,7 @@ STATE_X = tl.constexpr(4)  # no state, but its sums of squares lie among theirs,
 @triton.jit
 def of_state(ptr, state, M, WIDTH: tl.constexpr):
     """Where a state's [M, WIDTH] begins, in int64: all of them together may pass 2^31 elements."""
-    return ptr + tl.cast(M, tl.int64) * (state * WIDTH)
+    return ptr + tl.cast(M, tl.int64) * WIDTH * state
 
 
 @triton.jit
