@@ -87,11 +87,7 @@ def render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     Errors: ValueError when there is no template, when it refuses the chat or renders nothing.
     """
     _template(tokenizer, chat)
-    given = _arguments(tokenizer, chat)
-    try:
-        text = str(tokenizer.apply_chat_template(chat.turns, tokenize=False, **given))
-    except Exception as error:  # whatever the template's author lets it raise
-        raise _refused(error) from error
+    text = str(_applied(chat, tokenizer, tokenize=False))
     check_unicode(text)
     if not text.strip():
         raise ValueError("expected text from the tokenizer's chat template, got nothing for this chat.")
@@ -106,9 +102,7 @@ def prompt_of_chat(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, T
     check_unicode(text)
     chat = Chat([{"role": "user", "content": text}])
     render(chat, tokenizer)
-    found: Any = tokenizer.apply_chat_template(
-        chat.turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    found = _applied(chat, tokenizer, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return {name: found[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -142,16 +136,7 @@ def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
             f"expected a chat of at most {_LONGEST_MARKED} characters for a loss on completions, "
             f"got {len(text)}."
         )
-    try:
-        found: Any = tokenizer.apply_chat_template(
-            chat.turns,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **_arguments(tokenizer, chat),
-        )
-    except Exception as error:
-        raise _refused(error) from error
+    found = _applied(chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     if 1 not in mask:
         raise ValueError("expected a chat in which the assistant says something, got one without.")
@@ -182,6 +167,15 @@ def _template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
             "one."
         )
     return tokenizer.get_chat_template(tools=chat.others.get("tools"))
+
+
+def _applied(chat: Chat, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Any:
+    """What apply_chat_template gives. Errors: ValueError where the template refuses the chat."""
+    given = _arguments(tokenizer, chat)
+    try:
+        return tokenizer.apply_chat_template(chat.turns, **how, **given)
+    except Exception as error:  # whatever the template's author lets it raise
+        raise _refused(error) from error
 
 
 def _arguments(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> dict[str, Any]:

@@ -391,6 +391,7 @@ def test_a_chat_that_cannot_be(base, tmp_path, capsys):
         (b"{% for m in messages %}", "chat template of Jinja, got one that it refuses"),
         (b"{% if not messages %}{% endif %}", "got nothing for this chat"),
         (b"{{ raise_exception(messages[0].role) }}", "got one it refuses (user)"),
+        (b"{{ messages }}{% if add_generation_prompt %}{{ 1 / 0 }}{% endif %}", "got one it refuses (div"),
     ):
         if content is None:
             template.unlink()
