@@ -164,16 +164,18 @@ def refuse_others_files(folder: Path) -> None:
     if (folder / RUN).exists():
         read_run(folder)
         read_metrics(folder)
-        what = (
-            "of the run in it. To go on with that run, give the command that began it with --resume behind "
-            "it (in Python train(..., resume=True)); for a new one, choose another folder."
-        )
-    else:
-        taken += [path for name in (METRICS, CURVE) if (path := folder / name).exists()]
-        what = "which no run in it wrote. Choose another folder."
+        if taken:
+            raise ValueError(
+                f"train: expected an output folder without a run, got {taken[0].name} in {folder}, of the "
+                "run in it. To go on with that run, give the command that began it with --resume behind it "
+                "(in Python train(..., resume=True)); for a new one, choose another folder."
+            )
+        return
+    taken += [path for name in (METRICS, CURVE) if (path := folder / name).exists()]
     if taken:
         raise ValueError(
-            f"train: expected an output folder without a run, got {taken[0].name} in {folder}, {what}"
+            f"train: expected an output folder without a run, got {taken[0].name} in {folder}, which no run "
+            "in it wrote. Choose another folder."
         )
 
 
