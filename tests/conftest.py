@@ -13,6 +13,15 @@ if interpreting():
     mend()
 
 
+def pytest_collection_modifyitems(items):
+    """The marker `kernels` skips a test where no kernel can run."""
+    if interpreting() or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("kernels"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device or TRITON_INTERPRET=1"))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan():
     """An output that a kernel forgot to write shows itself: `torch.empty` is filled in deterministic mode."""

@@ -8,9 +8,6 @@ from bench.peers.solvers import PEERS, peers_of
 from bench.peers.workloads import WORKLOADS
 from trm_kernels.runtime.backend import interpreting
 
-pytestmark = pytest.mark.kernels
-
-CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 ONE_EACH = [w for w in WORKLOADS if w.name not in ("W2", "W4-16", "W6-8")]  # the others differ in numbers
 
@@ -24,7 +21,7 @@ def ours(workload) -> list[str]:
     return [name for name in names if workload is ONE_EACH[0] or name == "ours" or name not in first]
 
 
-@pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("workload", "name"),
     [(w, name) for w in ONE_EACH for name in ours(w)],

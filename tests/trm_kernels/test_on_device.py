@@ -17,8 +17,6 @@ from trm_kernels import TRM
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.testing.cases import CASES, Case
 
-pytestmark = pytest.mark.kernels
-
 needs_cuda = pytest.mark.skipif(interpreting() or not torch.cuda.is_available(), reason="needs a CUDA device")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -31,6 +29,7 @@ def logits_and_gradients(hybrid, ids: Tensor, name: str) -> list[Tensor]:
         return [output.logits, *torch.autograd.grad(output.loss, trained)]
 
 
+@pytest.mark.kernels
 @needs_cuda
 @every_family
 def test_a_hybrid_on_the_kernels_is_as_close_to_the_truth_as_eager(family):
@@ -43,6 +42,7 @@ def test_a_hybrid_on_the_kernels_is_as_close_to_the_truth_as_eager(family):
         assert error <= 1.1 * of_eager + (5e-5 if i else 1e-5)
 
 
+@pytest.mark.kernels
 @needs_cuda
 @every_family
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -61,6 +61,7 @@ def test_kernels_tell_what_the_reference_tells(family, cache):
     assert torch.equal(*told)
 
 
+@pytest.mark.kernels
 @needs_cuda
 def test_a_forward_compiles_in_one_graph_and_can_be_captured():
     torch._dynamo.reset()
@@ -75,6 +76,7 @@ def test_a_forward_compiles_in_one_graph_and_can_be_captured():
         assert torch.equal(replay(), hybrid(other, use_cache=False).logits)
 
 
+@pytest.mark.kernels
 @needs_cuda
 @pytest.mark.parametrize("save", ["all", "layer", "step"])
 def test_ten_thousand_backwards_are_equal_bit_for_bit(save):
@@ -150,6 +152,7 @@ def check_the_end(case: Case, op: Callable[..., Any], device: str, elements: int
         assert (got.double() - want.double()).norm() <= 2 * torch.finfo(want.dtype).eps * want.double().norm()
 
 
+@pytest.mark.kernels
 @needs_cuda
 @pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("case", _LONG, ids=lambda case: case.name)

@@ -14,11 +14,7 @@ from trm_kernels.ops.attention import decode_attention, launchers
 from trm_kernels.ops.attention.reference import visibility
 from trm_kernels.runtime.backend import backend, interpreting
 
-pytestmark = pytest.mark.kernels
-
-CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
 SLOTS = 12
 LEFT, RIGHT = ([[0] * 3 + [1] * 6, [1] * 9], [[1] * 9, [1] * 5 + [0] * 4])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -256,7 +252,7 @@ def test_a_static_cache_with_the_injection_switched_off(family):
 # All of it runs on the kernels, which take no general mask
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("mask", [None, padded(LEFT, 7)], ids=["plain", "padded"])
 @torch.no_grad()
@@ -295,7 +291,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_a_whole_forward_on_the_kernels():
     hybrid, ids = tiny_hybrid(**BRIEF).to(DEVICE), tokens(length=7).to(DEVICE)

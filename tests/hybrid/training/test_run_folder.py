@@ -83,6 +83,19 @@ def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, monkeypatch):
         assert contents_of(folder) == before
 
 
+def test_who_is_there_may_not_be_written_yet(tmp_path):
+    folder = tmp_path / "run"
+    with another_holds(folder, tmp_path / "told"):
+        for half in (None, "", '{"pid": 1', "[]", "{}"):
+            (folder / run_folder.HOLDER).unlink(missing_ok=True)
+            if half is not None:
+                (folder / run_folder.HOLDER).write_text(half)
+            with pytest.raises(
+                ValueError, match="in use by another run: its process has not yet written who it"
+            ):
+                train(phase_1(), Counting(), settings_for(folder))
+
+
 def test_the_lock_dies_with_its_process(tmp_path):
     folder = tmp_path / "run"
     with another_holds(folder, tmp_path / "told"):

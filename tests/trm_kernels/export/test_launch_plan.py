@@ -27,8 +27,6 @@ from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.precision import wide
 
-pytestmark = pytest.mark.kernels
-
 DECLARED = Path(__file__).parents[3] / "native" / "variants.toml"
 TINY = Variant(
     "tiny",
@@ -230,6 +228,7 @@ def expect_close(got, wanted):
     assert (wide(got) - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
+@pytest.mark.kernels
 @needs_interpreter
 def test_a_plan_computes_the_recursion(machine):
     machine, module = machine
@@ -242,6 +241,7 @@ def test_a_plan_computes_the_recursion(machine):
         expect_close(got, wanted)
 
 
+@pytest.mark.kernels
 @needs_interpreter
 @pytest.mark.parametrize(("first", "second"), [(5, 4), (257, 2)])
 def test_a_plan_decodes(machine, first, second):

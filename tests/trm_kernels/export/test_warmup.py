@@ -12,8 +12,6 @@ from trm_kernels.export.warmup import launches_of, main, module_of
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.runtime.launch import record
 
-pytestmark = pytest.mark.kernels
-
 if interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 

@@ -19,15 +19,13 @@ from hybrid.training.loop import TrainSettings, train
 from hybrid.training.phases import enter
 from tests.support import tiny_text
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
-from tests.trm_kernels.ops.test_ops import compiles, kernels_run
+from tests.trm_kernels.ops.test_ops import compiles
 from trm_kernels import TRM, backend
 from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import interpreting
 
-pytestmark = pytest.mark.kernels
-
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-BACKENDS = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=kernels_run)])
+BACKENDS = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=pytest.mark.kernels)])
 NARROW = pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -183,7 +181,7 @@ def test_trm_recursion_and_trm_injection_cast_weights_and_states(name):
     assert torch.equal(blended, by_hand)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_one_launch_under_autocast():
     """The loop runs; an injection, whose hidden state is in another dtype than its weights, says why not."""
     torch.manual_seed(0)

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trm_kernels.ops.test_ops import check_closeness, kernels_run
+from tests.trm_kernels.ops.test_ops import check_closeness
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.testing.cases import CASES
-
-pytestmark = pytest.mark.kernels
 
 ROOT = Path(__file__).parents[3]
 BY_NAME = {case.name: case for case in CASES}
@@ -93,7 +91,7 @@ BUGS = [
 ]  # fmt: skip
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.skipif(not interpreting(), reason="arithmetic: the interpreter shows it")
 @pytest.mark.parametrize(("name", "place", "right", "wrong"), BUGS, ids=[f"{b[1]}-{b[3]}" for b in BUGS])
 def test_a_planted_bug_is_caught(name, place, right, wrong, monkeypatch, tmp_path):

@@ -16,12 +16,7 @@ from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref, rms_nor
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.testing.cases import CASES, Case
 
-pytestmark = pytest.mark.kernels
-
 DEVICE = "cpu" if interpreting() else "cuda"
-kernels_run = pytest.mark.skipif(
-    not interpreting() and not torch.cuda.is_available(), reason="needs a CUDA device or TRITON_INTERPRET=1"
-)
 compiles = pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
 reference_alone = pytest.mark.skipif(
     interpreting(), reason="the reference is the same without the interpreter"
@@ -92,7 +87,7 @@ def check_closeness(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> N
         assert rms(mine[name]) <= limit, f"{name}: errors {mine[name]}, of eager {theirs[name]}"
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH_SHAPE
 def test_as_close_to_the_truth_as_eager(case, shape, dtype):
     check_closeness(case, shape, dtype)
@@ -102,7 +97,7 @@ def test_as_close_to_the_truth_as_eager(case, shape, dtype):
 RERUN = (torch.float32,) if interpreting() else (torch.float32, torch.bfloat16)
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH
 @pytest.mark.parametrize("dtype", RERUN, ids=str)
 def test_reruns_are_equal_bit_for_bit(case, dtype):
@@ -128,7 +123,7 @@ def turned(t: Tensor) -> Tensor:
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH
 def test_views_give_what_their_copies_give(case):
     inputs = inputs_of(case, case.shapes[1], torch.float32)
@@ -140,7 +135,7 @@ def test_views_give_what_their_copies_give(case):
                 assert torch.equal(of_copies[name], of_views[name]), f"{name}, {view.__name__}"
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_gradient_that_is_an_expanded_view():
     (case, *_) = CASES
     x, r = inputs_of(case, (5, 40), torch.float32)
@@ -150,7 +145,7 @@ def test_a_gradient_that_is_an_expanded_view():
     assert error(dx, want.double()) < 1e-5
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (8,), (1, 1)], ids=str)
 def test_no_rows_and_single_rows(shape):
     x = torch.randn(shape, device=DEVICE)
@@ -159,7 +154,7 @@ def test_no_rows_and_single_rows(shape):
     torch.testing.assert_close(y, add_rms_norm_ref(x, x), rtol=1e-5, atol=1e-6)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_eps_is_used():
     x = torch.full((2, 8), 1e-3, device=DEVICE)
     with backend("triton"):
@@ -167,6 +162,7 @@ def test_eps_is_used():
     torch.testing.assert_close(y, torch.full_like(y, 0.5), rtol=1e-5, atol=0)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not interpreting(), reason="reads a sparse file, which a GPU cannot")
 def test_row_offsets_beyond_31_bits(tmp_path):
     """Three rows 2^30 elements apart: the last one starts where a 32-bit offset would turn negative."""
@@ -179,7 +175,7 @@ def test_row_offsets_beyond_31_bits(tmp_path):
     torch.testing.assert_close(y, add_rms_norm_ref(x, x), rtol=2e-3, atol=0)
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH
 def test_custom_ops_keep_their_promises(case, monkeypatch):
     """Schema and fake agree with what the launchers do: those a case calls, on what it calls them with."""
@@ -202,7 +198,7 @@ def test_custom_ops_keep_their_promises(case, monkeypatch):
         torch.library.opcheck(op, tuple(args), test_utils=("test_schema", "test_faketensor"))
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH
 def test_kernels_pass_through_torch_compile(case):
     """With sizes that change, or, for the variants of an op, with sizes compiled in."""
@@ -217,7 +213,7 @@ def test_kernels_pass_through_torch_compile(case):
                 assert torch.equal(eager[name], traced[name]), name
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_second_derivative_is_an_error_not_a_wrong_number():
     (case, *_) = CASES
     x, r = inputs_of(case, (2, 32), torch.float32)

@@ -14,7 +14,6 @@ from tests.trm_kernels.ops.test_ops import (
     check_closeness,
     error,
     inputs_of,
-    kernels_run,
     run,
 )
 from trm_kernels import (
@@ -32,8 +31,6 @@ from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.optional_triton import tl, triton
 from trm_kernels.testing.cases import CASES
 
-pytestmark = pytest.mark.kernels
-
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -44,7 +41,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 # --- what no row of the cases can say
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH_PRODUCT
 @pytest.mark.parametrize("rows", [(0,), (3, 0), (), (1,), (1, 1)], ids=str)
 def test_no_rows_and_single_rows(case, rows):
@@ -57,7 +54,7 @@ def test_no_rows_and_single_rows(case, rows):
         torch.testing.assert_close(ours[name].double(), want, rtol=1e-5, atol=1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -71,6 +68,7 @@ def test_the_tiles_of_each_arch_compute_the_same(name, dtype, arch, monkeypatch)
     check_closeness(BY_NAME[name], (144, 80, 160), dtype)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not interpreting(), reason="reads a sparse file, which a GPU cannot")
 @pytest.mark.parametrize("name", ["linear_swiglu", "linear_residual", "injection_in", "injection_blend"])
 def test_row_offsets_beyond_31_bits(name, tmp_path):
@@ -94,7 +92,7 @@ def _visit_kernel(out_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G
     tl.store(out_ptr + tile_m * tl.cdiv(N, BLOCK_N) + tile_n, tl.program_id(0))
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (3, 2), (4, 5), (9, 3), (11, 1)])
 def test_every_tile_is_computed_once(tiles_m, tiles_n):
     out = torch.full((tiles_m * tiles_n,), -1, dtype=torch.int32, device=DEVICE)
@@ -106,7 +104,7 @@ def test_every_tile_is_computed_once(tiles_m, tiles_n):
         )
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("candidate", tuning.CANDIDATES)
 def test_a_deferred_norm_is_the_norm(candidate):
     """rms(v W^T + r) into a SwiGLU: un-normalised rows, their rstd, and the chain back through both."""
@@ -128,7 +126,7 @@ def test_a_deferred_norm_is_the_norm(candidate):
         assert error(ours[name], want) < 1e-6, name
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("candidate", tuning.CANDIDATES)
 def test_a_blend_of_nothing_changes_no_bit(candidate, dtype):
@@ -138,7 +136,7 @@ def test_a_blend_of_nothing_changes_no_bit(candidate, dtype):
         assert torch.equal(injection_blend(h, y, h.new_zeros(40, 24), 0.7, *gate, candidate=candidate), h)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("candidate", tuning.CANDIDATES)
 def test_a_blend_keeps_the_dtype_of_the_language_model(candidate):
     h, y, w = rand(5, 40).bfloat16(), rand(5, 24, seed=1), rand(40, 24, seed=2)
@@ -151,7 +149,7 @@ def test_a_blend_keeps_the_dtype_of_the_language_model(candidate):
         assert error(ours[name], want[name].double()) < (4e-3 if want[name].dtype == torch.bfloat16 else 1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH_PRODUCT
 def test_autocast_means_what_it_means_for_linear(case):
     inputs = inputs_of(case, (5, 24, 40), torch.float32)
@@ -165,7 +163,7 @@ def test_autocast_means_what_it_means_for_linear(case):
         assert error(g, w.double()) < 1e-2
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_gradient_alone_is_what_it_is_among_all():
     for name in ("linear_swiglu", "swiglu_mlp-scaled", "linear_residual-scaled", "injection_in-mm"):
         inputs = inputs_of(BY_NAME[name], (5, 24, 40), torch.float32)

@@ -18,11 +18,7 @@ from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 
-pytestmark = pytest.mark.kernels
-
-CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOOR = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}  # summing in another order
@@ -139,7 +135,7 @@ def two_kernels(monkeypatch):
 # Kernels
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH
 @EACH_DTYPE
 @pytest.mark.parametrize("seed", range(3))
@@ -150,7 +146,7 @@ def test_as_close_to_the_truth_as_eager(problem, dtype, seed, two_kernels):
     as_close_as_eager(problem.attend, [problem.qkv(dtype, seed)], seed, floor=floor)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.H == p.G and p.T <= 128 and p.K <= 64], ids=str)
 @EACH_DTYPE
 def test_one_tile_is_as_close_to_the_truth(problem, dtype, one_tile):
@@ -159,7 +155,7 @@ def test_one_tile_is_as_close_to_the_truth(problem, dtype, one_tile):
     as_close_as_eager(problem.attend, [problem.qkv(dtype, 0)])
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("padding", ("", "left"))
 def test_a_cache_with_gradients(padding, two_kernels):
     """9 queries over 15 keys: the last query is the last key, and the first sees 7."""
@@ -180,7 +176,7 @@ def test_a_cache_with_gradients(padding, two_kernels):
         as_close_as_eager(attend, inputs, implementation="sdpa")
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("implementation", ("triton", "sdpa"))
 @torch.no_grad()
 def test_chunks_through_a_cache_equal_the_whole(implementation):
@@ -216,7 +212,7 @@ def test_chunks_through_a_cache_equal_the_whole(implementation):
         at += tokens
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("path", ("one_tile", "two_kernels"))
 def test_reruns_are_equal_bit_for_bit(path, request):
     request.getfixturevalue(path)
@@ -228,7 +224,7 @@ def test_reruns_are_equal_bit_for_bit(path, request):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("implementation", ("triton", "sdpa"))
 def test_views_give_what_their_copies_give(implementation):
     problem = Problem(2, 33, 2, 1, 16, causal=True)
@@ -245,7 +241,7 @@ def test_views_give_what_their_copies_give(implementation):
             assert torch.equal(a, b) or (implementation == "sdpa" and error(a, b.double()) < 1e-6)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_gradient_that_is_an_expanded_view():
     problem = Problem(1, 7, 2, 1, 16)
     qkv = problem.qkv(torch.float32, 0)
@@ -254,7 +250,7 @@ def test_a_gradient_that_is_an_expanded_view():
     assert error(got, want.double()) < 1e-5
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16), (2, 5, 0, 16)], ids=str)
 def test_rope_of_nothing(shape):
     u = torch.zeros(shape, device=DEVICE, requires_grad=True)
@@ -264,7 +260,7 @@ def test_rope_of_nothing(shape):
         assert y.shape == torch.autograd.grad(y.sum(), u)[0].shape == shape
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=str)
 def test_no_rows_and_no_tokens(shape):
     qkv = torch.zeros(*shape, 4 * 16, device=DEVICE, requires_grad=True)
@@ -273,6 +269,7 @@ def test_no_rows_and_no_tokens(shape):
     assert torch.autograd.grad(o.sum(), qkv)[0].shape == qkv.shape
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not interpreting(), reason="reads a sparse file, which a GPU cannot")
 @pytest.mark.parametrize("path", ("one_tile", "two_kernels"))
 @pytest.mark.parametrize("tokens", (1, 3))
@@ -298,7 +295,7 @@ def test_row_offsets_beyond_31_bits(tokens, path, tmp_path, request):
     assert torch.equal(got, want)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_positions_of_each_row_and_a_table_made_beforehand():
     problem = Problem(3, 9, 2, 1, 16, causal=True)
     g = torch.Generator().manual_seed(0)
@@ -314,7 +311,7 @@ def test_positions_of_each_row_and_a_table_made_beforehand():
         assert torch.equal(rope_attention(qkv, None, 2, 1, angles=angles, **options), made_here)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_tf32_is_used_where_pytorch_may(monkeypatch):
     asked = []
     monkeypatch.setattr(launchers, "launch", lambda kernel, *args, **meta: asked.append(meta["PRECISION"]))
@@ -329,7 +326,7 @@ def test_tf32_is_used_where_pytorch_may(monkeypatch):
     assert asked == ["ieee", "tf32"]
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_custom_ops_keep_their_promises():
     """Schema and fake agree with what the launchers do."""
     problem = Problem(2, 5, 2, 1, 16, padding="left")
@@ -347,7 +344,7 @@ def test_custom_ops_keep_their_promises():
         torch.library.opcheck(launchers.rope_attention_bwd, given, **checks)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_custom_op_of_one_tile_keeps_its_promises(one_tile):
     q = torch.randn(2, 5, 2, 16, device=DEVICE).half()
     o, lse = launchers.rope_attention_fwd(q, q, q, None, None, None, True, 0)
@@ -358,7 +355,7 @@ def test_custom_op_of_one_tile_keeps_its_promises(one_tile):
         )
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_kernels_pass_through_torch_compile(dynamic):
     problem = Problem(2, 9, 4, 2, 16, causal=True, padding="left")
@@ -374,7 +371,7 @@ def test_kernels_pass_through_torch_compile(dynamic):
             assert torch.equal(got, want)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_second_derivative_is_an_error_not_a_wrong_number():
     qkv = Problem(1, 5, 1, 1, 16).qkv(torch.float32, 0)
     o = rope_attention(qkv, None, 1, implementation="triton")
@@ -388,7 +385,7 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
 IMPLEMENTATIONS = [
     "reference",
     "sdpa",
-    pytest.param("triton", marks=kernels_run),
+    pytest.param("triton", marks=pytest.mark.kernels),
 ]
 EACH_IMPLEMENTATION = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -620,7 +617,7 @@ def test_a_head_without_settings_is_named():
         launches("sm90", wide, implementation="triton")
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_float64_has_no_kernel():
     qkv = torch.zeros(1, 2, 48, dtype=torch.float64, device=DEVICE)
     with pytest.raises(RuntimeError, match="rope_attention: .* no Triton kernel for float64"):
@@ -644,7 +641,7 @@ def test_rope_is_a_rotation_of_complex_numbers():
         torch.testing.assert_close(torch.complex(got[j], got[j + 4]), want, rtol=1e-4, atol=1e-4)
 
 
-@kernels_run
+@pytest.mark.kernels
 @EACH_DTYPE
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 7, 3, 16), (1, 33, 5, 40), (2, 3, 2, 200)], ids=str)
 def test_rope_equals_its_reference(shape, dtype):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.trm_kernels.ops.test_ops import kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import trm_recursion
 from trm_kernels.recursion.one_launch import cooperative, grid_barrier, launchers
@@ -15,8 +14,6 @@ from trm_kernels.recursion.one_launch.cooperative import Impossible
 from trm_kernels.recursion.one_launch.kernel import count_phases
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend
-
-pytestmark = pytest.mark.kernels
 
 
 class Calls:
@@ -76,7 +73,7 @@ def impossible_by(calls: Calls, monkeypatch, how: str) -> str:
     return "the driver refuses .*: too many blocks in cooperative launch"
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("how", ["the device", "the driver", "a captured graph"])
 def test_auto_goes_per_phase_and_says_so_once(how, calls, monkeypatch):
     want, tries = calls.run("one_launch"), 1
@@ -92,7 +89,7 @@ def test_auto_goes_per_phase_and_says_so_once(how, calls, monkeypatch):
     assert calls.cooperative == tries, "a device that refused is not asked again"
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("how", ["the device", "the driver", "a captured graph"])
 def test_a_name_is_an_error_that_names_the_other_way(how, calls, monkeypatch):
     says = impossible_by(calls, monkeypatch, how)
@@ -103,7 +100,7 @@ def test_a_name_is_an_error_that_names_the_other_way(how, calls, monkeypatch):
     assert calls.others == count_phases(2)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_another_error_is_let_through_and_the_counter_is_zero_again(calls):
     counter = grid_barrier.counter_for(calls.x.device)
     counter.fill_(5)

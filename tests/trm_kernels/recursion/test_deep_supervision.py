@@ -14,8 +14,6 @@ from trm_kernels import TRM
 from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.runtime.backend import backend, interpreting
 
-pytestmark = pytest.mark.kernels
-
 CYCLES = 3
 
 
@@ -212,6 +210,7 @@ def test_each_cycle_is_a_cycle_of_the_call():
         torch.testing.assert_close(of, sum(part[name] for part in parts), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not interpreting(), reason="the kernels run here only in Triton's interpreter")
 def test_each_cycle_on_the_kernels():
     small = {"num_layers": 1, "num_recursion_steps": 1, "num_cycles": 3, "grad_cycles": 2}

@@ -12,11 +12,7 @@ from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 
-pytestmark = pytest.mark.kernels
-
-CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
 # the interpreter is slow, so these recurse little
 BRIEF = {"num_cycles": 2, "num_recursion_steps": 1, "trm_num_layers": 2, "injection_layers": [1]}
 
@@ -65,7 +61,7 @@ def base_part(hybrid, ids):
     return kept
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize(("grad_cycles", "norms_x"), [(1, False), (2, False), (1, True)])
 def test_a_phase_1_step_keeps_what_the_base_and_the_trm_were_said_to_keep(grad_cycles, norms_x, capsys):
     hybrid = hybrid_for_training(grad_cycles=grad_cycles, trm_input_norm=norms_x)
@@ -85,7 +81,7 @@ def test_a_phase_1_step_keeps_what_the_base_and_the_trm_were_said_to_keep(grad_c
         assert kept == base + trm + table
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_training_step_on_the_kernels_compiles_in_one_graph():
     torch._dynamo.reset()
     hybrid, ids = hybrid_for_training(trm_num_layers=1), tokens(length=5).to(DEVICE)

@@ -11,11 +11,7 @@ from tests.support.tiny import awaken, tiny_hybrid, tokens
 from trm_kernels.ops.injection_in import injection_in
 from trm_kernels.runtime.backend import backend, interpreting
 
-pytestmark = pytest.mark.kernels
-
-CAN_RUN = interpreting() or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-kernels_run = pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA device or TRITON_INTERPRET=1")
 
 
 def logits(hybrid, **arguments):
@@ -92,7 +88,7 @@ def test_it_is_there_or_not():
         HybridConfig(trm_input_norm=1)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_the_kernels_compute_it_with_its_gradient():
     g = torch.Generator().manual_seed(0)
     h, w = torch.randn(2, 5, 48, generator=g), torch.randn(32, 48, generator=g)

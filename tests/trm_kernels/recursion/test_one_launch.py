@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trm_kernels.ops.test_ops import error, kernels_run
+from tests.trm_kernels.ops.test_ops import error
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import TRM, rope_angles, trm_recursion
 from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom
@@ -24,8 +24,6 @@ from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.optional_triton import tl, triton
-
-pytestmark = pytest.mark.kernels
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 
@@ -148,7 +146,7 @@ def check(given: Given, got: tuple[Tensor, Tensor], room: CacheRoom | None, name
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @each_form
 def test_one_program_and_a_launch_per_phase_equal_the_path_per_op(form):
     """Three programs, some without a tile; and how full a cache is, said by the host and by the device."""
@@ -163,7 +161,7 @@ def test_one_program_and_a_launch_per_phase_equal_the_path_per_op(form):
         assert all(torch.equal(*pair) for pair in zip(of_one.keys, of_many.keys, strict=True))
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("seen", [15, 16, 40])
 def test_many_keys_are_split_into_parts(seen, monkeypatch):
     """The last program to finish a part merges them, and leaves the count of parts at zero for the next."""
@@ -175,7 +173,7 @@ def test_many_keys_are_split_into_parts(seen, monkeypatch):
     check(given, given.one_launch("per_phase", programs=2, room=room), room)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_bfloat16_is_as_close_to_the_truth_as_the_path_per_op():
     given, true = Given("decode", torch.bfloat16), Given("decode", torch.float64)
     for name in ("x", "y", "z"):
@@ -188,7 +186,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_the_path_per_op():
         assert error(ours[i], want) <= 1.1 * error(theirs[i], want)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_token_that_a_cache_has_no_room_for_is_not_written_elsewhere():
     given = Given("decode", num_layers=1)
     room = given.room(on_device=True)
@@ -202,6 +200,7 @@ def test_a_token_that_a_cache_has_no_room_for_is_not_written_elsewhere():
 # Programs at once
 
 
+@pytest.mark.kernels
 @interpreted
 @pytest.mark.parametrize("form", ["decode", "puzzles"])
 def test_programs_that_run_at_once_wait_for_each_other(form):
@@ -222,6 +221,7 @@ def test_programs_that_run_at_once_wait_for_each_other(form):
     counter.zero_()
 
 
+@pytest.mark.kernels
 @interpreted
 def test_without_the_barrier_they_go_wrong(monkeypatch):
     """The control: what the test above asks would otherwise be no question."""
@@ -235,6 +235,7 @@ def test_without_the_barrier_they_go_wrong(monkeypatch):
     assert not error(got[0], want.double()) <= 1e-2  # NaN is wrong as well
 
 
+@pytest.mark.kernels
 @interpreted
 def test_a_hang_is_ended_and_reported(monkeypatch):
     """A program that never arrives; and the counter, which it leaves between two barriers, is set to zero."""
@@ -261,7 +262,7 @@ def call(trm: TRM, x: Tensor, regime: str, **more):
     return trm_recursion(x, x, x, weights, regime=regime, **sizes, **more)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_regime_that_was_asked_for_is_taken_and_auto_takes_the_table(monkeypatch):
     trm, x = make(num_layers=1, intermediate_size=48), torch.randn(1, 2, 64, device=DEVICE)
     ran = []
@@ -306,7 +307,7 @@ ROWS = torch.zeros(2, 3, 64)
         ({}, {"update_cache": lambda evaluation, k, v: (k, v)}, "a cache whose tensors it can write to"),
     ],
 )
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_a_regime_that_cannot_run_is_an_error_that_says_why(of_model, more, says):
     trm = make(**({"intermediate_size": 48} | of_model))
@@ -331,7 +332,7 @@ def test_without_kernels_or_with_a_gradient_it_cannot_run():
             call(trm, ROWS, "per_phase")
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_a_grid_larger_than_what_runs_at_once_is_an_error_and_no_hang():
     programs = 2 if DEVICE == "cpu" else 100_000
@@ -339,7 +340,7 @@ def test_a_grid_larger_than_what_runs_at_once_is_an_error_and_no_hang():
         Given("causal").one_launch("one_launch", programs=programs)
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_a_module_keeps_its_regime_to_calls_without_gradient(monkeypatch):
     """Training goes per op, whatever the module's regime."""
@@ -372,7 +373,7 @@ def test_the_error_of_weights_in_8_bits(kind, most):
     assert in_bfloat16 < rounded < most, (in_bfloat16, rounded)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @torch.no_grad()
 def test_weights_in_8_bits_in_one_launch_equal_the_same_weights_widened(kind):
@@ -414,6 +415,7 @@ def test_fp8_is_refused_where_there_is_no_such_type():
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 
+@pytest.mark.kernels
 @needs_cuda
 def test_ten_thousand_reruns_are_equal_bit_for_bit():
     """As many programs as the device runs at once: a barrier that lets one through shows sooner or later."""
@@ -429,6 +431,7 @@ def test_ten_thousand_reruns_are_equal_bit_for_bit():
     assert wrong == 0
 
 
+@pytest.mark.kernels
 @needs_cuda
 def test_decoding_can_be_captured_in_a_cuda_graph():
     """Two tokens by one graph: the kernel itself counts them, and its counter outlives the replay."""
@@ -453,6 +456,7 @@ def test_decoding_can_be_captured_in_a_cuda_graph():
     assert all(length == given.seen + 2 for length in room.lengths)
 
 
+@pytest.mark.kernels
 @needs_cuda
 def test_streams_do_not_share_a_counter():
     device = torch.device("cuda", torch.cuda.current_device())

@@ -7,12 +7,9 @@ from transformers import DynamicCache, StaticCache
 
 from hybrid.model.cache import GrowingLayer, InjectionCache
 from tests.support.tiny import tiny_hybrid, tokens
-from tests.trm_kernels.ops.test_ops import kernels_run
 from tests.trm_kernels.recursion.test_recursion import DEVICE
 from trm_kernels.recursion.one_launch import launchers
 from trm_kernels.runtime.backend import backend
-
-pytestmark = pytest.mark.kernels
 
 SMALL = {
     "injection_layers": [0, 2],
@@ -46,7 +43,7 @@ def padded() -> tuple[Tensor, Tensor]:
     return ids, (ids != 0).long()
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_token_for_token(family, cache, launches):
@@ -62,7 +59,7 @@ def test_token_for_token(family, cache, launches):
     assert len(launches) == 4 * 2
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_beams_and_a_cache_that_is_cropped():
     """What replaces or shortens the tensors of a layer is found out at the next token."""
     ids = tokens(1, 4).to(DEVICE)
@@ -75,7 +72,7 @@ def test_beams_and_a_cache_that_is_cropped():
             assert torch.equal(hybrid.generate(ids, **GREEDY, **how), want), how
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_weights_in_8_bits_tell_what_the_same_weights_widened_tell():
     ids = tokens(2, 4).to(DEVICE)
     told = []
@@ -86,7 +83,7 @@ def test_weights_in_8_bits_tell_what_the_same_weights_widened_tell():
     assert torch.equal(*told)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_training_goes_per_op(launches):
     hybrid, ids = tiny_hybrid(trm_regime="one_launch", **SMALL).to(DEVICE).freeze_base().train(), tokens(1, 3)
     with backend("triton"):
@@ -122,7 +119,7 @@ def test_room_is_written_in_place_and_counted():
     assert addresses[0] != addresses[1] == addresses[2]
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_a_compiled_forward_with_a_static_cache_sees_one_op():
     """The op is opaque: one graph, and keys, values and lengths written inside of it."""
     torch._dynamo.reset()

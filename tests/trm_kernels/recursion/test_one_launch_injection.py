@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.trm_kernels.ops.test_ops import error, kernels_run
+from tests.trm_kernels.ops.test_ops import error
 from tests.trm_kernels.recursion.test_recursion import DEVICE, make
 from trm_kernels import rope_angles
 from trm_kernels.ops.attention.rope import cos_and_sin
@@ -18,8 +18,6 @@ from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch
 from trm_kernels.recursion.weights import InjectionPoint, InjectionWeights
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.optional_triton import tl, triton
-
-pytestmark = pytest.mark.kernels
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
 FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None)}
@@ -139,7 +137,7 @@ def check(given: Given, got: Tensor) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @each_norm
 @each_blend
 @each_form
@@ -152,6 +150,7 @@ def test_one_launch_equals_the_three_ops(form, is_gated, norms_x):
     assert torch.equal(one, given.one_launch("per_phase", programs=3)), "the programs do not change a sum"
 
 
+@pytest.mark.kernels
 @interpreted
 @each_blend
 def test_programs_that_run_at_once_wait_for_each_other(is_gated):
@@ -166,6 +165,7 @@ def test_programs_that_run_at_once_wait_for_each_other(is_gated):
     counter.zero_()
 
 
+@pytest.mark.kernels
 @interpreted
 def test_without_the_barrier_they_go_wrong(monkeypatch):
     from tests.support.concurrent import launches_at_once
@@ -177,7 +177,7 @@ def test_without_the_barrier_they_go_wrong(monkeypatch):
     assert not error(got, given.three_ops().double()) <= 1e-2  # NaN is wrong as well
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_with_w_out_at_zero_the_hidden_state_is_what_it_was_bit_for_bit():
     given = Given("decode", True)
@@ -185,7 +185,7 @@ def test_with_w_out_at_zero_the_hidden_state_is_what_it_was_bit_for_bit():
     assert torch.equal(given.one_launch("one_launch"), given.h)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @torch.no_grad()
 def test_layers_in_8_bits_between_projections_that_are_not(kind):
@@ -199,7 +199,7 @@ def test_layers_in_8_bits_between_projections_that_are_not(kind):
     assert error(told["one_launch"], told["per_op"].double()) <= 1e-5
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
     """Positions go in as they come: no table of angles, no product, nothing of PyTorch's but memory."""
@@ -218,7 +218,7 @@ def test_one_launch_makes_nothing_but_a_launch(monkeypatch):
     assert ran == [True, True] and not counted.computing()
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_what_cannot_run_is_an_error_of_the_regime_that_was_asked_for():
     given = Given("no cache", False, width=40)
@@ -230,7 +230,7 @@ def test_what_cannot_run_is_an_error_of_the_regime_that_was_asked_for():
         given.called(1.0)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_angles_of_any_size_are_as_exact_as_float32():
     """A kernel's cosines and sines, without a stack: of angles up to a million, and below zero."""
 

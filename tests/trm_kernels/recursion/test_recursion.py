@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.measure.counting import Counting, nbytes, storages_kept
-from tests.trm_kernels.ops.test_ops import error, kernels_run, rms
+from tests.trm_kernels.ops.test_ops import error, rms
 from trm_kernels import TRM, trm_recursion
 from trm_kernels.recursion.fused_layer import Setting
 from trm_kernels.recursion.fused_recursion import recursion_forward
@@ -22,8 +22,6 @@ from trm_kernels.recursion.weights import map_weights
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import add_weight_gradient
 from trm_kernels.runtime.launch import record
-
-pytestmark = pytest.mark.kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 without_interpreter = pytest.mark.skipif(interpreting(), reason="counts only, which needs no interpreter")
@@ -154,7 +152,7 @@ def check_float32(trm: TRM, given, key_mask=None) -> None:
 PAD = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("changes", "key_mask"),
     [
@@ -172,7 +170,7 @@ def test_float32_equals_a_loop_and_the_policies_equal_each_other(changes, key_ma
     check_float32(make(**changes), tensors(2, 7, 64), key_mask)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("D", "T"), [(64, 13), (64, 97), (128, 13), (128, 97)])
@@ -189,7 +187,7 @@ def test_float32_at_full_depth(D, T):
     check_float32(trm, tensors(1, T, D))
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("save", SAVES)
@@ -198,7 +196,7 @@ def test_bfloat16_at_full_depth(save):
     check_bfloat16(trm, (1, 13, 64), save, seeds=4)
 
 
-@kernels_run
+@pytest.mark.kernels
 @pytest.mark.parametrize("save", ["step"])
 def test_bfloat16_as_close_to_the_truth_as_eager(save):
     check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (2, 7, 64), save, seeds=6)
@@ -216,7 +214,7 @@ def check_bfloat16(trm, shape, save, seeds):
         assert rms(mine[name]) <= 1.1 * rms(theirs[name]) + 1e-4, name
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_gradients_of_one_output_and_of_the_initial_vectors():
     """What a hybrid asks for: the gradient of y alone, from vectors that every token starts with."""
     trm = make(num_cycles=1, num_recursion_steps=1)
@@ -231,7 +229,7 @@ def test_gradients_of_one_output_and_of_the_initial_vectors():
         assert error(ours, want.double()) <= 5e-5
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_padding_changes_nothing():
     trm = make(causal=True)
     x, y, z, *_ = tensors(1, 4, 64)
@@ -246,7 +244,7 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(ours[:, 3:], theirs, rtol=1e-5, atol=1e-5)
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_with_a_cache_as_without():
     """A prompt and a token more, keys and values kept between them, equal one call over both."""
@@ -332,7 +330,7 @@ def test_gradients_of_frozen_weights_are_not_computed():
     assert products == {False: evaluations * 2 * 4, True: 0}
 
 
-@kernels_run
+@pytest.mark.kernels
 @torch.no_grad()
 def test_which_way_is_taken():
     trm, wide = make(num_cycles=1), make(num_cycles=1, num_heads=1, hidden_size=144)
@@ -349,7 +347,7 @@ def test_which_way_is_taken():
         wide(wide_x)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_goes_through_export():
     class Module(torch.nn.Module):
         def __init__(self):
@@ -367,6 +365,7 @@ def test_goes_through_export():
         assert torch.equal(exported.module()(x), module(x))
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_can_be_captured_in_a_cuda_graph():
     trm, (x, *_) = make(torch.bfloat16), tensors(2, 13, 64, torch.bfloat16)
@@ -545,7 +544,7 @@ def test_refuses(call, raises, says):
         trm_recursion(ROWS, ROWS, ROWS, weights, num_heads=4, num_recursion_steps=1, **call)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_refuses_a_key_mask_of_another_size():
     x = ROWS.to(DEVICE)
     with backend("triton"), pytest.raises(ValueError, match=r"key_mask \(2, 3\) of bool, got \(2, 4\)"):

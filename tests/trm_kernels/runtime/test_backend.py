@@ -13,8 +13,6 @@ import torch
 from trm_kernels.ops.add_rms_norm import add_rms_norm, add_rms_norm_ref
 from trm_kernels.runtime.backend import backend, current_backend, describe, interpreting, runs_triton
 
-pytestmark = pytest.mark.kernels
-
 ROOT = Path(__file__).parents[3]
 no_kernel_can_run = pytest.mark.skipif(
     torch.cuda.is_available() or interpreting(),
@@ -98,6 +96,7 @@ def test_auto_on_cpu_tensors_is_the_reference():
     assert "AddRMSNorm" not in type(y.grad_fn).__name__
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not (torch.cuda.is_available() or interpreting()), reason="no kernel can run here")
 def test_triton_is_an_error_where_there_is_no_kernel():
     x = torch.zeros(2, 4, dtype=torch.float64)
@@ -105,12 +104,14 @@ def test_triton_is_an_error_where_there_is_no_kernel():
         add_rms_norm(x, x)
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_triton_is_an_error_for_tensors_off_the_device():
     with backend("triton"), pytest.raises(RuntimeError, match="expects CUDA tensors, got cpu tensors"):
         add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4))
 
 
+@pytest.mark.kernels
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_auto_on_cuda_tensors_is_triton():
     x = torch.zeros(2, 4, device="cuda")
