@@ -96,6 +96,13 @@ def test_who_is_there_may_not_be_written_yet(tmp_path):
                 train(phase_1(), Counting(), settings_for(folder))
 
 
+def test_a_folder_that_somebody_has_begun_to_use_stays(tmp_path):
+    """A run that wrote nothing takes back the folders that it made, but not what is used by now."""
+    with run_folder.held(tmp_path / "a" / "b" / "c", ONE):
+        (tmp_path / "a" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+
+
 def test_the_lock_dies_with_its_process(tmp_path):
     folder = tmp_path / "run"
     with another_holds(folder, tmp_path / "told"):
