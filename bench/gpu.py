@@ -261,9 +261,12 @@ def _correctness(store: Store, quick: bool, dry_run: bool) -> int:
 
 
 def _tests_of_kernels() -> list[str]:
-    """Files whose tests start kernels."""
+    """Files whose tests start kernels: marked ones, and those that compute on a device where one is."""
+    signs = ("mark.kernels", 'DEVICE = "cuda"')
     files = (
-        path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.kernels" in path.read_text()
+        path
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if any(sign in path.read_text() for sign in signs)
     )
     return list(dict.fromkeys([*FIRST_TESTS, *(str(path.relative_to(ROOT)) for path in files)]))
 

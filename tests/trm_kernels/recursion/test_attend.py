@@ -10,8 +10,6 @@ from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import interpreting
 from trm_kernels.runtime.launch import record
 
-pytestmark = pytest.mark.kernels
-
 H, G, D, WIDTH = 4, 2, 32, 48
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 

@@ -493,7 +493,7 @@ def _state_kernel(out_ptr, M, WIDTH: tl.constexpr):
         tl.store(out_ptr + state, apart)
 
 
-@kernels_run
+@pytest.mark.kernels
 def test_states_lie_beyond_31_bits():
     out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     _state_kernel[(1,)](out, 2**29 + 1, WIDTH=8)
