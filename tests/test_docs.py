@@ -47,7 +47,7 @@ def test_commands_are_those_that_there_are(page):
             assert not wrong, f"{name_of(page)}: make has no target {wrong[0]}"
         elif (argv := trm_hybrid_arguments(words)) is not None:
             check_options(argv, f"{name_of(page)}: {' '.join(words)}")
-        elif words[:2] == ["python", "-m"] and not words[2].startswith("evidence"):
+        elif words[:2] == ["python", "-m"] and not words[2].startswith(("evidence", "vllm")):  # of others
             assert importlib.util.find_spec(words[2]), f"{name_of(page)}: there is no module {words[2]}"
         elif words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).exists(), f"{name_of(page)}: there is no {words[1]}"

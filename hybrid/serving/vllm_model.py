@@ -80,7 +80,7 @@ class HybridForCausalLM(TransformersForCausalLM):
         _refuse(vllm_config, config)
         self._angles: Angles | None = None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if config.base_model_name_or_path is not None:
+        if config.base_model_name_or_path is not None:  # else it is in the hybrid's own files
             self.secondary_weights = [
                 DefaultModelLoader.Source(
                     config.base_model_name_or_path,

@@ -3,6 +3,8 @@
 import copy
 import gc
 import inspect
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +15,12 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.utils import build_attention_mask
 
-from hybrid import Halting
+from hybrid import Halting, HybridModel
 from hybrid.serving.paged_keys import PagedKeys, attention_types, mask_of_lengths
+from hybrid.serving.vllm_plugin import register
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 
+ROOT = Path(__file__).parents[3]
 NEW = 5
 IS_OLD = "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters
 WITHOUT_INTERFACE = (
@@ -328,6 +332,26 @@ def test_keys_wider_than_a_layer_of_the_cache_come_back_as_they_went():
         for given, back in zip((keys, values), paged.update(evaluation, keys, values), strict=True):
             assert torch.equal(given, back)
     assert sorted(layers) == list(range(3, 9))  # 18 numbers in layers of 8
+
+
+def test_transformers_server_finds_the_architecture_of_a_config():
+    """`transformers serve` takes it from the module transformers, of which there may be two."""
+    from transformers.cli.serving import model_manager
+
+    assert sys.modules["transformers"].HybridModel is HybridModel
+    assert model_manager.transformers.HybridModel is HybridModel
+
+
+def test_the_plugin_tells_vllm_where_the_model_is(monkeypatch):
+    told = {}
+    registry = SimpleNamespace(get_supported_archs=lambda: told, register_model=told.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    for _ in range(2):  # vLLM calls it in each of its processes, and may call it again
+        register()
+    (where,) = told.values()
+    assert list(told) == [HybridModel.__name__], "which a saved config names"
+    module, name = where.split(":")
+    assert name in (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
 def test_layers_are_of_the_type_that_their_config_says():

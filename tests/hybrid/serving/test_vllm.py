@@ -1,12 +1,17 @@
 """vLLM answers with a hybrid what generate() answers; runs where vLLM is installed, by `make serving`."""
 
+import json
 import os
+import shutil
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.served import KINDS, NEW_TOKENS, Served, prompts, save_served
+from tests.support.tiny import tiny_config
 
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here; `make serving` installs it elsewhere", allow_module_level=True)
@@ -25,6 +30,8 @@ for name, value in {
 
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from hybrid.serving import vllm_model  # noqa: E402
 
 # four blocks of a prompt in a forward: longer ones come in chunks
 SETTINGS = {
@@ -96,3 +103,68 @@ def test_answers_are_those_of_generate(served):
 def test_n_is_fixed_when_the_server_starts(served):
     with Engine(served.folder, hf_overrides={"num_recursion_steps": served.more}) as engine:
         assert engine.answers(prompts())[0] == served.more_steps
+
+
+@pytest.mark.timeout(1200)
+def test_the_base_comes_at_its_revision(all_served, tmp_path):
+    """From the hub's cache, where the newest commit has other weights."""
+    served, right, newest = all_served["llama"], "a" * 40, "b" * 40
+    repository = tmp_path / "models--tiny--base"
+    for commit in (right, newest):
+        shutil.copytree(served.base_folder, repository / "snapshots" / commit)
+    file = repository / "snapshots" / newest / "model.safetensors"
+    save_file({name: t * 0.5 for name, t in load_file(file).items()}, file, {"format": "pt"})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(newest)
+    folder = shutil.copytree(served.folder, tmp_path / "hybrid")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"base_model_name_or_path": "tiny/base", "base_revision": right}
+    (folder / "config.json").write_text(json.dumps(config))
+    with Engine(folder, download_dir=str(tmp_path)) as engine:
+        assert engine.answers(prompts())[0] == served.hybrid
+
+
+def settings_of(**changes):
+    """vLLM's settings, as far as they are asked for what cannot be served; `changes` by their last names."""
+    known = {
+        "parallel_config": {"tensor_parallel_size": 1, "pipeline_parallel_size": 1},
+        "model_config": {"enforce_eager": True, "quantization": None},
+        "load_config": {"load_format": "auto"},
+    }
+    made = {
+        name: SimpleNamespace(**{k: changes.pop(k, v) for k, v in fields.items()})
+        for name, fields in known.items()
+    }
+    return SimpleNamespace(**made, **({"lora_config": None, "speculative_config": None} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor-parallel-size 1: a TRM is not split"),
+        ({"pipeline_parallel_size": 2}, "pipeline-parallel-size 1"),
+        ({"enforce_eager": False}, "enforce-eager: a recursion is not part of vLLM's CUDA graphs"),
+        ({"quantization": "fp8"}, "no --quantization"),
+        ({"lora_config": object()}, "no --enable-lora"),
+        ({"speculative_config": object()}, "no speculative decoding"),
+        ({"load_format": "tensorizer"}, "load-format auto or safetensors"),
+    ],
+)
+def test_settings_that_were_not_shown_are_refused(changes, message):
+    vllm_model._refuse(settings_of(), tiny_config())
+    with pytest.raises(ValueError, match=message):
+        vllm_model._refuse(settings_of(**changes), tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 4}, "a hybrid without lora_rank"),
+        ({"trm_quantize": "int8"}, "trm_quantize None"),
+        ({"trm_regime": "one_launch"}, "trm_regime auto or per_op"),
+        ({"base_gguf_file": "base.gguf", "base_model_name_or_path": "a"}, "not GGUF"),
+    ],
+)
+def test_hybrids_that_were_not_shown_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        vllm_model._refuse(settings_of(), tiny_config(**changes))
