@@ -98,8 +98,9 @@ def rope_attention(
         query_offset: Keys before the first query; None: the last query is at the last key.
         angles: rope_angles(positions, K, rope_theta), for a caller with more than one call.
         implementation: "auto" takes Triton or SDPA on CUDA, by the settings table (SDPA for a general mask),
-            SDPA on a CPU, and the reference elsewhere and where backend("reference") says so. "triton": our kernels, which take no general mask. "reference", or
-            one of library.py's. One that was asked for by name runs or is an error.
+            SDPA on a CPU, and the reference elsewhere and where backend("reference") says so. "triton": our
+            kernels, which take no general mask. "reference", or one of library.py's. One that was asked for
+            by name runs or is an error.
 
     Returns:
         o, [B, T, H K], in qkv's dtype.
