@@ -11,11 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trm_kernels.runtime.backend import runs_triton
-from trm_kernels.runtime.constant import constant_result
 from trm_kernels.runtime.optional_triton import tl, triton
 from trm_kernels.runtime.tuning import CANDIDATES, GemmLaunch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# whether addmm takes an out_dtype where there are only shapes: torch 2.11's does not, 2.13's does
+_ADDMM_KNOWS_SHAPES = torch.__version__ >= (2, 13)
 
 
 @triton.jit
@@ -94,23 +95,10 @@ def add_weight_gradient(dw: Tensor, dy: Tensor, x: Tensor) -> None:
     """dw += dy^T x, dw in float32: a weight that is used many times has its gradient rounded once."""
     if dy.device.type == "cpu" or dy.dtype == torch.float32:
         dw.addmm_(dy.t().float(), x.float())
-    elif (dw.is_meta or isinstance(dw, FakeTensor)) and not _addmm_knows_shapes():
+    elif (dw.is_meta or isinstance(dw, FakeTensor)) and not _ADDMM_KNOWS_SHAPES:
         dw.add_(torch.mm(dy.t(), x, out_dtype=torch.float32))
     else:
         torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw)
-
-
-@constant_result
-def _addmm_knows_shapes() -> bool:
-    """Whether addmm takes an out_dtype where there are only shapes: torch 2.11's does not."""
-    narrow, wide = (
-        torch.empty(1, 1, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32)
-    )
-    try:
-        torch.addmm(wide, narrow, narrow, out_dtype=torch.float32, out=wide)
-    except TypeError:
-        return False
-    return True
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
