@@ -16,7 +16,7 @@ from trm_kernels.runtime.tuning import CANDIDATES, GemmLaunch
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # whether addmm takes an out_dtype where there are only shapes: torch 2.11's does not, 2.13's does
-_ADDMM_KNOWS_SHAPES = torch.__version__ >= (2, 13)
+_ADDMM_KNOWS_SHAPES = torch.__version__ >= "2.13"
 
 
 @triton.jit
