@@ -77,7 +77,7 @@ class TokenBlocks(Dataset):
         if len(tokens) < sequence_length:
             raise ValueError(
                 f"TokenBlocks: expected at least one sequence of {sequence_length} tokens in {name}, "
-                f"got {len(tokens)} tokens."
+                f"got {len(tokens)} tokens. Ask for a shorter one (--sequence-length)."
             )
         self.name = name
         cut = len(tokens) // sequence_length * sequence_length

@@ -252,9 +252,13 @@ def _load(
             ) from error
     tensors = _read(path, hub)
     model = cls(config=config, llm_model=llm_model)
-    base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
-    _fill(model, tensors, path)
-    return _as_saved(model, path, config, hub)
+    try:
+        base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
+        _fill(model, tensors, path)
+        return _as_saved(model, path, config, hub)
+    except BaseException:
+        model.unwrap()  # a base that was passed goes back as it came
+        raise
 
 
 def _reference_of(config: HybridConfig, given: dict[str, Any]) -> dict[str, Any]:

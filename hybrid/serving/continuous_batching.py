@@ -61,6 +61,17 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
             base, evaluations, spec.num_key_value_heads * config.trm_hidden_size // spec.num_heads
         )
 
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """transformers', which drops arguments that it does not know: here they are an error."""
+        known = {*inspect.signature(ContinuousMixin.generate_batch).parameters, "max_new_tokens"}
+        if unknown := sorted(kwargs.keys() - known):
+            raise ValueError(
+                f"HybridModel: generate_batch expected no {', '.join(unknown)}. Settings of generation other "
+                "than max_new_tokens stand in generation_config; this hybrid's are num_recursion_steps and "
+                "halting."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def init_continuous_batching(  # type: ignore[override]
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
     ) -> Any:

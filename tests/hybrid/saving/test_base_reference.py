@@ -277,6 +277,22 @@ def test_unwrap_gives_the_base_back(folder):
     assert torch.equal(HybridModel(llm_model=base, config=tiny_config())(ids).logits, want)
 
 
+@pytest.mark.parametrize("wrong", ["another base", "another size"])
+def test_a_refused_load_gives_the_base_back(folder, tmp_path, wrong):
+    wrapped(loaded(folder)).save_pretrained(tmp_path / "hybrid")
+    base, fields = loaded(folder), {}
+    if wrong == "another base":
+        base.model.norm.weight.data[0] += 1
+    else:
+        fields = {"trm_intermediate_size": 24}
+    names, learns = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
+    with pytest.raises((ValueError, RuntimeError)):
+        HybridModel.from_pretrained(tmp_path / "hybrid", llm_model=base, **fields)
+    assert list(base.state_dict()) == names and [p.requires_grad for p in base.parameters()] == learns
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+    HybridModel(llm_model=base, config=tiny_config())
+
+
 def test_every_tensor_of_a_file_is_looked_at(folder):
     hybrid = wrapped(loaded(folder))
     assert dict(base_tensors(hybrid)).keys() == load_file(folder / "model.safetensors").keys()

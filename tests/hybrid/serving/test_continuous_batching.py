@@ -217,6 +217,13 @@ def test_a_base_that_transformers_cannot_batch_is_refused(family):
 
 
 @needs_rooms
+@pytest.mark.parametrize("misspelt", ["num_recursion_step", "do_sample"])
+def test_an_argument_that_would_be_dropped_is_refused(misspelt):
+    with pytest.raises(ValueError, match=f"generate_batch expected no {misspelt}. Settings of generation"):
+        tiny_hybrid().generate_batch([[3, 4]], **{misspelt: 1})
+
+
+@needs_rooms
 def test_halting_is_refused():
     hybrid = wide_hybrid(num_cycles=1, trm_num_layers=1, injection_layers=[2])
     expected = generated(hybrid)
