@@ -168,7 +168,8 @@ def _by_library(name: str, q: Tensor, k: Tensor, v: Tensor, visible: Visibility)
     # SDPA's own causal mask begins at the first key, flash-attn's ends at the last
     first = S - T if name == "flash_attn" else 0
     is_plain = visible.mask is None and visible.key_mask is None and visible.query_offset == first
-    is_causal = visible.causal and is_plain and (name == "flash_attn" or S == T)
+    # a branch: of a traced length the condition is symbolic, and SDPA takes only a bool
+    is_causal = True if visible.causal and is_plain and (name == "flash_attn" or S == T) else False  # noqa: SIM210
     mask = None if is_causal else visibility(T, S, q.device, *visible)
     o = library.attend("rope_attention", name, q, k, v, mask, is_causal)
     return o.transpose(1, 2).reshape(B, T, -1)
