@@ -13,6 +13,7 @@ import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -70,14 +71,20 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
                 "than max_new_tokens stand in generation_config; this hybrid's are num_recursion_steps and "
                 "halting."
             )
+        if not all(isinstance(prompt, list) and prompt for prompt in inputs):
+            raise ValueError("HybridModel: generate_batch expected lists of token ids, none of them empty.")
         return super().generate_batch(inputs, *args, **kwargs)
 
     def init_continuous_batching(  # type: ignore[override]
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
     ) -> Any:
-        """transformers' manager; settings that would leave out the TRMs are refused."""
+        """transformers' manager; settings that would leave out the TRMs, or change answers, are refused."""
+        given = generation_config or self._hybrid.generation_config
+        if (beams := getattr(given, "num_beams", None) or 1) > 1:
+            raise ValueError(f"HybridModel: continuous batching expected num_beams 1, got {beams}.")
+        if torch.is_inference_mode_enabled():
+            raise ValueError("HybridModel: continuous batching expected a call outside of inference_mode.")
         if self.injects:
-            given = generation_config or self._hybrid.generation_config
             continuous_batching_config = _settings(given, continuous_batching_config)
         return super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
 

@@ -224,6 +224,18 @@ def test_an_argument_that_would_be_dropped_is_refused(misspelt):
 
 
 @needs_rooms
+def test_what_transformers_would_answer_otherwise_is_refused():
+    hybrid = tiny_hybrid()
+    for prompts in ([[3, 4], []], [[]], [torch.tensor([3, 4])]):
+        with pytest.raises(ValueError, match="expected lists of token ids, none of them empty"):
+            hybrid.generate_batch(prompts)
+    with pytest.raises(ValueError, match="expected num_beams 1, got 2"):
+        hybrid.generate_batch([[3, 4]], GenerationConfig(max_new_tokens=2, num_beams=2))
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of inference_mode"):
+        hybrid.generate_batch([[3, 4]], max_new_tokens=2)
+
+
+@needs_rooms
 def test_halting_is_refused():
     hybrid = wide_hybrid(num_cycles=1, trm_num_layers=1, injection_layers=[2])
     expected = generated(hybrid)

@@ -98,9 +98,8 @@ def rope_attention(
         query_offset: Keys before the first query; None: the last query is at the last key.
         angles: rope_angles(positions, K, rope_theta), for a caller with more than one call.
         implementation: "auto" takes Triton or SDPA on CUDA, by the settings table (SDPA for a general mask),
-            SDPA on a CPU, and the reference elsewhere and where backend("reference") says so. "triton": our
-            kernels, which take no general mask. "reference", or one of library.py's. One that was asked for
-            by name runs or is an error.
+            and the reference elsewhere. "triton": our kernels, which take no general mask. "reference", or
+            one of library.py's. One that was asked for by name runs or is an error.
 
     Returns:
         o, [B, T, H K], in qkv's dtype.
@@ -200,8 +199,7 @@ def _choose(implementation: str, qkv: Tensor, K: int, mask: Tensor | None) -> st
         if current_backend() == "triton":
             implementation = "triton"
         elif not runs_triton("rope_attention", qkv, has_kernel=has_kernel):
-            # a fifth faster than the reference on a CPU, at width 64
-            return "sdpa" if qkv.device.type == "cpu" and current_backend() == "auto" else "reference"
+            return "reference"
         elif mask is not None:
             return "sdpa"
         else:
