@@ -575,12 +575,18 @@ _FIELD_NAMES: dict[type, tuple[str, ...]] = {}
 
 
 def _give_constructor(cls: type[HybridConfig]) -> None:
+    parent = next(c for c in cls.__mro__[1:] if issubclass(c, HybridConfig))
+
     def __init__(self: HybridConfig, *args: Any, **kwargs: Any) -> None:
         own = [f for f in dataclasses.fields(cls) if f.name in inspect.get_annotations(cls)]
         for field in own:
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
+            if field.name in _field_names(parent):  # with another default: the parent's constructor sets it
+                if default is not dataclasses.MISSING:
+                    kwargs.setdefault(field.name, default)
+                continue
             if field.name not in kwargs and default is dataclasses.MISSING:
                 raise TypeError(f"{cls.__name__}: expected the field {field.name!r}, got none.")
             setattr(self, field.name, kwargs.pop(field.name, default))

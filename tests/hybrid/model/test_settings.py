@@ -319,6 +319,21 @@ def test_a_subclass_may_have_more_fields(config_class, tmp_path):
         config_class(**fields, num_cycle=1)
 
 
+class WithOtherDefaults(HybridConfig):
+    model_type = "with_other_defaults"
+    trm_input_norm: bool = False
+    num_cycles: int = 3
+
+
+def test_a_subclass_may_have_other_defaults():
+    by_default = WithOtherDefaults(injection_layers=[1])
+    assert (by_default.trm_input_norm, by_default.num_cycles) == (False, 3)
+    given = WithOtherDefaults(injection_layers=[1], trm_input_norm=True, num_cycles=5)
+    assert (given.trm_input_norm, given.num_cycles) == (True, 5)
+    again = WithOtherDefaults.from_dict(given.to_dict())
+    assert (again.trm_input_norm, again.num_cycles) == (True, 5)
+
+
 # Off for a moment
 
 
