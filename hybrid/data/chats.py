@@ -36,7 +36,7 @@ _ROLES = {
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _KWARGS = "chat_template_kwargs"  # a column whose keys are handed to the template
-_OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+_OURS = {"messages", "chat_template", "add_generation_prompt", "raise_exception", "strftime_now"}
 # arguments of apply_chat_template that are not the template's
 _NOT_A_ROWS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "tools",

@@ -40,13 +40,21 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
         n = hybrid.config.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
         check_steps("HybridModel", "num_recursion_steps", n)
         self._modules["hybrid"] = hybrid
-        self.__dict__.update(num_recursion_steps=n, injects=hybrid.is_injecting)
+        config = hybrid.config
+        asked = (
+            n,
+            hybrid.is_injecting,
+            config.recursion_spec,
+            config.injection_strength,
+            config.trm_input_norm,
+        )
+        self.__dict__.update(num_recursion_steps=n, injects=hybrid.is_injecting, computes=asked)
         _refuse(hybrid, hybrid.halting if halting is None else halting)
         kept = getattr(hybrid, _MANAGER, None)
-        if kept is not None and (kept.model.num_recursion_steps, kept.model.injects) != (n, self.injects):
+        if kept is not None and kept.model.computes != asked:
             raise ValueError(
-                "HybridModel: a persistent manager was made for another num_recursion_steps, or with the "
-                "injection on or off: destroy_cached_continuous_batching_manager() first."
+                "HybridModel: a persistent manager was made for another num_recursion_steps, another config, "
+                "or with the injection on or off: destroy_cached_continuous_batching_manager() first."
             )
 
     @property

@@ -202,6 +202,9 @@ def test_a_kept_manager_serves_one_number_of_steps():
         batched(hybrid, num_recursion_steps=7)
     with hybrid.disable_injection(), pytest.raises(ValueError, match="destroy_cached"):
         batched(hybrid)
+    hybrid.config.injection_strength = 9.0
+    with pytest.raises(ValueError, match="destroy_cached"):
+        batched(hybrid)
     hybrid.destroy_cached_continuous_batching_manager()
     assert_same(batched(hybrid, num_recursion_steps=7), generated(hybrid, num_recursion_steps=7))
 
