@@ -18,6 +18,7 @@ wheel (`pip download --no-deps liger-kernel==0.8.5`) and install it with `pip in
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -262,12 +263,8 @@ def _correctness(store: Store, quick: bool, dry_run: bool) -> int:
 
 def _tests_of_kernels() -> list[str]:
     """Files whose tests start kernels: marked ones, and those that compute on a device where one is."""
-    signs = ("mark.kernels", 'DEVICE = "cuda"')
-    files = (
-        path
-        for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if any(sign in path.read_text() for sign in signs)
-    )
+    signs = re.compile(r'mark\.kernels|DEVICE = "cuda"')
+    files = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if signs.search(path.read_text()))
     return list(dict.fromkeys([*FIRST_TESTS, *(str(path.relative_to(ROOT)) for path in files)]))
 
 

@@ -131,15 +131,13 @@ def answers(hybrid: HybridModel, **arguments: Any) -> list[list[int]]:
     """Greedy, of each of `prompts()` by itself."""
     found = []
     for prompt in prompts():
-        ids = torch.tensor([prompt])
-        out = hybrid.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=END,
-            **arguments,
-        )
+        out = greedy(hybrid, prompt, max_new_tokens=NEW_TOKENS, pad_token_id=END, **arguments)
         found.append(out[0, len(prompt) :].tolist())
     return found
+
+
+def greedy(hybrid: HybridModel, prompt: list[int], **arguments: Any) -> Any:
+    """What generate answers to a prompt, to the last token, whatever ends a text."""
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    return hybrid.generate(ids, attention_mask=mask, do_sample=False, eos_token_id=None, **arguments)

@@ -5,15 +5,13 @@ compiled in, and what it may rely on of addresses and sizes. Source of the limit
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from trm_kernels.export.machine_code import copies_without_fence, instructions, unguarded_writes
+from trm_kernels.export.machine_code import copies_without_fence, cuobjdump, instructions, unguarded_writes
 from trm_kernels.runtime.launch import Launch
 
 # Kernels whose unguarded writes were read by hand, sm_90, Triton 3.6.0 and 3.7.1: they write beside what the
@@ -224,13 +222,7 @@ def _is_multiple_of_16(value: Any) -> bool:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes per thread, read back from the machine code."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = cuobjdump(cubin, "-res-usage")
     used = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert used, f"cuobjdump -res-usage printed no resources: {text}"
     return int(used[1]), int(used[2])

@@ -35,16 +35,20 @@ class _Tiles(NamedTuple):
     may_be_read: bool  # by those of other warpgroups: its own are done, and no barrier stood since
 
 
-def instructions(cubin: bytes) -> list[Instruction]:
-    """The listing of a compiled kernel, in the order of its addresses."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What cuobjdump prints of a compiled kernel: "-sass" its listing, "-res-usage" what it takes."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parsed(listing)
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def instructions(cubin: bytes) -> list[Instruction]:
+    """The listing of a compiled kernel, in the order of its addresses."""
+    return parsed(cuobjdump(cubin, "-sass"))
 
 
 def parsed(listing: str) -> list[Instruction]:

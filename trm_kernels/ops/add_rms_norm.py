@@ -26,7 +26,7 @@ from trm_kernels.runtime.precision import wide
 def rms_norm_ref(v: Tensor, eps: float = 1e-5) -> Tensor:
     """v * rsqrt(mean(v^2) + eps) over the last axis of v [..., D]: in float32, returned in v's dtype."""
     h = wide(v)
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(v.dtype)
+    return (h * _rstd(h, eps)).to(v.dtype)
 
 
 def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None = None) -> Tensor:
@@ -34,8 +34,12 @@ def add_rms_norm_ref(x: Tensor, r: Tensor, eps: float = 1e-5, s: Tensor | None =
     h = wide(x) + wide(r)
     if s is not None:
         h = h + wide(s)
-    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    rstd = _rstd(h, eps)
     return (h * rstd if h.requires_grad else h.mul_(rstd)).to(x.dtype)
+
+
+def _rstd(h: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
 
 
 @triton.jit

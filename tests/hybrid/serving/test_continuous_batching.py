@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.utils import build_attention_ma
 from hybrid import Halting, HybridModel
 from hybrid.serving.paged_keys import PagedKeys, attention_types, mask_of_lengths
 from hybrid.serving.vllm_plugin import register
+from tests.support.served import greedy
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 
 ROOT = Path(__file__).parents[3]
@@ -62,17 +63,8 @@ def generated(hybrid, **arguments) -> list[tuple[list[int], list[float]]]:
     """Of each prompt by itself: tokens, and their log probabilities."""
     found = []
     for prompt in prompts():
-        ids = torch.tensor([prompt])
-        out = hybrid.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **arguments,
-        )
+        scores = {"output_logits": True, "return_dict_in_generate": True}
+        out = greedy(hybrid, prompt, max_new_tokens=NEW, **scores, **arguments)
         new = out.sequences[0, len(prompt) :]
         logits = torch.cat(out.logits).float()
         found.append((new.tolist(), F.log_softmax(logits, -1).gather(1, new[:, None])[:, 0].tolist()))
