@@ -43,7 +43,8 @@ def linear_swiglu_ref(v: Tensor, gate_up: Tensor, row_scale: Tensor | None = Non
     if row_scale is not None:
         v = (wide(v) * row_scale[..., None]).to(v.dtype)
     gate, up = F.linear(v, gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    a = F.silu(gate)
+    return a * up if a.requires_grad else a.mul_(up)
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def test_train_says_what_came_of_it(base, texts, tmp_path, capsys):
 
 
 def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monkeypatch, capsys):
-    """On a CPU it is the reference either way, bit for bit; the log says which and why, once."""
+    """On a CPU it is the reference either way, but for SDPA; the log says which and why, once."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen, injection_in = [], injection_ops.injection_in
 
@@ -121,7 +121,7 @@ def test_a_backend_is_chosen_for_a_command(trained, base, texts, tmp_path, monke
         chosen.clear()
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
-        assert torch.equal(weight, weights[1][name])
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-4)  # Adam's steps are 1e-3
     for command in (["generate", "--prompt", "a"], ["eval", "--data", str(texts / "new.txt")]):
         more = ["--sequence-length", "16"] if command[0] == "eval" else ["--max-new-tokens", "2"]
         assert main([*command, *more, "--model", str(trained), "--backend", "reference"]) == 0

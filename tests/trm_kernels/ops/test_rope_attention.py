@@ -540,10 +540,19 @@ def test_auto_goes_by_the_table(arch, problem, expected):
     assert launches(arch, problem, mask=mask) == ["rope_fwd"]
 
 
-def test_auto_is_the_reference_on_the_cpu_and_in_float64():
-    problem = Problem(1, 5, 2, 1, 16, causal=True)
+def test_auto_on_the_cpu_is_sdpa_where_that_is_right_and_no_kernel_in_float64():
+    """SDPA errs on a CPU under a floating mask of the least number; backend("reference") is the reference."""
+    problem = Problem(1, 5, 2, 1, 16)
     qkv = problem.qkv(torch.float32, 0).detach().cpu()
-    assert torch.equal(problem.attend(qkv), problem.attend(qkv, implementation="reference"))
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()
+    for mask, expected in ((None, "sdpa"), (visible, "sdpa"), (visible.float().log(), "reference")):
+        by_name = {
+            name: problem.attend(qkv, mask=mask, implementation=name) for name in ("reference", "sdpa")
+        }
+        assert not torch.equal(*by_name.values()), "nothing would be shown"
+        assert torch.equal(problem.attend(qkv, mask=mask), by_name[expected])
+        with backend("reference"):
+            assert torch.equal(problem.attend(qkv, mask=mask), by_name["reference"])
     with record("sm90") as kept:
         rope_attention(qkv.double().to("meta"), None, 2, 1)
     assert not kept

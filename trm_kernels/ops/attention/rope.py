@@ -55,10 +55,14 @@ def tables(angles: Angles | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def rope_ref(u: Tensor, angles: Angles) -> Tensor:
-    """The meaning of the op; u is rotated in float32."""
+    """The meaning of the op; u is rotated in float32.
+
+    low cos - high sin | high cos + low sin, in passes over whole heads: half the time, on a CPU.
+    """
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
     low, high = wide(u).chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(u.dtype)
+    crossed = torch.cat((high, low), dim=-1).mul_(torch.cat((-sin, sin), dim=-1))
+    return crossed.add_(wide(u) * torch.cat((cos, cos), dim=-1)).to(u.dtype)
 
 
 @triton.jit
