@@ -1,4 +1,6 @@
-"""The tables of docs/evidence-real.md, made from results.jsonl alone; what was not run is shown as missing.
+"""The tables of docs/evidence-real.md, made from results.jsonl alone.
+
+A seed that was not run is shown as missing; arms of which no seed was run are named below the table.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -18,7 +20,7 @@ from hybrid.demo.report import table
 
 SEEDS = range(5)
 _NONE = "-"
-_RECURSION = [name for name, arm in ARMS.items() if arm.learns == "recursion"]
+_NOTHING = "Nothing was run."
 
 Result = dict[str, Any]
 
@@ -31,6 +33,24 @@ def _seeds(lines: Lines, task: str, arm: str, of: Callable[[Result], float], dig
     if ARMS[arm].learns == "nothing":
         each = f"{values[0]:.{digits}f}" if values else _NONE
     return [f"{statistics.mean(values.values()):.{digits}f}" if values else _NONE, each]
+
+
+def _run(lines: Lines, task: str) -> list[str]:
+    """The arms of which there is a run."""
+    return [arm for arm in ARMS if lines.of(task, arm)]
+
+
+def _with_those_not_run(made: str, lines: Lines, task: str) -> str:
+    """The table, and the arms that it lacks."""
+    lacking = [arm for arm in ARMS if arm not in _run(lines, task) and not _is_out_of_place(task, arm)]
+    if not _run(lines, task):
+        return _NOTHING
+    return f"{made}\n\nNot run: {'; '.join(lacking)}." if lacking else made
+
+
+def _is_out_of_place(task: str, arm: str) -> bool:
+    """Fillers stand between questions."""
+    return ARMS[arm].fillers and not TASKS[task].asks_often
 
 
 def _places(result: Result, most: int) -> float:
@@ -50,7 +70,7 @@ def answers(lines: Lines, task: str) -> str:
     """Each arm: what it answers, seed by seed."""
     most, often = TASKS[task].most, TASKS[task].asks_often
     rows = []
-    for arm in ARMS:
+    for arm in _run(lines, task):
         cells = []
         if often:
             cells += _seeds(lines, task, arm, partial(_places, most=most))
@@ -58,27 +78,25 @@ def answers(lines: Lines, task: str) -> str:
         cells += _seeds(lines, task, arm, lambda result: _trained(result["generate"]))
         cells += _seeds(lines, task, arm, lambda result: _trained(result["closing"]))[:1]
         cells += _seeds(lines, task, arm, lambda result: result["closing"][-1])[:1]
-        if often or not ARMS[arm].fillers:
-            rows.append([arm, *cells])
+        rows.append([arm, *cells])
     asked = (
         ["after each move", "each seed", f"after move {most + 1} to {TASKS[task].longer}"] if often else []
     )
-    return table(["arm", *asked, "generate", "each seed", "at the end", "at the end, new words"], *rows)
+    made = table(["arm", *asked, "generate", "each seed", "at the end", "at the end, new words"], *rows)
+    return _with_those_not_run(made, lines, task)
 
 
 def costs(lines: Lines, task: str) -> str:
     """Each arm: what it cost, and what it did to ordinary text."""
     rows = []
-    for arm in ARMS:
+    for arm in _run(lines, task):
         found = list(lines.of(task, arm).values())
-        cells = [_NONE] * 3
-        if found:
-            seconds = [result.get("cpu_seconds", 0.0) for result in found]
-            cells = [
-                f"{found[0]['trained_parameters']:,}",
-                f"{max(result.get('steps', 0) for result in found):,}",
-                f"{statistics.mean(seconds):.0f}",
-            ]
+        seconds = [result.get("cpu_seconds", 0.0) for result in found]
+        cells = [
+            f"{found[0]['trained_parameters']:,}",
+            f"{max(result.get('steps', 0) for result in found):,}",
+            f"{statistics.mean(seconds):.0f}",
+        ]
         for text in ("help texts", "Python sources"):
             cells += _seeds(lines, task, arm, itemgetter(text), digits=2)
         rows.append([arm, *cells])
@@ -91,7 +109,7 @@ def costs(lines: Lines, task: str) -> str:
         "Python sources",
         "each seed",
     ]
-    return table(["arm", *columns], *rows)
+    return table(["arm", *columns], *rows) if rows else _NOTHING
 
 
 def by_n(lines: Lines, task: str) -> str:
@@ -105,15 +123,14 @@ def by_n(lines: Lines, task: str) -> str:
             **what,
         }
     rows = []
-    for arm in _RECURSION:
+    for arm in _run(lines, task):
+        if ARMS[arm].learns != "recursion":
+            continue
         found = list(lines.of(task, arm).values())
         for title, of in what.items():
-            shares = [
-                f"{statistics.mean(of(result['by_n'][str(n)]) for result in found):.3f}" if found else _NONE
-                for n in N
-            ]
+            shares = [f"{statistics.mean(of(result['by_n'][str(n)]) for result in found):.3f}" for n in N]
             rows.append([arm, title, *shares])
-    return table(["arm", "answers", *(f"n = {n}" for n in N)], *rows)
+    return table(["arm", "answers", *(f"n = {n}" for n in N)], *rows) if rows else _NOTHING
 
 
 _SHOWN = [name for name in TASKS if not name.endswith(", fillers")]

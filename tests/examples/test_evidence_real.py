@@ -77,6 +77,9 @@ def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, 
     command.publish(lines)
     assert (tmp_path / "page" / command.RESULTS).read_bytes() == before
     assert "old" not in page.read_text() and " - - - -" in page.read_text(), "seeds that are missing are seen"
+    lacking = [arm for arm in arms.ARMS if arm not in KINDS]
+    assert f"\nNot run: {'; '.join(lacking)}.\n" in page.read_text()
+    assert "sentences-by-n -->\nNothing was run.\n" in page.read_text()
 
 
 def test_a_run_of_other_settings_is_made_again(tmp_path):
