@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evidence_real import tables
+from evidence_real import picture, tables
 from evidence_real.arms import ARMS, model_of
 from evidence_real.cached import Cache, after, parts_of
 from evidence_real.measures import Measures
@@ -23,6 +23,7 @@ from hybrid.saving.files import replace_file
 FOLDER = Path("build/evidence-real")
 BASE = Path("build/smollm2")
 RESULTS = "results.jsonl"
+PICTURE = "accuracy-by-recursion-steps.png"
 SEEDS = (0, 1, 2, 3, 4)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "evidence-real.md"
 PUBLISHED = DOCUMENT.with_suffix("") / RESULTS
@@ -70,6 +71,7 @@ def publish(lines: Lines) -> None:
         replace_file(PUBLISHED, lines.path.read_bytes())
     text = DOCUMENT.read_text(encoding="utf-8")
     replace_file(DOCUMENT, tables.rewritten(text, Lines(PUBLISHED)).encode())
+    picture.draw(Lines(PUBLISHED), PUBLISHED.with_name(PICTURE))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,6 +78,7 @@ def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, 
     assert (tmp_path / "page" / command.RESULTS).read_bytes() == before
     assert "old" not in page.read_text() and " - - - -" in page.read_text(), "seeds that are missing are seen"
     lacking = [arm for arm in arms.ARMS if arm not in KINDS]
+    assert (tmp_path / "page" / command.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert f"\nNot run: {'; '.join(lacking)}.\n" in page.read_text()
     assert "sentences-by-n -->\nNothing was run.\n" in page.read_text()
 
