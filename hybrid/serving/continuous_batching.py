@@ -19,13 +19,26 @@ from transformers import ContinuousBatchingConfig, PreTrainedConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
-from hybrid.config_values import check_steps
+from hybrid.config_values import check_steps, is_int
 from hybrid.model.injection import trm_evaluations
-from hybrid.serving.paged_keys import PagedKeys, masks, with_room
+from hybrid.serving.paged_keys import SLIDING, PagedKeys, attention_types, masks, with_room
 
 if TYPE_CHECKING:
     from hybrid.model.hybrid_model import HybridModel
 
+# change logits by the logits alone; transformers runs them, and does not say that it supports them
+_READ_NO_TOKENS = frozenset(
+    {
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+        "TopHLogitsWarper",
+        "TypicalLogitsWarper",
+    }
+)
 _MANAGER = "_cached_continuous_batching_manager"  # where transformers keeps one that is persistent
 
 
@@ -79,9 +92,29 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
                 "than max_new_tokens stand in generation_config; this hybrid's are num_recursion_steps and "
                 "halting."
             )
-        if not all(isinstance(prompt, list) and prompt for prompt in inputs):
-            raise ValueError("HybridModel: generate_batch expected lists of token ids, none of them empty.")
+        _refuse_prompts(self._hybrid, inputs)
+        given = inspect.signature(super().generate_batch).bind(inputs, *args, **kwargs).arguments
+        generation = given.get("generation_config") or self._hybrid.generation_config
+        new = given.get("kwargs", {}).get("max_new_tokens") or generation.max_new_tokens or 1
+        room = self._room(given.get("continuous_batching_config"))
+        for i, prompt in enumerate(inputs):
+            if room is not None and len(prompt) + new - 1 > room:
+                raise ValueError(
+                    "HybridModel: generate_batch expected a prompt and its new tokens but for the last in "
+                    f"{room} places, got {len(prompt)} and {new} in prompt {i}: see num_blocks and page_size "
+                    "of the continuous_batching_config, and the language model's positions."
+                )
         return super().generate_batch(inputs, *args, **kwargs)
+
+    def _room(self, settings: ContinuousBatchingConfig | None) -> int | None:
+        """The most tokens that a sequence may have, where that is known before the start."""
+        kept = getattr(self._hybrid, _MANAGER, None)
+        settings = settings if kept is None else kept.continuous_batching_config
+        found = [learned_positions(self._hybrid)]
+        # layers with a window hold fewer tokens, and leave their room to others
+        if settings is not None and settings.num_blocks and SLIDING not in attention_types(self._base):
+            found.append(settings.num_blocks * settings.page_size)
+        return min((count for count in found if count is not None), default=None)
 
     def init_continuous_batching(  # type: ignore[override]
         self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
@@ -92,6 +125,7 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
             raise ValueError(f"HybridModel: continuous batching expected num_beams 1, got {beams}.")
         if torch.is_inference_mode_enabled():
             raise ValueError("HybridModel: continuous batching expected a call outside of inference_mode.")
+        _refuse_processors(self._hybrid, given)
         if self.injects:
             continuous_batching_config = _settings(given, continuous_batching_config)
         return super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
@@ -105,7 +139,7 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
             )
         if not self.injects:
             return hybrid(attention_mask=attention_mask, **given)
-        base = hybrid.config.get_text_config(decoder=True)
+        base = self._base
         return hybrid(
             attention_mask=masks(base, attention_mask, given, hybrid.dtype),
             past_key_values=PagedKeys(given, base),
@@ -113,6 +147,12 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
             halting=False,
             **given,
         )
+
+    @property
+    def _base(self) -> PreTrainedConfig:
+        """The language model's text config."""
+        base: PreTrainedConfig = self._hybrid.config.get_text_config(decoder=True)
+        return base
 
     @property
     def _hybrid(self) -> "HybridModel":
@@ -153,6 +193,47 @@ def _refuse(hybrid: "HybridModel", halting: Any) -> None:
         why = f"trm_regime auto or per_op, got {regime!r}: one launch cannot read keys from pages"
     if why is not None:
         raise ValueError(f"HybridModel: continuous batching expected {why}.")
+
+
+def _refuse_prompts(hybrid: "HybridModel", prompts: list[list[int]]) -> None:
+    """Errors: ValueError for prompts that a forward cannot read, before any is begun."""
+    if not all(isinstance(prompt, list) and prompt for prompt in prompts):
+        raise ValueError("HybridModel: generate_batch expected lists of token ids, none of them empty.")
+    embeddings: Any = hybrid.get_input_embeddings()
+    count = embeddings.weight.shape[0]
+    for i, prompt in enumerate(prompts):
+        if other := [token for token in prompt if not (is_int(token) and 0 <= token < count)]:
+            raise ValueError(
+                f"HybridModel: generate_batch expected token ids in 0..{count - 1}, got {other[0]!r} "
+                f"in prompt {i}."
+            )
+
+
+def learned_positions(hybrid: "HybridModel") -> int | None:
+    """How many positions have a learned embedding; None where positions are computed, however many."""
+    count = getattr(hybrid.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    of_tokens = hybrid.get_input_embeddings()
+    tables = [m for m in hybrid.llm_model.modules() if isinstance(m, nn.Embedding) and m is not of_tokens]
+    # OPT's table has two rows more than positions
+    return count if any(table.num_embeddings - (count or 0) in (0, 2) for table in tables) else None
+
+
+def _refuse_processors(hybrid: Any, generation_config: Any) -> None:
+    """Errors: ValueError for what changes logits in `generate` and transformers' batching does not take."""
+    generation_config = copy.deepcopy(generation_config)
+    hybrid._prepare_special_tokens(generation_config, kwargs_has_attention_mask=True)
+    names = [
+        type(processor).__name__
+        for processor in hybrid._get_logits_processor(generation_config, input_ids_seq_length=1)
+        if not getattr(processor, "supports_continuous_batching", None)
+        and type(processor).__name__ not in _READ_NO_TOKENS
+    ]
+    if names:
+        raise ValueError(
+            f"HybridModel: continuous batching expected a generation_config without {', '.join(names)}: "
+            "what reads the tokens before is left out there, or reads those of other requests. generate() "
+            "runs it."
+        )
 
 
 def _settings(generation_config: Any, given: Any) -> ContinuousBatchingConfig:

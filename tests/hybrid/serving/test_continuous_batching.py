@@ -231,6 +231,58 @@ def test_what_transformers_would_answer_otherwise_is_refused():
 
 
 @needs_rooms
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"bad_words_ids": [[5]], "min_new_tokens": 3}, "MinNewTokensLengthLogitsProcessor, NoBadWords"),
+    ],
+    ids=["penalty", "ngrams", "two"],
+)
+def test_what_reads_the_tokens_before_is_refused_by_name(setting, named):
+    generation = GenerationConfig(max_new_tokens=4, eos_token_id=2, **setting)
+    with pytest.raises(ValueError, match=f"without .*{named.split(', ')[-1]}") as refused:
+        tiny_hybrid().generate_batch([[3, 4]], generation)
+    assert all(name in str(refused.value) for name in named.split(", "))
+
+
+@needs_rooms
+def test_what_reads_no_tokens_gives_what_generate_gives():
+    hybrid = wide_hybrid(num_cycles=1, trm_num_layers=1, injection_layers=[2])
+    first = {tokens_and_scores[0][0] for tokens_and_scores in generated(hybrid)}
+    hybrid.generation_config.suppress_tokens = sorted(first)
+    generation = GenerationConfig(
+        do_sample=False, eos_token_id=-1, max_new_tokens=NEW, suppress_tokens=sorted(first)
+    )
+    out = hybrid.generate_batch(prompts(), generation, settings())
+    found = [answer.generated_tokens for answer in out.values()]
+    assert found == [ids for ids, _ in generated(hybrid)] and not first & {ids[0] for ids in found}
+
+
+@needs_rooms
+def test_prompts_that_no_forward_can_read_are_refused_before_the_start():
+    hybrid = tiny_hybrid()
+    for bad in (99, -1, True, 3.0):
+        with pytest.raises(ValueError, match=rf"expected token ids in 0\.\.98, got {bad} in prompt 1"):
+            hybrid.generate_batch([[3, 4], [5, bad]], max_new_tokens=2)
+
+
+@needs_rooms
+@pytest.mark.parametrize(
+    ("family", "blocks", "room"), [("llama", 4, 32), ("gpt2", 60, 64), ("opt", 60, 64), ("opt", 4, 32)]
+)
+def test_a_sequence_without_room_is_refused_before_the_start(family, blocks, room):
+    hybrid = tiny_hybrid(family, num_cycles=1, trm_num_layers=1, injection_layers=[2])
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=3)
+    sized = {"generation_config": generation, "continuous_batching_config": settings(num_blocks=blocks)}
+    with pytest.raises(ValueError, match=rf"in {room} places, got {room - 1} and 3 in prompt 1"):
+        hybrid.generate_batch([[3, 4], [5] * (room - 1)], **sized)
+    (answer,) = hybrid.generate_batch([[5] * (room - 2)], **sized).values()
+    assert len(answer.generated_tokens) == 3 and answer.error is None
+
+
+@needs_rooms
 def test_halting_is_refused():
     hybrid = wide_hybrid(num_cycles=1, trm_num_layers=1, injection_layers=[2])
     expected = generated(hybrid)
