@@ -14,7 +14,7 @@ READY := $(VENV)/.installed
 # neighbours stay with one worker, as far as both have work: what a file shares is made once
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map \
+.PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map cost \
 	docs gpu bench static cubins resources native serving mutants nightly clean
 
 demo: $(READY)
@@ -109,6 +109,10 @@ bench: $(READY)
 # what is exact and gated: launches, bytes and parameters counted, registers and shared memory compiled
 static: resources
 	$(BIN)/python -m bench static
+
+# the workloads' times as they are predicted from machine code, kernel by kernel
+cost: $(READY)
+	$(BIN)/python -m bench static --cost
 
 cubins: $(READY)
 	$(BIN)/python -m trm_kernels.aot --arch 80 89 90 --out build/cubins

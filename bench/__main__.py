@@ -4,11 +4,14 @@ import argparse
 from pathlib import Path
 
 from bench import static
+from bench.measure import predicted
 from bench.report import figures as report
 from bench.report import picture, tables
 
 
 def _static(chosen: argparse.Namespace) -> int:
+    if chosen.cost:
+        return _cost(chosen)
     found = []
     for name, count in static.COUNTS.items():
         figures = count(True)
@@ -19,6 +22,23 @@ def _static(chosen: argparse.Namespace) -> int:
     if not chosen.check:
         tables.rewrite_pages()
     print("\n".join(found) or ("nothing differs" if chosen.check else f"written to {static.FOLDER}"))
+    return 1 if found else 0
+
+
+def _cost(chosen: argparse.Namespace) -> int:
+    """Every workload on the card, as it is predicted; the record is that of RECORDED_CARD."""
+    compared = []
+    for one in predicted.compare(chosen.cost):
+        compared.append(one)
+        print(predicted.text(one, chosen.cost), flush=True)
+    if chosen.cost != predicted.RECORDED_CARD:
+        return 0
+    new = predicted.figures(compared)
+    if not chosen.check:
+        static.write("cost", new)
+        return 0
+    found = static.changes(static.load("cost")["rows"], new["rows"], "cost")
+    print("\n".join(found) or "nothing differs")
     return 1 if found else 0
 
 
@@ -60,6 +80,13 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("static", help="count launches, bytes and parameters; write them")
     command.add_argument("--check", action="store_true", help="write nothing: say what differs, exit code 1")
+    command.add_argument(
+        "--cost",
+        nargs="?",
+        const=predicted.RECORDED_CARD,
+        choices=predicted.RATES,
+        help="instead: the workloads' times on a card, predicted from machine code (a minute or two)",
+    )
     command.set_defaults(run=_static)
 
     command = commands.add_parser(

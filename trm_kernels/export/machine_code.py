@@ -59,6 +59,17 @@ def parsed(listing: str) -> list[Instruction]:
     ]
 
 
+def loops(code: list[Instruction]) -> list[range]:
+    """Places of the instructions of each loop: from where a jump leads back to, to the jump."""
+    places = {instruction.address: i for i, instruction in enumerate(code)}
+    found = []
+    for i, now in enumerate(code):
+        target = _TARGET.search(now.text) if now.name == "BRA" else None
+        if target and (first := places.get(int(target[1], 16), len(code))) < i:
+            found.append(range(first, i + 1))
+    return found
+
+
 def unguarded_writes(code: list[Instruction]) -> list[int]:
     """Addresses of writes to shared memory that may come before another warpgroup has read what is there."""
     places = {instruction.address: i for i, instruction in enumerate(code)}

@@ -40,7 +40,7 @@ class backend:  # noqa: N801  used like a function, as torch.no_grad is
     def __init__(self, name: str) -> None:
         if name not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}.")
-        if name == "triton" and (why := _why_no_triton()):
+        if name == "triton" and not is_recording() and (why := _why_no_triton()):
             raise RuntimeError(f"backend: 'triton' cannot run here: {why}.")
         self.name = name
         self._before: Token[str] = _chosen.set(name)
