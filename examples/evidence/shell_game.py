@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 from evidence.training import count_flops, train, trained
 from evidence.untied import UntiedStack
 from hybrid import HybridConfig, HybridModel
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo.base import LanguageModel, make_base
 from hybrid.demo.pretraining import Pretraining
 from hybrid.demo.shell_game import ShellGame, accuracy_by_swaps, adaptive_by_swaps

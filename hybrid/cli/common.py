@@ -118,7 +118,7 @@ def read_blocks(
     sources: list[str], tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace
 ) -> Any:
     """TokenBlocks or Examples whose tokens the model has, no longer than it can read."""
-    from hybrid.data.stream import read_rows
+    from hybrid.data.blocks import read_rows
 
     return read_rows(
         sources_of(sources, arguments),

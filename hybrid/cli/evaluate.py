@@ -8,7 +8,7 @@ from hybrid.model.halting import record_steps
 
 def run(arguments: argparse.Namespace) -> int:
     from hybrid.data.labelled import Examples
-    from hybrid.data.stream import unused_columns
+    from hybrid.data.sources import unused_columns
     from hybrid.training.evaluate import task_results, text_loss
 
     if arguments.data is None and arguments.tasks is None:

@@ -13,7 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hybrid.cli.common import block, read_blocks, sequence_length, sources_of, tokenizer_of
 from hybrid.config import HybridConfig
-from hybrid.data.stream import TokenStream, unused_columns
+from hybrid.data.sources import unused_columns
+from hybrid.data.stream import TokenStream
 from hybrid.info import count, count_trained
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.options import given

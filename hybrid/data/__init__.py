@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 from hybrid.lazy import names_of
 
 if TYPE_CHECKING:
+    from hybrid.data.blocks import TokenBlocks
     from hybrid.data.sources import Sources, documents
-    from hybrid.data.stream import TokenBlocks, TokenStream
+    from hybrid.data.stream import TokenStream
 
 _WHERE = {
     "Sources": "hybrid.data.sources",
-    "TokenBlocks": "hybrid.data.stream",
+    "TokenBlocks": "hybrid.data.blocks",
     "TokenStream": "hybrid.data.stream",
     "documents": "hybrid.data.sources",
 }

@@ -15,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hybrid.data.chats import Chat
+from transformers import PreTrainedTokenizerBase
+
+from hybrid.data.chats import Chat, taken
 from hybrid.data.formats import Format, format_of, is_file_name
 from hybrid.data.labelled import LabelledChat, LabelledRow
 from hybrid.data.readers import Read, read_data_set, read_json, read_lines, read_table, read_text
@@ -209,3 +211,9 @@ def parts_of(text: str) -> Iterator[str]:
             end = line + 1 if line > 0 else word if word > 0 else end
         yield text[start:end]
         start = end
+
+
+def unused_columns(sources: Sources, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The columns of the first rows that nothing is made of, nor taken by the tokenizer's chat template."""
+    names, has_chats = sources.columns_beside()
+    return sorted(names - taken(tokenizer) if has_chats else names)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo.base import END, encode
 from hybrid.demo.shell_game import CUPS, ShellGame
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import LanguageModel, make_base, make_tokenizer
 from hybrid.demo.pretraining import Pretraining

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo.base import encode
 
 _SPLIT_SEED = 0  # fixed: which files are held out does not depend on the run's seed

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid.config import trm_fields
 from hybrid.data.collate import IGNORED
-from hybrid.data.stream import Tokenize, TokenStream
+from hybrid.data.stream import TokenStream
+from hybrid.data.tokenize import Tokenize
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.labelled_places import LabelledPlaces
 from hybrid.model.quantized_base import is_quantized_tensor

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.adapters import with_lora, with_recursion
 from hybrid.demo.real.game import Game

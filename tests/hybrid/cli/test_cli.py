@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaF
 from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
 from hybrid.cli import main
 from hybrid.config import trm_fields
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.model.injection import Injection
 from hybrid.training.evaluate import text_loss
 from tests.support.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_base, tiny_hybrid

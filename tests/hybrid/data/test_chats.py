@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hybrid.data.blocks import TokenBlocks, read_rows
 from hybrid.data.chats import Chat, read_template, render_marked
-from hybrid.data.sources import Sources
-from hybrid.data.stream import TokenBlocks, TokenStream, read_rows, unused_columns
+from hybrid.data.sources import Sources, unused_columns
+from hybrid.data.stream import TokenStream
 from tests.support.tiny_text import CHARACTERS, character_tokenizer
 
 CHATML = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>\n{% endfor %}"

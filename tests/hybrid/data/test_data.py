@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from hybrid.data.blocks import TokenBlocks
 from hybrid.data.sources import documents
-from hybrid.data.stream import TokenBlocks
 from tests.support.tiny_text import CHARACTERS, character_tokenizer
 
 

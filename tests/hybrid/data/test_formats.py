@@ -6,8 +6,9 @@ from itertools import islice
 
 import pytest
 
+from hybrid.data.blocks import TokenBlocks
 from hybrid.data.sources import Sources, documents
-from hybrid.data.stream import TokenBlocks, TokenStream
+from hybrid.data.stream import TokenStream
 from tests.support.tiny_text import character_tokenizer
 
 TEXTS = [f'{i} and "one"\nis, {i + 1} ☃' for i in range(40)]

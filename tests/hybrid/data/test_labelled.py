@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from hybrid.data.blocks import TokenBlocks, read_rows
 from hybrid.data.collate import collate
 from hybrid.data.sources import Sources
-from hybrid.data.stream import StreamPlace, TokenBlocks, TokenStream, read_rows
+from hybrid.data.stream import StreamPlace, TokenStream
 from hybrid.demo.shell_game import ShellGame, follow
 from hybrid.training.batches import Share, batches
 from hybrid.training.evaluate import text_loss
@@ -211,7 +212,7 @@ def test_every_row_comes_once_a_pass_and_it_goes_on_from_anywhere(sources):
 
 
 def test_workers_change_nothing(games, monkeypatch):
-    monkeypatch.setattr("hybrid.data.stream._CHUNK_PIECES", 4)
+    monkeypatch.setattr("hybrid.data.piece_tokens._CHUNK_PIECES", 4)
     assert some(stream(games, workers=2), 120) == some(stream(games), 120)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tokenizers import processors
 
+from hybrid.data.blocks import TokenBlocks, read_rows
 from hybrid.data.special_tokens import habit_of, prompt_tokens
-from hybrid.data.stream import TokenBlocks, read_rows
 from hybrid.training.evaluate import text_loss
 from tests.support.tiny_text import CHARACTERS, character_tokenizer, tiny_base
 

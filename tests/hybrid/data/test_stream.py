@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hybrid.cli import main
+from hybrid.data.blocks import TokenBlocks
 from hybrid.data.sources import Sources, documents
-from hybrid.data.stream import StreamPlace, TokenBlocks, TokenStream
+from hybrid.data.stream import StreamPlace, TokenStream
 from hybrid.training.batches import Share, batches
 from hybrid.training.evaluate import check_separate
 from hybrid.training.loop import train
@@ -128,7 +129,7 @@ def test_it_goes_on_from_anywhere(sources):
 
 
 def test_workers_change_nothing(jsonl, monkeypatch):
-    monkeypatch.setattr("hybrid.data.stream._CHUNK_PIECES", 4)
+    monkeypatch.setattr("hybrid.data.piece_tokens._CHUNK_PIECES", 4)
     rows = some(stream(jsonl), 200)
     assert some(stream(jsonl, workers=2), 200) == rows
     assert some(stream(jsonl, workers=1), 20, rows[99][2]) == rows[100:120]
@@ -191,7 +192,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_a_run_killed_with_workers_goes_on_with_another_number(jsonl, folder, monkeypatch):
     """Its next batch is the one that it would have had: losses, block and held-out loss, bit for bit."""
     monkeypatch.setattr("hybrid.data.stream._SHUFFLED_TOKENS", 1)  # of the fewest rows, 16
-    monkeypatch.setattr("hybrid.data.stream._CHUNK_PIECES", 4)
+    monkeypatch.setattr("hybrid.data.piece_tokens._CHUNK_PIECES", 4)
     base = save_base(folder / "base")
 
     def command(run, workers):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid import HybridModel, PresetConfigs
 from hybrid.cli import main
-from hybrid.data.stream import TokenBlocks
+from hybrid.data.blocks import TokenBlocks
 from hybrid.demo import report
 from hybrid.demo.base import encode, make_base, make_tokenizer
 from hybrid.demo.pretraining import Pretraining
