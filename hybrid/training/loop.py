@@ -37,6 +37,7 @@ from hybrid.model.quantized_base import is_quantized_tensor
 from hybrid.training import checkpoints as run_state
 from hybrid.training import curve, fingerprints, run_folder, shard, trackers
 from hybrid.training.batches import Batch, Share, batches, count, describe_items
+from hybrid.training.checkpoint_tensors import trained_parameters
 from hybrid.training.checkpoints import Progress
 from hybrid.training.evaluate import TextLoss, check_separate, text_loss
 from hybrid.training.hidden_states import HiddenStates
@@ -231,9 +232,7 @@ class _Training:
                 name: describe_items(some) if count(some) else {"items": 0}
                 for name, some in self.held_out.items()
             },
-            "trained": {
-                name: f"{p.dtype} {list(p.shape)}" for name, p in run_state.trained_parameters(model).items()
-            },
+            "trained": {name: f"{p.dtype} {list(p.shape)}" for name, p in trained_parameters(model).items()},
         }
         return json.loads(json.dumps(description))  # as it will be read again: tuples are lists
 
@@ -477,7 +476,7 @@ class _Training:
         """A checkpoint of weights that are no numbers would push the good ones out."""
         broken = [
             name
-            for name, p in run_state.trained_parameters(self.model).items()
+            for name, p in trained_parameters(self.model).items()
             if not shard.local(p.detach()).isfinite().all()
         ]
         if broken := gather_object(broken):
@@ -627,7 +626,7 @@ def _accelerator(model: PreTrainedModel, settings: TrainSettings) -> Accelerator
 
 
 def _optimizer(model: PreTrainedModel, settings: TrainSettings) -> torch.optim.Optimizer:
-    trained = run_state.trained_parameters(model)
+    trained = trained_parameters(model)
     if not trained:
         raise ValueError("train: expected a model in which something requires gradients, got none.")
     rates = settings.learning_rate, settings.betas, settings.weight_decay

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from hybrid.training import checkpoints as run_state
 from hybrid.training import curve, run_folder
+from hybrid.training.checkpoint_tensors import trained_parameters
 from hybrid.training.loop import train
 from hybrid.training.optimizer import adamw
 from tests.hybrid.training.test_train import (
@@ -232,7 +233,7 @@ class Watched:
 def test_a_run_killed_at_any_file_operation_keeps_a_whole_checkpoint(finished, tmp_path):
     """Each of them, one after the other, while the checkpoint of step 30 is written and that of 10 goes."""
     run, model = run_folder.read_run(finished[0]), phase_1()
-    optimizer = adamw(run_state.trained_parameters(model), 1e-2, (0.9, 0.95), 0.01)
+    optimizer = adamw(trained_parameters(model), 1e-2, (0.9, 0.95), 0.01)
     run_state.load(finished[0] / "checkpoint-000020", model, optimizer)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
@@ -261,7 +262,7 @@ def test_a_run_killed_at_any_file_operation_keeps_a_whole_checkpoint(finished, t
     operations = int((tmp_path / "count").read_text())
     assert operations > 25, "the hook hears them"
     steps, fresh = [], phase_1()
-    other = adamw(run_state.trained_parameters(fresh), 1e-2, (0.9, 0.95), 0.01)
+    other = adamw(trained_parameters(fresh), 1e-2, (0.9, 0.95), 0.01)
     for at in range(1, operations + 1):
         folder = shutil.copytree(finished[0], tmp_path / str(at))
         assert killed(folder, at) == 77
