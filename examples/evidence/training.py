@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybrid.training.loop import TrainSettings
+from hybrid.training.settings import TrainSettings
 
 _COUNTED = 20  # steps, spread over the training: a step may draw how much it computes
 

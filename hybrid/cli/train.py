@@ -20,10 +20,11 @@ from hybrid.model.hybrid_model import HybridModel
 from hybrid.options import given
 from hybrid.saving.loading import load_config, load_model, load_on_first
 from hybrid.training.batches import LengthCurriculum
-from hybrid.training.loop import TrainResult, TrainSettings, train
+from hybrid.training.loop import TrainResult, train
 from hybrid.training.phases import PHASES, Phase, enter
 from hybrid.training.processes import seed_everything, this_process
 from hybrid.training.run_folder import held
+from hybrid.training.settings import TrainSettings
 from trm_kernels.runtime.backend import describe
 
 _HELD_OUT_BLOCKS = 64

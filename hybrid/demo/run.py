@@ -26,8 +26,9 @@ from hybrid.info import count, count_trained
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.presets import PresetConfigs
 from hybrid.training import phases, run_folder
-from hybrid.training.loop import TrainResult, TrainSettings, seed_everything, train
-from hybrid.training.processes import this_process
+from hybrid.training.loop import TrainResult, train
+from hybrid.training.processes import seed_everything, this_process
+from hybrid.training.settings import TrainSettings
 from trm_kernels.runtime.backend import describe
 
 _ROW = 64  # characters in a row of text

@@ -73,6 +73,25 @@ class Share:
         return replace(self, items=items - of_ratio), last_first
 
 
+def shares_of(share: Share, keep_ratio: float | None, is_split: bool) -> tuple[Share, Share | None]:
+    """A step's items: (of the data, of what is kept).
+
+    is_split   the model is, among the processes
+
+    Errors: ValueError where a process would have other items than the others, of a model that is split.
+    """
+    if keep_ratio is None:
+        return share, None
+    both = share.split(keep_ratio)
+    if is_split and any(part.items_per_step % share.processes for part in both):
+        raise ValueError(
+            "train: expected keep_ratio to give every process as many items, as all have to call a split "
+            f"model equally, got {both[1].items_per_step} of {share.items_per_step} items for "
+            f"{share.processes} processes."
+        )
+    return both
+
+
 @dataclass(frozen=True)
 class LengthCurriculum:
     """Short items first: in step s, counted from 0, as many tokens as `at(s)` says, then all.

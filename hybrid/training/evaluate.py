@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hybrid.data.collate import IGNORED, collate
+from hybrid.training.batches import count
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,33 @@ def text_loss(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLos
 
 
 @torch.no_grad()
+def text_loss_of_all(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLoss:
+    """text_loss of all of `data`, of which each process takes a part; every process calls it."""
+    processes = PartialState()
+    mine = _PartOfRank(data, processes.process_index, processes.num_processes)
+    return sum(gather_object([text_loss(model, mine, batch_size)]), start=TextLoss(0.0, 0))
+
+
+class _PartOfRank(Dataset):
+    """One process's part of `data`; all parts are of one length, as all have to call a split model equally.
+
+    What is missing to that is an item of which no token counts.
+    """
+
+    def __init__(self, data: Dataset, rank: int, processes: int) -> None:
+        self.data, self.rank, self.processes = data, rank, processes
+
+    def __len__(self) -> int:
+        return -(-count(self.data) // self.processes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = index * self.processes + self.rank
+        if number < count(self.data):
+            return self.data[number]
+        filler = self.data[0]
+        return filler | {"labels": torch.full_like(filler["labels"], IGNORED)}
+
+
 def check_separate(model: PreTrainedModel) -> None:
     """See that documents in one sequence do not look at each other where position ids start again.
 

@@ -37,6 +37,7 @@ from hybrid.training import run_folder
 from hybrid.training.batches import Batch, count, describe_items
 from hybrid.training.fingerprints import first_difference
 from hybrid.training.lower_layers import LowerLayers
+from hybrid.training.settings import TrainSettings
 
 _KEY = "key.json"
 _WRITTEN = r"key\.json|row-\d+\.safetensors"  # the names of all that is written
@@ -198,6 +199,32 @@ class HiddenStates:
         facts = {"inputs": digest, "sha256": _checksum(h, row, digest)}
         # not awaited: a row that does not come onto the disk is computed again
         replace_file(self._path(row), save({"hidden_states": h}, facts), is_awaited=False)
+
+
+def caches_of(
+    model: Any,
+    data: Dataset | TokenStream,
+    keep: Dataset | TokenStream | None,
+    settings: TrainSettings,
+    precision: str,
+) -> list[HiddenStates]:
+    """Caches for the data and for what is kept; none where none is asked for.
+
+    Errors: ValueError as HiddenStates, and for a length_curriculum beside it.
+    """
+    if settings.cache_hidden_states is None:
+        return []
+    if settings.length_curriculum is not None:
+        raise ValueError(
+            "train: expected cache_hidden_states or a length_curriculum, got both: the hidden states of "
+            "whole rows are kept."
+        )
+    folder = Path(settings.cache_hidden_states)
+    dtype = None if settings.cache_dtype is None else getattr(torch, settings.cache_dtype)
+    caches = [HiddenStates(folder, model, data, precision, dtype)]
+    if keep is not None:
+        caches.append(HiddenStates(folder / "keep", model, keep, precision, dtype))
+    return caches
 
 
 def _describe_base(model: HybridModel) -> dict[str, str]:

@@ -19,7 +19,9 @@ from hybrid.demo.shell_game import ShellGame, accuracy_by_swaps, answers, is_hel
 from hybrid.demo.texts import english_prose, split_sources
 from hybrid.info import count, count_trained
 from hybrid.training import phases
-from hybrid.training.loop import TrainSettings, seed_everything, train
+from hybrid.training.loop import train
+from hybrid.training.processes import seed_everything
+from hybrid.training.settings import TrainSettings
 
 BEGINNING = 7  # the first cup and six swaps
 

@@ -11,8 +11,9 @@ from hybrid import HybridConfig, HybridModel
 from hybrid.cli import main
 from hybrid.model.quantized_base import is_quantized
 from hybrid.saving.loading import load_model
-from hybrid.training.loop import TrainSettings, train
+from hybrid.training.loop import train
 from hybrid.training.phases import enter
+from hybrid.training.settings import TrainSettings
 from tests.hybrid.cli.test_cli import refused, train_command
 from tests.support.tiny_text import CHARACTERS, FIELDS, TEXT, Counting, character_tokenizer
 

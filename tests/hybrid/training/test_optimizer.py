@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybrid.training.loop import TrainSettings, train
+from hybrid.training.loop import train
 from hybrid.training.optimizer import adamw, set_rate
 from hybrid.training.phases import enter
+from hybrid.training.settings import TrainSettings
 from tests.hybrid.training.test_train import Stopped, assert_equal, lines_of, settings_for, stop_after
 from tests.support.tiny_text import Counting, tiny_base, tiny_hybrid
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hybrid import HybridModel
 from hybrid.training import checkpoints as run_state
-from hybrid.training.loop import TrainSettings, train
+from hybrid.training.loop import train
 from hybrid.training.phases import enter
+from hybrid.training.settings import TrainSettings
 from tests.support.tiny_text import TEXT, Counting, character_tokenizer, save_base, tiny_base, tiny_hybrid
 
 ROOT = Path(__file__).parents[3]

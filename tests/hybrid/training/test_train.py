@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from hybrid.training import checkpoints as run_state
 from hybrid.training.evaluate import text_loss
-from hybrid.training.loop import TrainSettings, train
+from hybrid.training.loop import train
 from hybrid.training.phases import PHASES, enter
+from hybrid.training.settings import TrainSettings
 from tests.support.tiny_text import Counting, tiny_base, tiny_hybrid
 
 

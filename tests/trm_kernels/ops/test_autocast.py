@@ -15,8 +15,9 @@ from transformers import Trainer, TrainingArguments
 
 import trm_kernels as ops
 from hybrid import Halting, TokenHalting
-from hybrid.training.loop import TrainSettings, train
+from hybrid.training.loop import train
 from hybrid.training.phases import enter
+from hybrid.training.settings import TrainSettings
 from tests.support import tiny_text
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
 from tests.trm_kernels.ops.test_ops import compiles
