@@ -64,7 +64,8 @@ from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
 from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
-from hybrid.saving import base_checksum, base_reference, checkpoint
+from hybrid.saving import base_checksum, base_reference, load_hybrid, save_hybrid
+from hybrid.saving.may_be_saved import not_kept
 from hybrid.serving.paged_keys import PagedKeys
 from trm_kernels import TRM
 from trm_kernels.modules.trm import Matrix
@@ -702,44 +703,12 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not is_main_process:
             return
-        with checkpoint.SAVING:
-            save_base = self._saves_base(save_base, state_dict)
-            for line in checkpoint.not_kept(self):
+        with save_hybrid.SAVING:
+            save_base = save_hybrid.saves_base(self, save_base, state_dict)
+            for line in not_kept(self):
                 logger.warning(line)
             write = super().save_pretrained
-            checkpoint.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
-
-    def _saves_base(self, asked: bool | None, state_dict: Mapping[str, Tensor]) -> bool:
-        """Whether the base is saved with the TRM. Errors: see save_pretrained."""
-        if asked is not False and self.config.lora_rank is None:
-            checkpoint.refuse_adapters(name for name, _ in self.base_named_parameters())
-        if asked is True:
-            return True
-        why = self._why_base_is_lost(state_dict)
-        has_reference = self.config.base_model_name_or_path is not None
-        if why is not None and asked is False and has_reference:
-            raise ValueError(
-                "save_pretrained: save_base=False expected a base that can be loaded again from "
-                f"{self.config.base_model_name_or_path}, but {why}."
-            )
-        if why is not None and asked is None and has_reference:
-            logger.warning(f"The base is saved with the TRM, for {why}.")
-        return why is not None and asked is None
-
-    def _why_base_is_lost(self, state_dict: Mapping[str, Tensor]) -> str | None:
-        """Why what the config refers to would not give this base; None: it does, or loading will tell."""
-        if self.config.base_model_name_or_path is None:
-            return "there is no name or folder that it could be loaded from again"
-        name, was_cast = base_reference.changed(self, state_dict, self._base_sums)
-        if name is not None:
-            return f"{name} has changed since it was wrapped"
-        if self._files_give_base is True or was_cast:
-            self._files_give_base = base_reference.compare_with_files(self, state_dict)
-        if isinstance(self._files_give_base, str):
-            return self._files_give_base
-        if was_cast and self._files_give_base is False:
-            return "it was cast since it was wrapped, and its files are not at hand to compare with"
-        return None
+            save_hybrid.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -757,7 +726,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
         Errors: ValueError for a file that is missing, damaged or does not fit, OSError for a missing folder.
         """
-        return checkpoint.load(
+        return load_hybrid.load(
             cls,
             super().from_pretrained,
             pretrained_model_name_or_path,

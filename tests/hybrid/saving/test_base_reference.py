@@ -426,7 +426,7 @@ def test_a_number_too_large_for_its_dtype_is_refused(folder, tmp_path):
 
 def test_what_will_be_otherwise_when_it_is_loaded_is_said(folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hybrid.model.hybrid_model.logger.warning", said.append)
+    monkeypatch.setattr("hybrid.saving.save_hybrid.logger.warning", said.append)
     hybrid = wrapped(loaded(folder))
     hybrid.config.use_cache = False
     hybrid.save_pretrained(tmp_path / "a")

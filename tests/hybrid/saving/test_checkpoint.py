@@ -225,7 +225,6 @@ def test_a_save_killed_in_the_middle_leaves_the_last_good_one(saved):
 import os, signal, torch
 from pathlib import Path
 from hybrid import HybridModel
-from hybrid.saving import checkpoint
 model = HybridModel.from_pretrained({str(folder)!r})
 for p in model.trm_parameters(): p.data.zero_()
 write = HybridModel.__mro__[1].save_pretrained
