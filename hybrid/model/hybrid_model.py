@@ -1,8 +1,8 @@
 """HybridModel: a frozen language model with recursive blocks inside; inject, run, switch off.
 
-One forward: positions, mask and cache are settled here, once -> the language model's own layers ->
-after layer k a hook hands the hidden state to that layer's TRM (injection.py) -> the remaining layers
--> logits. With W_out at zero the output equals the language model's, bit for bit.
+One forward: positions, mask and cache are settled once (settled_call.py) -> the language model's own
+layers -> after layer k a hook hands the hidden state to that layer's TRM (injection.py) -> the remaining
+layers -> logits. With W_out at zero the output equals the language model's, bit for bit.
 """
 
 import copy
@@ -12,7 +12,6 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -20,33 +19,26 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING,
 )
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
-from hybrid.config_values import check_steps
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
-from hybrid.model.cache import keeps_steps, leave_to_base, make_room
+from hybrid.model.generation import HybridGenerationMixin
 from hybrid.model.halting import (
     ForwardSteps,
     Halting,
     TokenHalting,
     mean_over_points,
-    record_steps,
     recording,
-    until_settled,
 )
 from hybrid.model.injection import (
     Injection,
@@ -56,23 +48,19 @@ from hybrid.model.injection import (
     detach,
     keep_call_in_checkpoints,
     repeat_for_answers,
-    trm_evaluations,
 )
+from hybrid.model.language_model import accepts_loss_kwargs, check_base, refer_to, unloaded_base
 from hybrid.model.lora import add_lora, disabled, remove_lora
-from hybrid.model.masks import Visible, as_entries, from_entries, tokens_of, visible
 from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
+from hybrid.model.settled_call import inputs_of, rule_of, settle
+from hybrid.model.token_halting import forward_until_settled
 from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, load_hybrid, save_hybrid
-from hybrid.saving.may_be_saved import not_kept
 from hybrid.serving.paged_keys import PagedKeys
 from trm_kernels import TRM
 from trm_kernels.modules.trm import Matrix
-from trm_kernels.ops.attention.rope import Angles, rope_angles
-from trm_kernels.recursion.one_launch.choice import preferred_regime
-from trm_kernels.recursion.spec import RecursionSpec
-from trm_kernels.runtime.backend import current_backend
 
 _CONFIGS = frozenset(trm_fields())
 # what depends on the language model's attention alone
@@ -95,7 +83,7 @@ _BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copi
 logger = logging.get_logger(__name__)
 
 
-class HybridModel(PreTrainedModel, GenerationMixin):
+class HybridModel(PreTrainedModel, HybridGenerationMixin):
     """A decoder-only language model of transformers with a TRM after some of its layers.
 
         model = HybridModel(llm_model=base, config=config)
@@ -131,11 +119,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is None:
-            llm_model = _unloaded_base(config)
-        _check_base(llm_model)
+            llm_model = unloaded_base(config)
+        check_base(llm_model)
         came = AsItCame.of(llm_model)
         config = copy.deepcopy(config)
-        _refer_to(llm_model, config)
+        refer_to(llm_model, config)
         config.base_config = llm_model.config
         config.check_base(llm_model.config)
         super().__init__(config)
@@ -144,17 +132,17 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         for name in _SUPPORTS:
             setattr(self, name, getattr(llm_model, name))
         # by these trainers decide whom to take for a reference, and what a forward takes
-        self.accepts_loss_kwargs = _accepts_loss_kwargs(llm_model)
+        self.accepts_loss_kwargs = accepts_loss_kwargs(llm_model)
         if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
             config.name_or_path = llm_model.config.name_or_path or ""
         self.generation_config = copy.deepcopy(llm_model.generation_config)
         self.injection_enabled = True  # for good; disable_injection() is for a moment
         self._blocks = 0  # of disable_injection() that are open
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
-        self._num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
+        self.num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self.draws = 0  # forwards that drew a number of recursion steps; trainer_callback.py keeps it
-        self._warnings = TrainingWarnings()
+        self.training_warnings = TrainingWarnings()
         self._added: list[Tensor] | None = None
         self.needs_input_gradients = True  # reentrant checkpoints differentiate down to the embeddings
         self._came = came
@@ -290,24 +278,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         neither of input_ids and inputs_embeds. RuntimeError when an injection did not happen, or for halting
         with gradient or under torch.compile.
         """
-        inputs = _inputs_of(input_ids, inputs_embeds)
-        rule = self._rule(halting)
+        inputs = inputs_of(input_ids, inputs_embeds)
+        rule = rule_of(self, halting)
         if isinstance(rule, TokenHalting):
             if use_cache or past_key_values is not None:
                 raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
-            return self._until_settled(
-                inputs,
-                rule,
-                attention_mask,
-                position_ids,
-                labels,
-                logits_to_keep,
-                num_recursion_steps,
-                kwargs,
+            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            return forward_until_settled(
+                self, inputs, rule, given, labels, logits_to_keep, num_recursion_steps, kwargs
             )
         answers = self._answers(labels)
-        call, given = self._settle(
-            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        call, given = settle(
+            self, inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
         if answers > 1 and call is not None:
             if given["past_key_values"] is not None:
@@ -340,68 +322,18 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """What Backbone.forward is: `decoder`, a part of the language model, with the injections in it."""
-        inputs, rule = _inputs_of(input_ids, inputs_embeds), self._rule(halting)
+        inputs, rule = inputs_of(input_ids, inputs_embeds), rule_of(self, halting)
         if isinstance(rule, TokenHalting):
             raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
         if self._wants_labels():
             raise ValueError(_NO_LABELS.format("one that takes the last hidden state"))
-        call, given = self._settle(
-            inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
+        call, given = settle(
+            self, inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         if position_ids is not None and "position_ids" in inspect.signature(decoder.forward).parameters:
             given["position_ids"] = position_ids
         return self._run(decoder, call, inputs, **given, **kwargs)
-
-    def _settle(
-        self,
-        inputs: Tensor,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        num_recursion_steps: int | None,
-        rule: Halting | None,
-    ) -> tuple[InjectionCall | None, dict[str, Any]]:
-        """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
-        self._warnings.look(self, inputs, self.is_injecting)
-        if use_cache is None:
-            use_cache = not self.training and bool(getattr(self.config.get_text_config(), "use_cache", True))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.llm_model.config)
-        call, base_mask = None, attention_mask
-        if not self.is_injecting:
-            if past_key_values is not None:
-                leave_to_base(past_key_values, self._num_base_layers)
-        else:
-            n = self._recursion_steps(num_recursion_steps, past_key_values)
-            spec = replace(self.config.recursion_spec, num_recursion_steps=n)
-            if past_key_values is not None:
-                spec = replace(spec, save="all")  # computed again, keys would be appended again
-            if past_key_values is not None and not isinstance(past_key_values, PagedKeys):
-                num_layers = self._num_trm_cache_layers(spec, rule)
-                make_room(past_key_values, self._num_base_layers, num_layers, halting=rule)
-            positions = self._positions(inputs, position_ids, past_key_values)
-            angles = self._angles(inputs, positions, spec)
-            base_mask, what = self._masks(inputs, attention_mask, position_ids, past_key_values)
-            call = InjectionCall(
-                positions,
-                angles,
-                what,
-                past_key_values,
-                spec,
-                self.config.injection_strength,
-                self.config.trm_input_norm,
-                current_backend(),
-                rule,
-            )
-            call.added = self._added
-            call.is_token = tokens_of(what, inputs.shape[1], past_key_values, self._num_base_layers)
-        return call, {
-            "attention_mask": base_mask,
-            "past_key_values": None if isinstance(past_key_values, PagedKeys) else past_key_values,
-            "use_cache": use_cache,
-        }
 
     def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
         """`module`, which holds all of the layers, under this call."""
@@ -410,6 +342,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
                 "HybridModel: got the paged cache of a manager that was made for the language model alone; "
                 "init_continuous_batching of the hybrid makes one for both."
             )
+        if call is not None:
+            call.added = self._added
         before = current_call.set(call)
         try:
             output = module(**given)
@@ -439,20 +373,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         is_learning = self.training and torch.is_grad_enabled()
         return is_learning and self.is_injecting and self.config.supervised_answers > 1
 
-    def _rule(self, halting: Halting | TokenHalting | Literal[False] | None) -> Halting | TokenHalting | None:
-        """The rule of this forward."""
-        rule = self.halting if halting is None else halting
-        if rule is None or rule is False or not self.is_injecting:
-            return None
-        if not isinstance(rule, Halting | TokenHalting):
-            raise ValueError(f"HybridModel: expected halting to be Halting or TokenHalting, got {rule!r}.")
-        if self.training:
-            raise ValueError(
-                "HybridModel: halting expected a model in eval mode, got one in training: tokens that stop "
-                "by themselves are for inference. recursion_sampling='uniform' trains for any n."
-            )
-        return rule
-
     def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
         B, T = inputs.shape[:2]
         n, num_cycles = call.spec.num_recursion_steps, call.spec.num_cycles
@@ -463,78 +383,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         is_token = torch.ones(B, T, dtype=torch.bool) if call.is_token is None else call.is_token.cpu()
         return ForwardSteps(steps, evaluations, is_token)
 
-    def _until_settled(
-        self,
-        inputs: Tensor,
-        rule: TokenHalting,
-        attention_mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        labels: Tensor | None,
-        logits_to_keep: int | Tensor,
-        num_recursion_steps: int | None,
-        others: dict[str, Any],
-    ) -> CausalLMOutputWithPast:
-        """A forward under TokenHalting: each token's logits of the n at which its top token has stayed."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise RuntimeError(
-                "HybridModel: TokenHalting expected a call without gradient (torch.no_grad()), got one with."
-            )
-        if torch.compiler.is_compiling() or isinstance(attention_mask, dict):
-            raise RuntimeError(
-                "HybridModel: TokenHalting expected no torch.compile, got a call made for one."
-            )
-        if asked := [k for k in ("output_hidden_states", "output_attentions") if others.get(k)]:
-            raise ValueError(f"HybridModel: TokenHalting gives logits and a loss, got {asked[0]}.")
-        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        given: dict[str, Tensor | None] = {
-            name: inputs,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        B, T = inputs.shape[:2]
-
-        def logits_at(n: int, sequences: Tensor) -> Tensor:
-            # of tensors with a row a sequence, these sequences' rows
-            some = {k: t[sequences] if t is not None and t.shape[0] == B else t for k, t in given.items()}
-            return self(**some, num_recursion_steps=n, halting=False, use_cache=False, **others).logits
-
-        _, what = self._masks(inputs, attention_mask, position_ids, None)
-        is_token = tokens_of(what, T, None, self._num_base_layers)
-        is_token = torch.ones(B, T, dtype=torch.bool, device=inputs.device) if is_token is None else is_token
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        most, num_cycles = self._recursion_steps(num_recursion_steps, None), self.config.num_cycles
-        with record_steps():  # of the forwards inside; what is recorded outside is their sum
-            settled = until_settled(
-                logits_at, rule, most, is_token, what.mask, keep, lambda n: num_cycles * (n + 1)
-            )
-        logits, loss = settled.logits[:, keep], None
-        if labels is not None:
-            loss = self.llm_model.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.get_text_config(decoder=True).vocab_size
-            )
-        if (record := recording()) is not None:
-            of_kept = (settled.steps.float(), settled.evaluations.float(), is_token)
-            record.forwards.append(ForwardSteps(*(t[:, keep].cpu() for t in of_kept)))
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
-
-    def _recursion_steps(self, requested: int | None, cache: Cache | None) -> int:
-        """n of this forward. Drawn from a seed and a count alone, so that every rank draws the same.
-
-        Nothing is drawn where a cache is in use: it holds the keys of one n.
-        """
-        if requested is not None:
-            check_steps("HybridModel", "num_recursion_steps", requested)
-            return requested
-        most = self.config.num_recursion_steps
-        if self.config.recursion_sampling == "fixed" or not self.training or cache is not None:
-            return most
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "HybridModel: under torch.compile, recursion_sampling='uniform' expected num_recursion_steps "
-                "in the call (draw_recursion_steps gives one), got none."
-            )
-        return self.draw_recursion_steps()
-
     def draw_recursion_steps(self, draw: int | None = None) -> int:
         """A number from 1..num_recursion_steps, by the config's seed and the draw's number.
 
@@ -544,140 +392,6 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             draw, self.draws = self.draws, self.draws + 1
         generator = random.Random(f"{self.config.recursion_seed}:{draw}")
         return generator.randint(1, self.config.num_recursion_steps)
-
-    def _num_trm_cache_layers(self, spec: RecursionSpec, halting: Halting | None = None) -> int:
-        each = trm_evaluations(self.config, spec, halting)
-        return (each + keeps_steps(halting)) * len(self.config.injection_layers)
-
-    def _positions(self, inputs: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """[B, T] or [1, T]: the caller's, as generate() gives them, or one after the other."""
-        if position_ids is not None:
-            return position_ids
-        seen = 0 if cache is None else cache.get_seq_length()
-        return (torch.arange(inputs.shape[1], device=inputs.device) + seen)[None]
-
-    def _angles(self, inputs: Tensor, positions: Tensor, spec: RecursionSpec) -> Angles | None:
-        """RoPE's table for the TRMs, all of which see the same positions.
-
-        None where one launch is preferred, which makes its own. On fallback each injection makes the table.
-        """
-        width = self.config.trm_hidden_size
-        if preferred_regime(spec.regime, inputs, width) != "per_op" and not torch.is_grad_enabled():
-            return None
-        return rope_angles(positions, width // spec.num_heads, self.config.trm_rope_theta)
-
-    def _masks(
-        self,
-        inputs: Tensor,
-        mask: Tensor | dict[str, Tensor | None] | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Any, Visible]:
-        """(the base's mask, what the TRMs may look at)"""
-        if not isinstance(mask, dict):
-            return mask, visible(inputs, mask, cache, self._num_base_layers, position_ids)
-        # made beforehand by create_masks_for_generate
-        of_trm = from_entries(mask, inputs.shape[1], cache, self._num_base_layers)
-        of_base = {name: t for name, t in mask.items() if name not in ("trm", "trm_keys")}
-        return of_base.get("base", of_base), of_trm
-
-    # Generation
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """The base's cache, with room for the TRMs before the first mask is made from it."""
-        is_callers = model_kwargs.get("past_key_values") is not None
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, *args, **kwargs
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            return
-        if not self.is_injecting:
-            leave_to_base(cache, self._num_base_layers)
-            return
-        rule = self._rule(model_kwargs.get("halting"))
-        if isinstance(rule, TokenHalting):
-            raise ValueError("HybridModel: TokenHalting expected use_cache=False, got a cache.")
-        n = self._recursion_steps(model_kwargs.get("num_recursion_steps"), cache)
-        # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
-        length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
-        num_layers = self._num_trm_cache_layers(
-            replace(self.config.recursion_spec, num_recursion_steps=n), rule
-        )
-        make_room(cache, self._num_base_layers, num_layers, max_cache_len=length, halting=rule)
-
-    def create_masks_for_generate(
-        self,
-        config: HybridConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's masks, and the TRMs' beside them, made before the compiled forward."""
-        of_base = getattr(self.llm_model, "create_masks_for_generate", create_masks_for_generate)
-        base = of_base(
-            config=self.llm_model.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            **kwargs,
-        )
-        if not self.is_injecting:
-            return base
-        what = visible(inputs_embeds, attention_mask, past_key_values, self._num_base_layers, position_ids)
-        trm = as_entries(what, inputs_embeds)
-        return {**base, **trm} if isinstance(base, dict) else {"base": base, **trm}
-
-    def _supports_logits_to_keep(self) -> bool:
-        """Whether the language model has it: what it does not have would be dropped without a word."""
-        return "logits_to_keep" in self._base_arguments
-
-    # Continuous batching, by which transformers serves
-
-    def generate_batch(
-        self,
-        inputs: list[list[int]],
-        *args: Any,
-        num_recursion_steps: int | None = None,
-        halting: Literal[False] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' generate_batch, whose answers are generate()'s; num_recursion_steps as in a forward.
-
-        Errors: ValueError for what it cannot serve, see hybrid/serving/continuous_batching.py.
-        """
-        return self._batched(num_recursion_steps, halting).generate_batch(inputs, *args, **kwargs)
-
-    def continuous_batching_context_manager(
-        self,
-        *args: Any,
-        num_recursion_steps: int | None = None,
-        halting: Literal[False] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' context manager of a manager; see generate_batch."""
-        view = self._batched(num_recursion_steps, halting)
-        return view.continuous_batching_context_manager(*args, **kwargs)
-
-    def init_continuous_batching(
-        self,
-        *args: Any,
-        num_recursion_steps: int | None = None,
-        halting: Literal[False] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' manager of requests; see generate_batch."""
-        return self._batched(num_recursion_steps, halting).init_continuous_batching(*args, **kwargs)
-
-    def _batched(self, num_recursion_steps: int | None, halting: Literal[False] | None) -> Any:
-        from hybrid.serving.continuous_batching import BatchedHybrid  # it imports this package's model
-
-        return BatchedHybrid(self, num_recursion_steps, halting)
 
     # Files
 
@@ -703,12 +417,8 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not is_main_process:
             return
-        with save_hybrid.SAVING:
-            save_base = save_hybrid.saves_base(self, save_base, state_dict)
-            for line in not_kept(self):
-                logger.warning(line)
-            write = super().save_pretrained
-            save_hybrid.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
+        write = super().save_pretrained
+        save_hybrid.save(self, write, save_directory, save_base, state_dict, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -826,13 +536,6 @@ CombinedTRMLLM = HybridModel
 """The name of HybridModel in the training guide."""
 
 
-def _inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    if inputs is None or (input_ids is not None and inputs_embeds is not None):
-        raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
-    return inputs
-
-
 def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
     if output.logits is not None:
         output.logits = output.logits[-rows:]
@@ -840,54 +543,6 @@ def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWi
         if (of_layers := getattr(output, name, None)) is not None:
             setattr(output, name, tuple(t[-rows:] for t in of_layers))
     return output
-
-
-def _unloaded_base(config: HybridConfig) -> PreTrainedModel:
-    """A base by its config alone, for weights that come with the hybrid's own files."""
-    if config.base_config is None:
-        raise ValueError("HybridModel: expected llm_model, or a config with base_config, got neither.")
-    base_config = copy.deepcopy(config.base_config)
-    base_config.name_or_path = ""  # nowhere to load it from again
-    return AutoModelForCausalLM.from_config(base_config)
-
-
-def _check_base(model: PreTrainedModel) -> None:
-    who = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
-    # an encoder with a language-model head (BertLMHeadModel) generates too, but looks both ways
-    looks_both_ways = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
-    if model.config.is_encoder_decoder or not model.can_generate() or looks_both_ways:
-        raise ValueError(
-            f"HybridModel: expected a decoder-only causal language model (AutoModelForCausalLM), got {who}."
-        )
-    text_config = model.config.get_text_config(decoder=True)
-    for size in ("hidden_size", "num_hidden_layers"):
-        if not isinstance(getattr(text_config, size, None), int):
-            raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
-    if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
-        raise ValueError(
-            f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already."
-        )
-
-
-def _accepts_loss_kwargs(model: PreTrainedModel) -> bool:
-    """Whether `num_items_in_batch` reaches the model's loss: Trainer's own rule, asked of the base."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return bool(getattr(model, "accepts_loss_kwargs", takes_any))
-
-
-def _refer_to(model: PreTrainedModel, config: HybridConfig) -> None:
-    """Put into the config where the base came from: a hub name and its commit, or a folder's full path."""
-    name = model.config.name_or_path
-    if not name:
-        return
-    reference = os.path.abspath(name) if os.path.isdir(name) else name
-    if reference != config.base_model_name_or_path:  # else what was read from a file says more
-        config.base_subfolder = config.base_gguf_file = config.base_revision = None
-    config.base_model_name_or_path = reference
-    config.base_gguf_file = base_reference.gguf_file_of(model.config) or config.base_gguf_file
 
 
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__

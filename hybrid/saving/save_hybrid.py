@@ -21,6 +21,7 @@ from hybrid.saving import base_reference, saved_folder
 from hybrid.saving.may_be_saved import (
     check_complete,
     check_config_fits,
+    not_kept,
     refuse_adapters,
     refuse_another_model,
 )
@@ -30,10 +31,30 @@ from hybrid.saving.saved_tokenizer import copy_tokenizer, has_tokenizer
 logger = logging.get_logger(__name__)
 
 
-SAVING = threading.RLock()  # one save at a time in a process
+_SAVING = threading.RLock()  # one save at a time in a process
 
 
-def saves_base(model: Any, asked: bool | None, state_dict: Mapping[str, Tensor]) -> bool:
+def save(
+    model: Any,
+    write: Callable[..., None],
+    folder: str | os.PathLike[str],
+    save_base: bool | None,
+    state_dict: Mapping[str, Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Write `model` into `folder` by transformers' own save_pretrained, then rename into place.
+
+    Errors: see HybridModel.save_pretrained.
+    """
+    with _SAVING:
+        saves_base = _saves_base(model, save_base, state_dict)
+        for line in not_kept(model):
+            logger.warning(line)
+        _save(model, write, folder, saves_base, state_dict, *args, **kwargs)
+
+
+def _saves_base(model: Any, asked: bool | None, state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the base is saved with the TRM. Errors: see HybridModel.save_pretrained."""
     if asked is not False and model.config.lora_rank is None:
         refuse_adapters(name for name, _ in model.base_named_parameters())
@@ -67,7 +88,7 @@ def _why_base_is_lost(model: Any, state_dict: Mapping[str, Tensor]) -> str | Non
     return None
 
 
-def save(
+def _save(
     model: Any,
     write: Callable[..., None],
     folder: str | os.PathLike[str],
@@ -76,10 +97,7 @@ def save(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Write `model` into `folder` by transformers' own save_pretrained, then rename into place.
-
-    Under SAVING: what is being saved stands in the model's config while it is written.
-    """
+    """Under the lock: what is being saved stands in the model's config while it is written."""
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hybrid.model.cache import GrowingLayer, make_room
+from hybrid.model.settled_call import num_trm_cache_layers
 from tests.support.tiny import LAYERS, tiny_hybrid, tokens
 
 
@@ -212,7 +213,7 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
     gradients = []
     for chunks in ((9,), (4, 1, 4)):
         cache, loss, at = DynamicCache(config=hybrid.llm_model.config), 0, 0
-        make_room(cache, LAYERS, hybrid._num_trm_cache_layers(hybrid.config.recursion_spec))
+        make_room(cache, LAYERS, num_trm_cache_layers(hybrid, hybrid.config.recursion_spec))
         for n in chunks:
             loss = loss + hybrid(ids[:, at : at + n], past_key_values=cache).logits.square().sum()
             at += n

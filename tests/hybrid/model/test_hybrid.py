@@ -23,6 +23,7 @@ from transformers import (
 from transformers import T5ForConditionalGeneration as T5
 
 from hybrid import CombinedTRMLLM, HybridModel
+from hybrid.model.settled_call import recursion_steps
 from tests.support.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 from trm_kernels.ops.attention import library as library_attention
 from trm_kernels.recursion import injection as injection_ops
@@ -361,7 +362,7 @@ def test_the_number_of_steps_can_be_chosen_per_call():
 def test_uniform_sampling_draws_in_training_only_and_alike_everywhere():
     ranks = [tiny_hybrid(recursion_sampling="uniform", num_recursion_steps=6).train() for _ in range(2)]
     torch.manual_seed(1)  # a rank whose generators have gone another way
-    drawn = [[rank._recursion_steps(None, None) for _ in range(200)] for rank in ranks]
+    drawn = [[recursion_steps(rank, None, None) for _ in range(200)] for rank in ranks]
     assert drawn[0] == drawn[1]
     assert set(drawn[0]) == {1, 2, 3, 4, 5, 6}
     assert drawn[0][:6] != [ranks[0].draw_recursion_steps(i) for i in range(6, 12)]
