@@ -26,7 +26,7 @@ from torch import nn
 from hybrid.model.injection import Injection, decoder_layers
 from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.run import Run, linear_layers
-from trm_kernels.recursion.saved_bytes import SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
+from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
 
 CUDA_BYTES = 1.0e9  # assumed: of the context and of cuBLAS, 0.5 to 1 GB are seen
 _STEP_BYTES = 4  # AdamW's float32 count of steps, a tensor each
@@ -148,12 +148,13 @@ def _save(run: Run, free: float) -> str:
 
 
 def _one_evaluation(run: Run, save: str) -> int:
-    """Bytes that a layer ("layer") or all layers of a step ("step") hold while they are computed again."""
+    """Bytes that a layer, or all layers of a step, hold while they are computed again."""
     d = run.config.trm_hidden_size
     x = torch.empty(run.batch_size, run.sequence_length, d, dtype=run.compute_dtype, device="meta")
     injection = next(m for m in run.model().modules() if isinstance(m, Injection))
     weights = [layer(run.compute_dtype) for layer in injection.recursion.layers]
-    return saved_bytes("all", x, weights[:1] if save == "layer" else weights, run.config.trm_num_heads)
+    weights = weights[:1] if POLICIES[save].computes_again == "layer" else weights
+    return saved_bytes("all", x, weights, run.config.trm_num_heads)
 
 
 def _workspace(run: Run, save: str, gradients: float, largest_unit: int) -> dict[str, float]:
@@ -167,7 +168,7 @@ def _workspace(run: Run, save: str, gradients: float, largest_unit: int) -> dict
         "logits": run.tokens_of_card * text_config.vocab_size * (itemsize + 4),
         "backward of a unit": largest_unit * (2 if run.checkpointing else 1),
     }
-    if run.is_fused and save != "all":
+    if run.is_fused and POLICIES[save].computes_again is not None:
         sizes["a step again"] = _one_evaluation(run, save)
     if not run.is_wrapped:
         sizes["sums of a TRM"] = sums * (4 if itemsize == 4 else 4 + itemsize)

@@ -28,6 +28,7 @@ from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.memory import memory
 from hybrid.plan.run import Run
 from hybrid.presets import PresetConfigs
+from trm_kernels.recursion.saved_bytes import POLICIES
 
 TOKENS_PER_PARAMETER = 20  # from scratch: Hoffmann et al., 2022, arXiv 2203.15556
 BYTES_PER_TOKEN = 4.0  # of English text, assumed
@@ -151,8 +152,8 @@ def _trm(run: Run, save: str) -> tuple[Flops, Flops, Flops]:
         around = 2.0 * (injection.in_proj.weight.numel() + answers * injection.out_proj.weight.numel())
         forward += f.times(cycles * (steps + 1)) + (around, 0.0)
         backward += f.times(2 * with_gradient, 2.5 * with_gradient) + (2 * around, 0.0)
-        if save != "all":
-            left_out = sum(last_product) if save == "layer" else last_product[-1]
+        if (size := POLICIES[save].computes_again) is not None:
+            left_out = sum(last_product) if size == "layer" else last_product[-1]
             again += f.times(with_gradient) + (-left_out * with_gradient, 0.0)
     return forward, backward, again
 

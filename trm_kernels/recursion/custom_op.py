@@ -41,9 +41,9 @@ def _saved(tensors: Iterator[Tensor], mixes_tokens: Sequence[bool], spec: Recurs
     """What each differentiated f kept, from all of it in one list."""
     found = []
     for _ in range(spec.differentiated_fs):
-        h2 = list(islice(tensors, 1 if spec.save == "step" else len(mixes_tokens)))
+        h2 = list(islice(tensors, len(mixes_tokens) if spec.policy.keeps_states else 1))
         inner: list[Inner] = []
-        for with_mlp_t in mixes_tokens if spec.save == "all" else ():
+        for with_mlp_t in mixes_tokens if spec.policy.keeps_inner else ():
             kind = TokensInner if with_mlp_t else AttentionInner
             inner.append(kind(*islice(tensors, len(kind._fields))))
         found.append(SavedF(h2, inner))

@@ -1,7 +1,8 @@
 """The loop of recursion.py as launches: all cycles, steps and layers, forward and backward
 
 Cycles without gradient run in one set of buffers and keep nothing. Cycles with gradient keep, for each token
-and evaluation of a layer, what `save` says. X is a row of D elements and J one of F, in the dtype of x:
+and evaluation of a layer, what `save` says (POLICIES of saved_bytes.py). X is a row of D elements and J one
+of F, in the dtype of x:
 
     save     kept                                                           computed again in backward
     all      h2, qkv, o, h, g and u of recursion/fused_layer.py: 6X + 2J (*)      norms
@@ -52,8 +53,8 @@ class State(NamedTuple):
 class SavedF(NamedTuple):
     """What one f leaves for backward, a layer each."""
 
-    h2: list[Tensor]  # only the last layer's with "step"
-    inner: list[Inner]  # none but with "all"
+    h2: list[Tensor]  # only the last layer's where the policy keeps no states
+    inner: list[Inner]  # none where it keeps no inner
 
 
 class _Buffers:
@@ -126,7 +127,7 @@ def recursion_forward(
         y, z, the h of the y and z with which gradients start (none where those are the arguments), and what
         each differentiated f keeps for backward.
     """
-    spec = setting.spec
+    spec, policy = setting.spec, setting.spec.policy
     work = _Buffers(x, weights, setting, attend)
     shared = work.empty_inner(is_kept=False)
     L, first = len(weights), spec.num_cycles - spec.differentiated_cycles
@@ -139,12 +140,12 @@ def recursion_forward(
         if not keeps:
             work.f(state, r, [h2] * L, shared)
             return State(h2)
-        h2s = [passing if spec.save == "step" and i < L - 1 else torch.empty_like(x) for i in range(L)]
+        h2s = [torch.empty_like(x) if policy.keeps_states or i == L - 1 else passing for i in range(L)]
         inner = shared
-        if spec.save == "all":
+        if policy.keeps_inner:
             inner = [empty_inner(x, w, setting, is_kept=True) for w in weights]
         work.f(state, r, h2s, inner)
-        kept.append(SavedF(h2s[-1:] if spec.save == "step" else h2s, inner if spec.save == "all" else []))
+        kept.append(SavedF(h2s if policy.keeps_states else h2s[-1:], inner if policy.keeps_inner else []))
         return State(h2s[-1])
 
     of = {"y": State(y, is_normed=True), "z": State(z, is_normed=True)}
@@ -174,9 +175,10 @@ class _Backward:
         self.work = _Buffers(x, weights, setting)
         self.dw = [map_weights(_float32_zeros, w) for w in weights] if wants_weights else []
         self.again: list[Inner] = []  # room for what is computed again, one layer's or a whole f's
-        if setting.spec.save == "layer":
+        self.computes_again = setting.spec.policy.computes_again
+        if self.computes_again == "layer":
             self.again = self.work.empty_inner(is_kept=True)
-        elif setting.spec.save == "step":
+        elif self.computes_again == "f":
             self.again = [empty_inner(x, w, setting, is_kept=True) for w in weights]
 
     def f(
@@ -186,8 +188,8 @@ class _Backward:
 
         total   float32, to which dout + dout2 is added
         """
-        save, (h2, inner) = self.setting.spec.save, kept
-        if save == "step":
+        h2, inner = kept
+        if self.computes_again == "f":
             h2 = [*(torch.empty_like(self.x) for _ in self.weights[1:]), *h2]
             self.work.f(state, r, [*h2[:-1], None], self.again)
         for i in reversed(range(len(self.weights))):
@@ -195,9 +197,9 @@ class _Backward:
             fill_norm_add_bwd(dh2, dout, h2[i], self.setting.spec.eps, dout2, dy_sum=total)
             v = self.work.start_layer(State(h2[i - 1]) if i else state, None if i else r)
             w = self.weights[i]
-            if save == "layer":
+            if self.computes_again == "layer":
                 layer_forward(v, w, self.again[i], self.work.scratch[i], self.setting, None)
-            of_layer = inner[i] if save == "all" else self.again[i]
+            of_layer = self.again[i] if self.computes_again else inner[i]
             dout = layer_backward(dh2, v, w, of_layer, self.dw[i] if self.dw else None, self.setting)
             dout2 = total = None
         return dout

@@ -68,8 +68,8 @@ def trm_recursion_ref(
     """The meaning of the op: the loop, op by op. What `save` does not keep is computed again in backward."""
     evaluation = 0
 
-    def keep(policy: str, function: Callable[..., Tensor], *args: object) -> Tensor:
-        if spec.save == policy and torch.is_grad_enabled():
+    def keep(size: str, function: Callable[..., Tensor], *args: object) -> Tensor:
+        if spec.policy.computes_again == size and torch.is_grad_enabled():
             if not torch.compiler.is_compiling():  # a traced graph has the backend's code in it
                 function = partial(_on_backend, current_backend(), function)
             return checkpoint(function, *args, use_reentrant=False)
@@ -83,7 +83,7 @@ def trm_recursion_ref(
     def next_f(v: Tensor) -> Tensor:
         nonlocal evaluation
         first_evaluation, evaluation = evaluation, evaluation + len(weights)
-        return keep("step", f, v, first_evaluation)
+        return keep("f", f, v, first_evaluation)
 
     first = spec.num_cycles - spec.differentiated_cycles
     for cycle in range(spec.num_cycles):
@@ -285,7 +285,9 @@ def _check_nothing_is_cached_twice(
     inputs: AttentionInputs,
 ) -> None:
     """Backward that computes an evaluation again would hand its keys and values to the cache again."""
-    computes_again = spec.save in ("layer", "step") and wants_gradient(x, y, z, *flat_weights(weights))
+    computes_again = spec.policy.computes_again is not None and wants_gradient(
+        x, y, z, *flat_weights(weights)
+    )
     if inputs.update_cache is not None and computes_again:
         raise ValueError(
             "trm_recursion: expected save 'auto' or 'all' with update_cache and gradient, got "

@@ -1,6 +1,8 @@
-"""What the fused recursion keeps for backward, in bytes, and which policy `save="auto"` takes."""
+"""The memory policies: what the recursion keeps for backward, in bytes too, and which `save="auto"` takes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +10,32 @@ from torch import Tensor
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights
 from trm_kernels.runtime.constant import constant_result
 
-SAVES = ("all", "layer", "step")
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """What one f keeps for backward besides its last state; backward computes the rest again.
+
+    keeps_inner    what the ops of each layer keep; without it a layer is computed again
+    keeps_states   the state behind each layer; without it a whole f is computed again
+    """
+
+    keeps_inner: bool
+    keeps_states: bool
+
+    @property
+    def computes_again(self) -> Literal["layer", "f"] | None:
+        """How much at a time; None: nothing."""
+        if self.keeps_inner:
+            return None
+        return "layer" if self.keeps_states else "f"
+
+
+POLICIES = {
+    "all": SavePolicy(keeps_inner=True, keeps_states=True),
+    "layer": SavePolicy(keeps_inner=False, keeps_states=True),
+    "step": SavePolicy(keeps_inner=False, keeps_states=False),
+}
+SAVES = tuple(POLICIES)
 
 # "auto" keeps all where that takes at most this share of the memory that is free: the language model's own
 # layers, and the injections that follow, need room too
@@ -27,12 +54,10 @@ def saved_bytes(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads
         num_heads: H.
     """
     B, T, D = x.shape
-    h2 = B * T * D * x.element_size()
-    if save != "all":
-        return h2 if save == "step" else h2 * len(weights)
-    total = 0
-    for w in weights:
-        rows = 2 * D + w.mlp.gate_up_proj.shape[0]  # h2 and h; g and u
+    policy = POLICIES[save]
+    total = B * T * D * x.element_size() * (len(weights) if policy.keeps_states else 1)  # h2
+    for w in weights if policy.keeps_inner else ():
+        rows = D + w.mlp.gate_up_proj.shape[0]  # h; g and u
         elements, statistics = B * T * rows, 0
         if isinstance(w.mixer, AttentionWeights):
             elements += B * T * (w.mixer.qkv_proj.shape[0] + w.mixer.o_proj.shape[1])

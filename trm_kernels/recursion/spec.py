@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trm_kernels.recursion.saved_bytes import SAVES
+from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, SavePolicy
 from trm_kernels.recursion.weights import LayerWeights
 from trm_kernels.runtime.tuning import REGIMES
 
@@ -29,7 +29,7 @@ class RecursionSpec:
         rope_theta: RoPE's base; None for no positions.
         eps: Added to the mean of squares in every norm.
         attention: One of rope_attention's implementations.
-        save: What is kept for backward: "auto", "all", "layer" or "step"; see fused_recursion.py.
+        save: What is kept for backward: "auto", "all", "layer" or "step"; see saved_bytes.py.
         candidate: Of the products with epilogues, "fused" or "mm"; None takes the settings table's.
         regime: How the recursion is launched: "auto", "per_op", "one_launch" or "per_phase"; see
             one_launch/choice.py.
@@ -59,6 +59,11 @@ class RecursionSpec:
     def differentiated_fs(self) -> int:
         """How many evaluations of f are differentiated."""
         return self.differentiated_cycles * (self.num_recursion_steps + 1)
+
+    @property
+    def policy(self) -> SavePolicy:
+        """What `save` says; op by op "auto" keeps all, and for the kernels choose_save has settled it."""
+        return POLICIES["all" if self.save == "auto" else self.save]
 
     @property
     def fields(self) -> tuple[Any, ...]:
