@@ -148,7 +148,6 @@ def _refuse(vllm_config: VllmConfig, config: HybridConfig) -> None:
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     base_quantization = getattr(config.base_config, "quantization_config", None)
     expected = {
-        "--tensor-parallel-size 1: a TRM is not split over devices": parallel.tensor_parallel_size == 1,
         "--pipeline-parallel-size 1": parallel.pipeline_parallel_size == 1,
         "--enforce-eager: a recursion is not part of vLLM's CUDA graphs": model.enforce_eager,
         "no --quantization, and a base that is not quantized": model.quantization

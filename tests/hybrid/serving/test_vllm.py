@@ -106,6 +106,14 @@ def test_n_is_fixed_when_the_server_starts(served):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("served", ["llama", "gated"], indirect=True)
+def test_two_processes_share_out_the_language_model(served):
+    """Tensor parallel: each has half of the base's heads, and the whole TRM."""
+    with Engine(served.folder, tensor_parallel_size=2, distributed_executor_backend="mp") as engine:
+        assert engine.answers(prompts())[0] == served.hybrid
+
+
+@pytest.mark.timeout(1200)
 def test_the_base_comes_at_its_revision(all_served, tmp_path):
     """From the hub's cache, where the newest commit has other weights."""
     served, right, newest = all_served["llama"], "a" * 40, "b" * 40
@@ -141,7 +149,6 @@ def settings_of(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor-parallel-size 1: a TRM is not split"),
         ({"pipeline_parallel_size": 2}, "pipeline-parallel-size 1"),
         ({"enforce_eager": False}, "enforce-eager: a recursion is not part of vLLM's CUDA graphs"),
         ({"quantization": "fp8"}, "no --quantization"),
