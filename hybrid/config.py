@@ -25,7 +25,7 @@ from trm_kernels.modules.trm import check_sizes
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.quantize import QUANTIZE
 from trm_kernels.recursion.saved_bytes import SAVES
-from trm_kernels.recursion.spec import RecursionSpec
+from trm_kernels.recursion.spec import CACHES, RecursionSpec
 from trm_kernels.runtime.tuning import REGIMES
 
 BLENDING_STRATEGIES = ("linear", "gated")
@@ -116,6 +116,10 @@ class HybridConfig(PreTrainedConfig):
                              "per_phase"; see trm_kernels/recursion/one_launch/launchers.py
     trm_quantize             the TRMs' matrices in 8 bits for inference: "int8" or "fp8"; default none; see
                              trm_kernels/recursion/quantize.py
+    trm_cache                which keys and values of a token later ones attend to: "all", in each step those
+                             of the same step, or "last", those of its last step alone: what a cache keeps
+                             then does not grow with n, and training goes token after token; see
+                             trm_kernels/recursion/in_order.py
     lora_rank                rank of LoRA on the language model's linear layers, learning and saved with the
                              TRMs; in phase 2 it learns in place of the base; default none
     base_config              the language model's config; HybridModel fills it in
@@ -163,6 +167,7 @@ class HybridConfig(PreTrainedConfig):
         trm_quantize: str | None = None,
         lora_rank: int | None = None,
         trm_input_norm: bool = True,
+        trm_cache: str = "all",
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
@@ -197,6 +202,7 @@ class HybridConfig(PreTrainedConfig):
         self.trm_quantize = trm_quantize
         self.lora_rank = lora_rank
         self.trm_input_norm = trm_input_norm
+        self.trm_cache = trm_cache
         self._check()
 
         base_config = check_base_config(base_config, HybridConfig.model_type)
@@ -262,6 +268,7 @@ class HybridConfig(PreTrainedConfig):
             save=self.trm_save,
             regime=self.trm_regime,
             quantize=self.trm_quantize,
+            cache=self.trm_cache,
         )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -500,6 +507,7 @@ class HybridConfig(PreTrainedConfig):
             ("trm_attention", IMPLEMENTATIONS),
             ("trm_regime", ("auto", *REGIMES)),
             ("trm_quantize", (None, *QUANTIZE)),
+            ("trm_cache", CACHES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -545,6 +553,11 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"HybridConfig: expected grad_cycles in 1..{self.num_cycles} (num_cycles) or None, "
                 f"got {self.grad_cycles}."
+            )
+        if self.deep_supervision and self.trm_cache == "last":
+            raise ValueError(
+                "HybridConfig: deep_supervision expected trm_cache 'all', got 'last': a token's first cycle "
+                "reads what the tokens before it ended their last one with."
             )
         if self.deep_supervision and self.num_cycles > 1 and self.grad_cycles == 1:
             raise ValueError(

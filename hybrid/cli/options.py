@@ -291,3 +291,8 @@ class BlockOptions:
         "what comes in is normed behind its projection as well, so that it cannot drown y and z",
         action=BooleanOptionalAction,
     )
+    trm_cache: str = _field(
+        "all",
+        "the keys of a token that later ones attend to: all, each step's in that step, or last, its last "
+        "step's alone: a cache does not grow with n, and training goes token after token",
+    )

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from trm_kernels.recursion.adaptive import Halting
 from trm_kernels.recursion.inputs import CacheRoom
+from trm_kernels.recursion.spec import RecursionSpec
 
 
 class GrowingLayer(DynamicLayer):
@@ -144,6 +145,11 @@ class InjectionCache:
         k, v = self.cache.update(keys, values, self.first_layer + evaluation)
         return (k, v) if self.num_keys is None else (k[:, :, : self.num_keys], v[:, :, : self.num_keys])
 
+    def so_far(self, slab: int) -> tuple[Tensor, Tensor] | None:
+        """The keys and values of all tokens before; None where there are none."""
+        layer: Any = self.cache.layers[self.first_layer + slab]
+        return (layer.keys, layer.values) if layer.get_seq_length() else None
+
     def steps_before(self, device: torch.device) -> Tensor | None:
         """[num_cycles, B, S] float32, 0 in empty slots; None where none are kept, or none yet."""
         layer: Any = None if self.steps_layer is None else self.cache.layers[self.steps_layer]
@@ -204,15 +210,19 @@ def make_room(
     num_trm_layers: int,
     max_cache_len: int | None = None,
     halting: Halting | None = None,
+    spec: RecursionSpec | None = None,
 ) -> None:
     """Give `cache` as many layers as the base and the TRMs need.
 
     max_cache_len   tokens of a static layer; None takes the longest that the base's layers have
     halting         when tokens stop; the cache is marked with it
+    spec            how the TRMs run; where they keep as many layers for any n, the cache is marked with n
 
     Errors: ValueError for a cache that is filled already, with another number of recursion steps, under
     another rule of halting, or by the base alone.
     """
+    steps = None if spec is None or spec.cache == "all" else spec.num_recursion_steps
+    _refuse_last(cache, steps)
     have, want, filled_under = len(cache.layers), num_base_layers + num_trm_layers, _halting_of(cache)
     if have == want and filled_under == halting:
         _refuse_gaps(cache, num_base_layers)
@@ -239,7 +249,23 @@ def make_room(
     cache.layers.extend(DynamicLayer() for _ in range(num_base_layers - len(cache.layers)))
     for _ in range(num_trm_layers):
         cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else GrowingLayer())
-    cache.trm_halting = halting  # type: ignore[attr-defined]  # our mark
+    cache.trm_halting = halting  # type: ignore[attr-defined]  # our marks
+    cache.trm_steps = steps  # type: ignore[attr-defined]
+
+
+def _refuse_last(cache: Cache, steps: int | None) -> None:
+    """Errors: ValueError for a cache that cannot keep the last keys alone, or was filled with another n."""
+    if steps is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise ValueError(
+            "HybridModel: trm_cache 'last' expected a cache that grows, got a static one: where only the "
+            "device knows how many tokens there are, a step cannot add its own keys to them."
+        )
+    filled_with = getattr(cache, "trm_steps", steps)
+    if filled_with != steps and _is_filled(cache):
+        raise ValueError(
+            "HybridModel: expected an empty cache or one filled with this num_recursion_steps and trm_cache, "
+            f"got one filled with {filled_with or 'the keys of each step'}, for {steps or 'all of them'}."
+        )
 
 
 def leave_to_base(cache: Cache, num_base_layers: int) -> None:

@@ -46,10 +46,9 @@ class HybridGenerationMixin(GenerationMixin):
         n = recursion_steps(hybrid, model_kwargs.get("num_recursion_steps"), cache)
         # of a static cache made here; a sliding layer is shorter, and the TRM looks at everything
         length = None if is_callers else getattr(self, "_previous_max_cache_length", None)
-        num_layers = num_trm_cache_layers(
-            hybrid, replace(self.config.recursion_spec, num_recursion_steps=n), rule
-        )
-        make_room(cache, self.num_base_layers, num_layers, max_cache_len=length, halting=rule)
+        spec = replace(self.config.recursion_spec, num_recursion_steps=n)
+        num_layers = num_trm_cache_layers(hybrid, spec, rule)
+        make_room(cache, self.num_base_layers, num_layers, length, rule, spec)
 
     def create_masks_for_generate(
         self,

@@ -88,6 +88,7 @@ class InjectedTRM(TRM):
     save = _set_on_the_config("trm_save")
     regime = _set_on_the_config("trm_regime")
     quantize = _set_on_the_config("trm_quantize")
+    cache = _set_on_the_config("trm_cache")
 
     def __init__(self, config: HybridConfig, **factory: Any) -> None:
         self.config = config
@@ -108,6 +109,7 @@ class InjectedTRM(TRM):
             save=spec.save,
             regime=spec.regime,
             quantize=spec.quantize,
+            cache=spec.cache,
             **factory,
         )
 
@@ -231,7 +233,9 @@ class Injection(GradientCheckpointingLayer):
 
 
 def trm_evaluations(config: HybridConfig, spec: RecursionSpec, halting: Halting | None) -> int:
-    """Evaluations of a layer in one call of one TRM, the most: the layers of a cache that it fills."""
+    """Evaluations of a layer in one call of one TRM whose keys are kept, the most: the layers of a cache."""
+    if halting is None:
+        return spec.slabs(config.trm_num_layers)
     n, num_cycles = spec.num_recursion_steps, spec.num_cycles
     return adaptive_evaluations(config.trm_num_layers, n, num_cycles, halting)
 

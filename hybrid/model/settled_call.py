@@ -57,7 +57,7 @@ def settle(
             spec = replace(spec, save="all")  # computed again, keys would be appended again
         if past_key_values is not None and not isinstance(past_key_values, PagedKeys):
             num_layers = num_trm_cache_layers(hybrid, spec, rule)
-            make_room(past_key_values, hybrid.num_base_layers, num_layers, halting=rule)
+            make_room(past_key_values, hybrid.num_base_layers, num_layers, halting=rule, spec=spec)
         positions = _positions(inputs, position_ids, past_key_values)
         angles = _angles(hybrid, inputs, positions, spec)
         base_mask, what = masks_of(hybrid, inputs, attention_mask, position_ids, past_key_values)

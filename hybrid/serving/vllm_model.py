@@ -158,6 +158,7 @@ def _refuse(vllm_config: VllmConfig, config: HybridConfig) -> None:
         "--load-format auto or safetensors": vllm_config.load_config.load_format in ("auto", "safetensors"),
         "a hybrid without lora_rank": config.lora_rank is None,
         "trm_quantize None": config.trm_quantize is None,
+        "trm_cache all: with 'last' tokens go one after the other": config.trm_cache == "all",
         "trm_regime auto or per_op: one launch cannot read pages": config.trm_regime in ("auto", "per_op"),
         "a base in safetensors files, not GGUF": config.base_gguf_file is None,
     }

@@ -20,7 +20,7 @@ from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCach
 from trm_kernels.recursion.quantize import QUANTIZE, dequantize_layers, quantize_layers
 from trm_kernels.recursion.recursion import run_recursion
 from trm_kernels.recursion.saved_bytes import SAVES
-from trm_kernels.recursion.spec import RecursionSpec
+from trm_kernels.recursion.spec import CACHES, RecursionSpec
 from trm_kernels.recursion.weights import (
     AttentionWeights,
     InjectionPoint,
@@ -130,6 +130,7 @@ _OF_SPEC = (
     "save",
     "regime",
     "quantize",
+    "cache",
 )
 
 
@@ -158,6 +159,8 @@ class TRM(nn.Module):
             trm_recursion. A call with a gradient is launched per op.
         quantize: None, "int8" or "fp8": the matrices in 8 bits, see recursion/quantize.py; for calls without
             gradient only. The copies are made anew when a matrix has changed.
+        cache: Which keys and values of a token later ones attend to: "all" or "last", see
+            recursion/in_order.py; "last" is causal, goes token after token, and keeps as much whatever n is.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -185,6 +188,7 @@ class TRM(nn.Module):
         save: str = "auto",
         regime: str = "auto",
         quantize: str | None = None,
+        cache: str = "all",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -192,7 +196,9 @@ class TRM(nn.Module):
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
         _check_token_mixer(mlp_t, seq_len, causal)
-        _check_choices(attention, save, regime, quantize)
+        _check_choices(attention, save, regime, quantize, cache)
+        if cache == "last" and not causal:
+            raise ValueError("TRM: cache 'last' expected causal, got tokens that see later ones.")
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -208,6 +214,7 @@ class TRM(nn.Module):
         self.save = save
         self.regime = regime
         self.quantize = quantize
+        self.cache = cache
         self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None  # (of what, ...)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -231,7 +238,7 @@ class TRM(nn.Module):
         return RecursionSpec(**{name: getattr(self, name) for name in _OF_SPEC})
 
     def evaluations(self, num_recursion_steps: int | None = None, halting: Halting | None = None) -> int:
-        """The most evaluations of a layer in one call: the key/value slabs that a cache has to keep."""
+        """The most evaluations of a layer in one call: with cache "all" the key/value slabs that are kept."""
         n = num_recursion_steps or self.num_recursion_steps
         return adaptive_evaluations(len(self.layers), n, self.num_cycles, halting)
 
@@ -338,6 +345,11 @@ class TRM(nn.Module):
         """
         spec, given = self._spec_of(spec, num_recursion_steps), AttentionInputs(**inputs)
         passing = spec.differentiated_cycles
+        if spec.cache == "last" and passing > 1:
+            raise ValueError(
+                "TRM: each_cycle expected cache 'all', got 'last': a token's first cycle reads what the "
+                "tokens before it ended their last one with."
+            )
         until_first = replace(spec, num_cycles=spec.num_cycles - passing + 1, grad_cycles=1)
         y, z = self._cycles(until_first, x, y, z, given)
         yield y, z
@@ -412,6 +424,8 @@ class TRM(nn.Module):
                 f"TRM: halting expected regime auto or per_op, got {spec.regime!r}: one launch cannot ask "
                 "after every step which tokens go on."
             )
+        if spec.cache == "last":
+            raise ValueError("TRM: halting expected cache 'all', got 'last'.")
         y, z = self._start(x, y, z)
         dtype = compute_dtype(x)
         layers, scales = self._weights(dtype, wants_gradient(x, *self.parameters()), spec.quantize)
@@ -510,7 +524,9 @@ def _check_token_mixer(mlp_t: bool, seq_len: int | None, causal: bool) -> None:
         raise ValueError("TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both.")
 
 
-def _check_choices(attention: str, save: str, regime: str, quantize: str | None) -> None:
+def _check_choices(attention: str, save: str, regime: str, quantize: str | None, cache: str) -> None:
+    if cache not in CACHES:
+        raise ValueError(f"TRM: expected cache to be one of {', '.join(CACHES)}, got {cache!r}.")
     if attention not in IMPLEMENTATIONS:
         raise ValueError(
             f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."

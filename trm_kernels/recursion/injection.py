@@ -58,6 +58,7 @@ def trm_injection(
     scales: Sequence[LayerWeights] | None = None,
     norms_x: bool = False,
     attend: Attend | None = None,
+    cache: str = "all",
 ) -> Tensor:
     """Runs a whole injection point. Formula, dtypes and source: the top of this file.
 
@@ -93,6 +94,7 @@ def trm_injection(
         attention,
         save,
         regime=regime,
+        cache=cache,
     )
     inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
     return run_injection(h, InjectionPoint(injection, strength, norms_x), y, z, weights, scales, spec, inputs)

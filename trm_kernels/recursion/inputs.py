@@ -20,6 +20,9 @@ class EvaluationCache(Protocol):
     One that can be written to in place also has two methods. `room(x, num_key_value_heads, head_width,
     evaluations)` returns the tensors for the keys and values of x's tokens, a CacheRoom, or None where it
     cannot. `written(tokens)` is called after that many were written to them.
+
+    One for a recursion with cache "last" has `so_far(slab)`: the keys and values [B, G, S, K] that it keeps
+    of a layer, and None where there are none yet. Such a cache has one slab a layer.
     """
 
     def __call__(self, evaluation: int, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from trm_kernels.ops.attention.rope import Angles, check_angles, rope_angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.ops.linear_swiglu import linear_swiglu
 from trm_kernels.recursion.custom_op import fused_recursion, fused_recursion_with_cache
+from trm_kernels.recursion.in_order import recursion_in_order
 from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCache, check_key_mask
 from trm_kernels.recursion.one_launch.choice import choose_regime
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
@@ -141,6 +142,7 @@ def trm_recursion(
     regime: str = "auto",
     scales: Sequence[LayerWeights] | None = None,
     attend: Attend | None = None,
+    cache: str = "all",
 ) -> tuple[Tensor, Tensor]:
     """Runs the whole recursion. Formula, dtypes and source: the top of this file.
 
@@ -171,6 +173,7 @@ def trm_recursion(
             where a cooperative launch is impossible.
         scales: Of weights in 8 bits, see quantize.py.
         attend: Does the attention of every evaluation, see inputs.py; per op, and without gradient.
+        cache: Which keys and values of a token later ones attend to: "all" or "last", see in_order.py.
 
     Returns:
         y and z after all cycles, [B, T, D] each.
@@ -193,6 +196,7 @@ def trm_recursion(
         save,
         candidate,
         regime,
+        cache=cache,
     )
     inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
     return run_recursion(x, y, z, weights, scales, spec, inputs)
@@ -210,6 +214,8 @@ def run_recursion(
     """trm_recursion with its settings and attention inputs as one value each."""
     check_call(x, y, z, weights, spec)
     _check_attend(x, y, z, weights, inputs)
+    if spec.cache == "last":
+        _check_in_order(weights, spec, inputs)
     if is_on(x):
         x, y, z = as_autocast(x, y, z)
         weights = weights if scales is not None else in_dtype(weights, x.dtype)
@@ -226,6 +232,21 @@ def run_recursion(
         return y, z
     if scales is not None:
         weights = dequantize_layers(weights, scales, x.dtype)
+    if spec.cache == "last":
+        _check_nothing_is_cached_twice(x, y, z, weights, spec, inputs)
+        of_token = partial(_per_op_in_order, weights, spec)
+        return recursion_in_order(x, y, z, spec, len(weights), inputs, of_token)
+    return _per_op(x, y, z, weights, spec, inputs)
+
+
+def _per_op_in_order(
+    weights: Sequence[LayerWeights],
+    spec: RecursionSpec,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    inputs: AttentionInputs,
+) -> tuple[Tensor, Tensor]:
     return _per_op(x, y, z, weights, spec, inputs)
 
 
@@ -251,7 +272,8 @@ def _per_op(
                 f"trm_recursion: the candidate {spec.candidate!r} was asked for, and the loop runs op by op "
                 "here."
             )
-        _check_nothing_is_cached_twice(x, y, z, weights, spec, inputs)
+        if spec.cache == "all":  # in order, the loop over tokens has checked it
+            _check_nothing_is_cached_twice(x, y, z, weights, spec, inputs)
         return trm_recursion_ref(x, y, z, weights, spec, attend)
     weights = [map_weights(lambda t: rows_of(t.to(x.dtype)), w) for w in weights]
     spec = replace(spec, save=choose_save(spec.save, x, weights, spec.num_heads, spec.differentiated_fs))
@@ -273,6 +295,22 @@ def _check_attend(
     if wants_gradient(x, y, z, *flat_weights(weights)):
         raise ValueError(
             "trm_recursion: expected attend in a call without gradient (torch.no_grad()), got one."
+        )
+
+
+def _check_in_order(weights: Sequence[LayerWeights], spec: RecursionSpec, inputs: AttentionInputs) -> None:
+    """Refuse what cannot go token after token. Errors: ValueError with what was expected and what came."""
+    if not spec.causal or not all(isinstance(w.mixer, AttentionWeights) for w in weights):
+        raise ValueError(
+            "trm_recursion: cache 'last' expected causal attention, got a recursion in which tokens see "
+            "later ones."
+        )
+    if inputs.attend is not None:
+        raise ValueError("trm_recursion: cache 'last' expected our own attention, got attend.")
+    if inputs.update_cache is not None and not hasattr(inputs.update_cache, "so_far"):
+        raise ValueError(
+            "trm_recursion: cache 'last' expected an update_cache that tells what it has, so_far(slab), got "
+            f"{type(inputs.update_cache).__name__}."
         )
 
 

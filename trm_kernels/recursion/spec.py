@@ -34,6 +34,8 @@ class RecursionSpec:
         regime: How the recursion is launched: "auto", "per_op", "one_launch" or "per_phase"; see
             one_launch/choice.py.
         quantize: None, "int8" or "fp8": how TRM holds its matrices. A recursion sees it by its weights.
+        cache: Which keys and values of a token later tokens attend to: "all", in each evaluation those of the
+            same one, or "last", those of its last evaluation, see in_order.py.
     """
 
     num_heads: int
@@ -49,6 +51,7 @@ class RecursionSpec:
     candidate: str | None = None
     regime: str = "auto"
     quantize: str | None = None
+    cache: str = "all"
 
     @property
     def differentiated_cycles(self) -> int:
@@ -71,15 +74,20 @@ class RecursionSpec:
         return tuple(getattr(self, name) for name in _FIELDS)
 
     def evaluations(self, num_layers: int) -> int:
-        """Evaluations of a layer in one call: the number of key/value slabs that a cache needs."""
+        """Evaluations of a layer in one call."""
         return evaluations(num_layers, self.num_recursion_steps, self.num_cycles)
 
+    def slabs(self, num_layers: int) -> int:
+        """Key/value slabs that a cache needs: one for each evaluation of a layer, or one for each layer."""
+        return num_layers if self.cache == "last" else self.evaluations(num_layers)
 
+
+CACHES = ("all", "last")
 _FIELDS = tuple(field.name for field in fields(RecursionSpec))
 
 
 def evaluations(num_layers: int, num_recursion_steps: int, num_cycles: int) -> int:
-    """How many times a layer is evaluated in one call: the number of key/value slabs that a cache needs."""
+    """How many times a layer is evaluated in one call."""
     return num_cycles * (num_recursion_steps + 1) * num_layers
 
 
@@ -104,5 +112,7 @@ def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights],
             f"trm_recursion: expected grad_cycles in 1..{spec.num_cycles} (num_cycles) or None, "
             f"got {spec.grad_cycles}."
         )
+    if spec.cache not in CACHES:
+        raise ValueError(f"trm_recursion: expected cache to be {' or '.join(CACHES)}, got {spec.cache!r}.")
     if spec.save not in ("auto", *SAVES):
         raise ValueError(f"trm_recursion: expected save to be auto, {', '.join(SAVES)}, got {spec.save!r}.")

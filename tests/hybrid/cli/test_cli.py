@@ -216,6 +216,7 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_regime": "per_op",
         "trm_quantize": "int8",
         "trm_input_norm": False,
+        "trm_cache": "last",
         "lora_rank": 4,
     }
     assert fields.keys() == set(trm_fields())

@@ -22,6 +22,7 @@ EFFECTIVE = {
     "trm_rms_norm_eps": 0.1,
     "trm_rope_theta": 3.0,
     "trm_input_norm": False,
+    "trm_cache": "last",
 }
 BUILT_IN = {
     "injection_layers": [1],

@@ -24,7 +24,9 @@ def planned(family: str = "llama", **changes) -> Run:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "phi"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_cycles": 1, "num_recursion_steps": 5}], ids=["cycles", "steps"]
+    "changes",
+    [{}, {"num_cycles": 1, "num_recursion_steps": 5}, {"trm_cache": "last"}],
+    ids=["cycles", "steps", "last"],
 )
 def test_a_tokens_bytes_are_those_of_a_cache(family, changes):
     cache = tiny_hybrid(family, **changes)(tokens(1, 16)).past_key_values

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom, room_in
+from trm_kernels.recursion.inputs import AttentionInputs, CacheRoom, EvaluationCache, room_in
 from trm_kernels.recursion.one_launch.addresses import are_in_step
 from trm_kernels.recursion.one_launch.launchers import by_kind
 from trm_kernels.recursion.spec import RecursionSpec
@@ -67,20 +67,33 @@ def choose_regime(
         or _why_not_here(x)
         or _why_not_these(x, weights, scales, tensors, projections)
         or _why_not_of_sizes(x, weights, spec, projections)
-        or _why_not_as_asked(spec, inputs)
+        or _why_not_as_asked(x, spec, inputs)
         or _why_not_at_addresses(weights, scales)
     )
     room = None
     if why is None and inputs.update_cache is not None:
         K = x.shape[2] // spec.num_heads
-        evaluations = spec.evaluations(len(weights))
-        room = room_in(inputs.update_cache, x, spec.num_key_value_heads, K, evaluations)
+        room = _room(inputs.update_cache, x, spec, K, len(weights))
         why = _why_not_into(room, x)
     if why is None:
         return regime, room
     if not is_auto:
         raise RuntimeError(f"trm_recursion: the regime {regime!r} was asked for, and it cannot run: {why}.")
     return "per_op", None
+
+
+def _room(
+    cache: EvaluationCache | None, x: Tensor, spec: RecursionSpec, head_width: int, num_layers: int
+) -> CacheRoom | None:
+    """Where each evaluation writes its keys and values; with cache "last" over those of the one before."""
+    slabs = spec.slabs(num_layers)
+    room = room_in(cache, x, spec.num_key_value_heads, head_width, slabs)
+    times = spec.evaluations(num_layers) // slabs
+    if room is None or times == 1:
+        return room
+    if room.lengths:  # each evaluation would add the token to the one length
+        return None
+    return room._replace(keys=room.keys * times, values=room.values * times)
 
 
 def _why_not_here(x: Tensor) -> str | None:
@@ -125,7 +138,9 @@ def _why_not_of_sizes(
     return None
 
 
-def _why_not_as_asked(spec: RecursionSpec, inputs: AttentionInputs) -> str | None:
+def _why_not_as_asked(x: Tensor, spec: RecursionSpec, inputs: AttentionInputs) -> str | None:
+    if spec.cache == "last" and x.shape[1] > 1:
+        return f"with cache 'last' it expected one token at a time, as decoding has it, got {x.shape[1]}"
     if inputs.attend is not None:
         return "its attention is its own, and attend was given"
     if inputs.mask is not None or spec.attention not in ("auto", "triton"):

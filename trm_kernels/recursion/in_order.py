@@ -1,0 +1,90 @@
+"""Token after token: each attends to what the tokens before it ended with
+
+With cache "last" a token's keys and values are, for the tokens after it, those of its last evaluation of each
+layer alone: of the update of y in the last cycle. To itself it attends as in any recursion, by the keys and
+values of the evaluation at hand. So a cache has one slab a layer, whatever the numbers of steps and cycles.
+
+A token's last keys are known when its recursion is over. Therefore the tokens of a call are computed one
+after the other, in training too: the loop has as many rounds as there are tokens, and gradients flow from
+each token to those before it. Decoding goes token by token anyway, and costs nothing more.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trm_kernels.ops.attention.rope import Angles
+from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache
+from trm_kernels.recursion.spec import RecursionSpec
+
+# x, y and z [B, 1, D] and what their attention reads -> y and z
+OfToken = Callable[[Tensor, Tensor, Tensor, AttentionInputs], tuple[Tensor, Tensor]]
+_Keys = tuple[Tensor, Tensor]  # keys and values [B, G, S, K]
+
+
+def recursion_in_order(
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    spec: RecursionSpec,
+    num_layers: int,
+    inputs: AttentionInputs,
+    of_token: OfToken,
+) -> tuple[Tensor, Tensor]:
+    """y and z [B, T, D] of all tokens; `inputs` are those of all of them, and `of_token` computes one."""
+    T, before = x.shape[1], dict[int, _Keys]()
+    ends = []
+    for t in range(T):
+        keys = LastKeys(spec, num_layers, inputs.update_cache, before)
+        x_t, y_t, z_t = (u[:, t : t + 1] for u in (x, y, z))
+        ends.append(of_token(x_t, y_t, z_t, _of_token(inputs, t, T)._replace(update_cache=keys)))
+        before = dict(keys.after)  # a copy: backward may compute this token again (`save`)
+    y_end, z_end = (torch.cat(end, dim=1) for end in zip(*ends, strict=True))
+    return y_end, z_end
+
+
+def _of_token(inputs: AttentionInputs, t: int, T: int) -> AttentionInputs:
+    """The inputs of token t of T, which sees no keys of later ones."""
+
+    def until_it(mask: Tensor | None) -> Tensor | None:
+        return None if mask is None else mask[..., : mask.shape[-1] - (T - 1 - t)]
+
+    angles, mask = inputs.angles, until_it(inputs.mask)
+    return inputs._replace(
+        positions=None,
+        angles=None if angles is None else Angles(*(part[:, t : t + 1] for part in angles)),
+        mask=None if mask is None else mask[..., t : t + 1, :],
+        key_mask=until_it(inputs.key_mask),
+    )
+
+
+class LastKeys:
+    """The EvaluationCache of one token: adds its own keys to those of the tokens before, and keeps the last.
+
+    before   of the tokens before, a layer each; none with a cache, which has them
+    after    the same with this token
+    """
+
+    def __init__(
+        self, spec: RecursionSpec, num_layers: int, cache: EvaluationCache | None, before: dict[int, _Keys]
+    ) -> None:
+        self.num_layers, self.cache, self.before = num_layers, cache, before
+        self.after: dict[int, _Keys] = {}
+        self._last = spec.evaluations(num_layers) - num_layers
+
+    def __call__(self, evaluation: int, keys: Tensor, values: Tensor) -> _Keys:
+        """Those that the token attends to in this evaluation, [B, G, S, K]; its own are [B, G, 1, K]."""
+        layer = evaluation % self.num_layers
+        is_last = evaluation >= self._last
+        if is_last and self.cache is not None:
+            return self.cache(layer, keys, values)
+        before = self.before.get(layer)
+        if self.cache is not None:
+            before = self.cache.so_far(layer)  # type: ignore[attr-defined]  # checked by the caller
+        if before is not None:
+            of_both = zip(before, (keys, values), strict=True)
+            keys, values = (torch.cat([old.to(new.device), new], dim=2) for old, new in of_both)
+        if is_last:
+            self.after[layer] = keys, values
+        return keys, values
