@@ -7,15 +7,20 @@ One supervision step is one call of the recursion, one loss and one step of the 
 are where the next one goes on. A row that says it is done, or has had all its steps, makes way for a new
 puzzle. The puzzles are those of sudoku.py.
 
+The loss, the optimisers and the average of the weights, with which is tested, are those of trm_recipe.py.
+
 Backend  `backend("auto")`: Triton kernels on CUDA, in bfloat16, and the reference on a CPU, in float32.
-Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871. Other than there: plain
-         cross entropy (not stablemax), AdamW for everything (the puzzle embedding too), no moving average.
+Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871: deep supervision with a
+         carry (section 2.3, `refill` and `supervise`), halting with exploration (2.4 and 4.6, `supervise`).
+         Other than there: gradients are clipped, and a run may begin shallow (`--recursion-curriculum`).
 """
 
 import argparse
 import math
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +31,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sudoku import sudoku
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
+from trm_recipe import AdamATan2, SparseSignSGD, average_of_weights, stablemax_cross_entropy
 
-from trm_kernels import TRM
+from trm_kernels import TRM, Depth, RecursionCurriculum
 
 HELD_OUT = 500  # puzzles
-SHOWN = (1, 2, 4, 8, 16)  # supervision steps at inference
+SHOWN = (1, 2, 4, 8)  # supervision steps at inference
+_EMBEDDING_RATE = 100  # the puzzle embedding's learning rate, in those of all else
 EXPLORATION = 0.1  # share of rows that go on for a drawn number of steps although they say they are done
 
 
@@ -49,6 +58,10 @@ class Settings:
     steps: int = 20_000  # of the optimiser
     batch_size: int = 768
     learning_rate: float = 1e-4
+    warmup_steps: int = 2000
+    weight_decay: float = 1.0
+    ema: float = 0.999  # how much of the average of the weights stays in a step
+    recursion_curriculum: str | None = None  # FIRST:STEPS, see RecursionCurriculum.from_text
     puzzles: int = 50_000  # to train on
     givens: tuple[int, int] = (33, 45)  # fewest and most
 
@@ -62,9 +75,11 @@ PUZZLES = {
         n=2,
         cycles=2,
         supervision_steps=4,
-        steps=600,
+        steps=300,
         batch_size=32,
         learning_rate=2e-3,
+        warmup_steps=100,
+        ema=0.98,
         puzzles=20_000,
         givens=(4, 6),
     ),
@@ -117,9 +132,11 @@ class PuzzleModel(nn.Module):
         x = self.embed(puzzles).detach()
         return self.trm.y_init.detach().to(x).expand_as(x), self.trm.z_init.detach().to(x).expand_as(x)
 
-    def forward(self, puzzles: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, puzzles: Tensor, y: Tensor, z: Tensor, depth: Depth | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(y, z, logits [B, cells, V], q [B]) of a supervision step; q > 0 says that all cells are right."""
-        y, z = self.trm(self.embed(puzzles), y, z)
+        y, z = self.trm(self.embed(puzzles), y, z, **({} if depth is None else depth._asdict()))
         return y.detach(), z.detach(), *self.read(y)
 
     def read(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,11 +172,22 @@ def refill(model: PuzzleModel, carry: Carry, puzzles: Tensor, solutions: Tensor)
     )
 
 
-def supervise(model: PuzzleModel, carry: Carry, most_steps: int) -> tuple[Tensor, Carry]:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all cells, for logits [B, cells, V] and labels [B, cells]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def supervise(
+    model: PuzzleModel,
+    carry: Carry,
+    most_steps: int,
+    depth: Depth | None = None,
+    cells_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> tuple[Tensor, Carry]:
     """(loss, carry) of one supervision step: cross entropy of the cells, and of "all of them are right"."""
-    y, z, logits, q = model(carry.puzzles, carry.y, carry.z)
+    y, z, logits, q = model(carry.puzzles, carry.y, carry.z, depth)
     right = (logits.argmax(-1) == carry.solutions + 1).all(-1)
-    loss = F.cross_entropy(logits.flatten(0, 1), carry.solutions.flatten() + 1)
+    loss = cells_loss(logits, carry.solutions + 1)
     loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q, right.float())
     steps = carry.steps + 1
     fewest_steps = torch.randint_like(steps, 1, most_steps + 1) * (torch.rand_like(q) < EXPLORATION)
@@ -167,11 +195,21 @@ def supervise(model: PuzzleModel, carry: Carry, most_steps: int) -> tuple[Tensor
     return loss, carry._replace(y=y, z=z, steps=steps, halted=halted)
 
 
-def train(model: PuzzleModel, puzzles: Tensor, solutions: Tensor, settings: Settings) -> list[float]:
-    """Deep supervision; returns the loss of every step."""
-    parameters, rate = model.parameters(), settings.learning_rate
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+class Trained(NamedTuple):
+    """What came of a training."""
+
+    losses: list[float]  # of every step
+    average: PuzzleModel  # with the average of the weights
+    operations: int  # floating-point, of the products of all forwards and backwards
+
+
+def train(model: PuzzleModel, puzzles: Tensor, solutions: Tensor, settings: Settings) -> Trained:
+    """Deep supervision, from a shallow recursion to the whole one if there is a curriculum."""
+    embedding = model.puzzle_emb["weights"]
+    others = [p for p in model.parameters() if p is not embedding]
+    both = _optimizers(embedding, others, settings)
+    warmups = [LambdaLR(one, lambda step: min(1.0, (step + 1) / settings.warmup_steps)) for one in both]
+    average, counted = average_of_weights(model, settings.ema), Counted()
 
     def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(puzzles), (settings.batch_size,)).to(puzzles.device)
@@ -182,17 +220,65 @@ def train(model: PuzzleModel, puzzles: Tensor, solutions: Tensor, settings: Sett
     carry = Carry(*model.start(first[0]), *first, steps=halted.long(), halted=halted)
     losses, began, every = [], time.perf_counter(), max(1, settings.steps // 10)
     for step in range(1, settings.steps + 1):
-        loss, carry = supervise(model, refill(model, carry, *draw()), settings.supervision_steps)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warmup.step()
+        depth, carry = depth_at(settings, step - 1), refill(model, carry, *draw())
+        with counted.step(depth):
+            loss, carry = supervise(model, carry, settings.supervision_steps, depth, stablemax_cross_entropy)
+            loss.backward()
+        assert embedding.grad is not None
+        embedding.grad = embedding.grad.to_sparse(sparse_dim=1)  # its rows are those of the batch: one kind
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for one, warmup in zip(both, warmups, strict=True):
+            one.step()
+            one.zero_grad()
+            warmup.step()
+        average.update_parameters(model)
         losses.append(loss.detach())
         if step % every == 0:
             recent, seconds = torch.stack(losses[-every:]).mean(), time.perf_counter() - began
-            print(f"step {step}/{settings.steps}  loss {recent:.3f}  {seconds:.0f} s", flush=True)
-    return [float(loss) for loss in losses]
+            at = "x".join(map(str, depth))
+            print(f"step {step}/{settings.steps}  {at}  loss {recent:.3f}  {seconds:.0f} s", flush=True)
+    return Trained([float(loss) for loss in losses], average.module, counted.operations)
+
+
+def _optimizers(
+    embedding: nn.Parameter, others: list[nn.Parameter], settings: Settings
+) -> list[torch.optim.Optimizer]:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return [
+        SparseSignSGD([embedding], lr=_EMBEDDING_RATE * rate, weight_decay=decay),
+        AdamATan2(others, lr=rate, betas=(0.9, 0.95), weight_decay=decay),
+    ]
+
+
+class Counted:
+    """Floating-point operations of the products in all steps: a depth is counted once, then known."""
+
+    def __init__(self) -> None:
+        self.operations = 0
+        self._of_depth: dict[Depth, int] = {}
+
+    @contextmanager
+    def step(self, depth: Depth) -> Iterator[None]:
+        if depth in self._of_depth:
+            yield
+        else:
+            with FlopCounterMode(display=False) as counter:
+                yield
+            self._of_depth[depth] = counter.get_total_flops()
+        self.operations += self._of_depth[depth]
+
+
+def depth_at(settings: Settings, step: int) -> Depth:
+    """n and T of training step `step`, from 0. Errors: ValueError for a curriculum that cannot be."""
+    last, text = Depth(settings.n, settings.cycles), settings.recursion_curriculum
+    if text is None:
+        return last
+    curriculum = RecursionCurriculum.from_text(text, last)
+    if curriculum.steps > settings.steps:
+        raise ValueError(
+            f"expected a curriculum within {settings.steps} steps (--steps), got {curriculum.steps}."
+        )
+    return curriculum.at(step)
 
 
 @torch.no_grad()
@@ -247,9 +333,10 @@ def load(model: PuzzleModel, file: Path) -> None:
 # Command line
 
 
-def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | None) -> list[float]:
-    """Test, train, test again, save; returns the losses. Without steps it tests a checkpoint."""
+def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | None) -> None:
+    """Test, train, test the average of the weights, save it. Without steps it tests a checkpoint."""
     began = time.perf_counter()
+    depth_at(settings, 0)  # what is wrong with a curriculum is said before puzzles are made
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = PuzzleModel(settings)
@@ -264,12 +351,12 @@ def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | No
     to_train_on, held_out = ((a.to(device), b.to(device)) for a, b in (to_train_on, held_out))
     before, *_ = evaluate(model, *held_out, supervision_steps=1)
     print(f"step 0: {before[0]:.1%} of the held-out grids are right", flush=True)
-    losses = train(model, *to_train_on, settings)
-    show(evaluate(model, *held_out, supervision_steps=max(SHOWN)))
+    trained = train(model, *to_train_on, settings)
+    show(evaluate(trained.average, *held_out, supervision_steps=max(SHOWN)))
     if saved is not None:
-        save(model, saved)
-    print(f"\n{time.perf_counter() - began:.0f} s, {time.process_time():.0f} s of CPU time")
-    return losses
+        save(trained.average, saved)
+    print(f"\n{trained.operations / 1e9:,.0f} billion operations of products in training")
+    print(f"{time.perf_counter() - began:.0f} s, {time.process_time():.0f} s of CPU time")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -283,6 +370,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"--{name.replace('_', '-')}", type=int, metavar="NUMBER", help=f"default {defaults}"
         )
     parser.add_argument("--mlp-t", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--recursion-curriculum",
+        metavar="FIRST:STEPS",
+        help="begin at n FIRST, or at n and T FIRSTxT, and have all after STEPS steps; default all at once",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, metavar="FILE.safetensors", help="write the weights there")
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trm_kernels.runtime.backend import backend  # now: its module has the same name
 
 if TYPE_CHECKING:
+    from trm_kernels.modules.curriculum import Depth, RecursionCurriculum
     from trm_kernels.modules.reference_trm import patch_reference_trm
     from trm_kernels.modules.trm import TRM
     from trm_kernels.ops.add_rms_norm import add_rms_norm
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from trm_kernels.recursion.recursion import trm_recursion
 
 _WHERE = {
+    "Depth": "trm_kernels.modules.curriculum",
     "Halting": "trm_kernels.recursion.adaptive",
+    "RecursionCurriculum": "trm_kernels.modules.curriculum",
     "TRM": "trm_kernels.modules.trm",
     "adaptive_recursion": "trm_kernels.recursion.adaptive",
     "add_rms_norm": "trm_kernels.ops.add_rms_norm",
@@ -49,7 +52,9 @@ _WHERE = {
 
 __all__ = [
     "TRM",
+    "Depth",
     "Halting",
+    "RecursionCurriculum",
     "adaptive_recursion",
     "add_rms_norm",
     "backend",

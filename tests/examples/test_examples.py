@@ -104,11 +104,52 @@ def small(puzzle="4x4", **changes):
 def test_a_few_steps_reduce_the_loss(puzzle, mlp_t):
     steps = 40 if puzzle == "4x4" else 12
     settings = small(puzzle, mlp_t=mlp_t, steps=steps, learning_rate=5e-2, n=1, cycles=2, prefix=2)
+    settings = replace(settings, recursion_curriculum=None, warmup_steps=1, weight_decay=0.1)
     model = example.PuzzleModel(settings)
-    losses = example.train(model, *puzzles_of.sudoku(64, settings.box, settings.givens, 0), settings)
+    trained = example.train(model, *puzzles_of.sudoku(64, settings.box, settings.givens, 0), settings)
+    losses = trained.losses
     assert len(losses) == steps
     assert sum(losses[-3:]) / 3 < 0.95 * sum(losses[:3]) / 3
-    assert model.puzzle_emb["weights"].grad.abs().sum() > 0
+    assert model.puzzle_emb["weights"].abs().sum() > 0
+    assert not torch.equal(trained.average.lm_head.weight, model.lm_head.weight)
+
+
+def test_without_a_curriculum_nothing_changes_and_with_one_fewer_operations_do():
+    def trained(curriculum):
+        settings = small(steps=6, recursion_curriculum=curriculum)
+        model = example.PuzzleModel(settings)
+        torch.manual_seed(1)
+        done = example.train(model, *puzzles_of.sudoku(64, settings.box, settings.givens, 0), settings)
+        return done, list(model.parameters())
+
+    (full, weights), (again, same) = trained(None), trained(None)
+    assert full.losses == again.losses and all(map(torch.equal, weights, same))
+    shallow, others = trained("1x1:4")
+    assert not all(map(torch.equal, weights, others))
+    # one cycle of one step is 2 evaluations of f forward and 2 backward, two of two are 6 and 3
+    counts = []
+    for depth in (1, 2):
+        one = small(n=depth, cycles=depth, recursion_curriculum=None, steps=1)
+        data = puzzles_of.sudoku(64, one.box, one.givens, 0)
+        counts.append(example.train(example.PuzzleModel(one), *data, one).operations)
+    low, high = counts
+    assert shallow.operations == 4 * low + 2 * high and full.operations == 6 * high
+    assert low < 0.6 * high
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2", "expected FIRST:STEPS"),
+        ("2x2:5", "it would have no effect"),
+        ("3:5", "at most 2x2, got 3x2"),
+        ("1:301", "within 300 steps"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_is_an_error(text, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        example.main(["--recursion-curriculum", text])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_rows_halt_and_make_way_for_new_puzzles():

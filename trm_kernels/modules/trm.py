@@ -253,6 +253,7 @@ class TRM(nn.Module):
         key_mask: Tensor | None = None,
         update_cache: EvaluationCache | None = None,
         num_recursion_steps: int | None = None,
+        num_cycles: int | None = None,
         angles: Angles | None = None,
         halting: Halting | None = None,
         is_token: Tensor | None = None,
@@ -278,6 +279,7 @@ class TRM(nn.Module):
             key_mask: [B, S] bool, False for keys that no query attends to.
             update_cache: Keeps keys and values, see recursion/inputs.py.
             num_recursion_steps: n for this call; None takes the spec's.
+            num_cycles: T for this call; None takes the spec's. At most so many are differentiated.
             angles: rope_angles of the positions, for a caller with more than one call.
             halting: When a token stops before n, see recursion/adaptive.py; None: never.
             is_token: [B, T] bool, False for padding, for which no token waits; with halting.
@@ -296,7 +298,7 @@ class TRM(nn.Module):
             ValueError: For an x of other sizes, or with halting for a regime of one launch.
             RuntimeError: With halting for a call with gradient or under torch.compile.
         """
-        spec = self._spec_of(spec, num_recursion_steps)
+        spec = self._spec_of(spec, num_recursion_steps, num_cycles)
         inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
         if halting is not None and attend is not None:
             raise ValueError("TRM: expected attend without halting, got both.")
@@ -310,9 +312,12 @@ class TRM(nn.Module):
             report_steps(adapted.steps, adapted.evaluations)
         return adapted.y, adapted.z
 
-    def _spec_of(self, spec: RecursionSpec | None, num_recursion_steps: int | None) -> RecursionSpec:
+    def _spec_of(
+        self, spec: RecursionSpec | None, num_recursion_steps: int | None, num_cycles: int | None
+    ) -> RecursionSpec:
         """The spec of a call; heads and causal are the module's."""
         spec = self.spec if spec is None else spec
+        spec = spec if num_cycles is None else spec.of_cycles(num_cycles)
         n = spec.num_recursion_steps if num_recursion_steps is None else num_recursion_steps
         H, G = self.num_heads, self.num_key_value_heads
         return replace(spec, num_heads=H, num_key_value_heads=G, causal=self.causal, num_recursion_steps=n)
@@ -324,6 +329,7 @@ class TRM(nn.Module):
         z: Tensor | None = None,
         *,
         num_recursion_steps: int | None = None,
+        num_cycles: int | None = None,
         spec: RecursionSpec | None = None,
         **inputs: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -337,13 +343,14 @@ class TRM(nn.Module):
             y: [B, T, D], as in a call.
             z: [B, T, D], as in a call.
             num_recursion_steps: n for this call; None takes the spec's.
+            num_cycles: T for this call; None takes the spec's. At most so many are differentiated.
             spec: Of this call; None takes the module's attributes.
             inputs: Of a call, those that attention reads, but for update_cache.
 
         Yields:
             (y, z) after each differentiated cycle.
         """
-        spec, given = self._spec_of(spec, num_recursion_steps), AttentionInputs(**inputs)
+        spec, given = self._spec_of(spec, num_recursion_steps, num_cycles), AttentionInputs(**inputs)
         passing = spec.differentiated_cycles
         if spec.cache == "last" and passing > 1:
             raise ValueError(

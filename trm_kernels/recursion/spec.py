@@ -5,7 +5,7 @@ is. Custom ops take its fields one by one (runtime/launch.py); nobody else unpac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,11 @@ class RecursionSpec:
     def differentiated_fs(self) -> int:
         """How many evaluations of f are differentiated."""
         return self.differentiated_cycles * (self.num_recursion_steps + 1)
+
+    def of_cycles(self, num_cycles: int) -> "RecursionSpec":
+        """The same with another T; where more of its cycles were to be differentiated, all are."""
+        grad_cycles = None if self.grad_cycles is None else min(self.grad_cycles, num_cycles)
+        return replace(self, num_cycles=num_cycles, grad_cycles=grad_cycles)
 
     @property
     def policy(self) -> SavePolicy:
