@@ -3,6 +3,7 @@
 import argparse
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ from hybrid.model.hybrid_model import HybridModel
 from hybrid.options import given
 from hybrid.saving.loading import load_config, load_model, load_on_first
 from hybrid.training.batches import LengthCurriculum
+from hybrid.training.depth import check_curriculum
 from hybrid.training.loop import TrainResult, train
 from hybrid.training.phases import PHASES, Phase, enter
 from hybrid.training.processes import seed_everything, this_process
 from hybrid.training.run_folder import held
 from hybrid.training.settings import TrainSettings
+from trm_kernels.modules.curriculum import Depth, RecursionCurriculum
 from trm_kernels.runtime.backend import describe
 
 _HELD_OUT_BLOCKS = 64
@@ -49,6 +52,11 @@ def _run_in_folder(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments, phase)
     start = load_config(arguments.base, arguments.trust_remote_code)
     config, _ = block(start, arguments)
+    if arguments.recursion_curriculum is not None:
+        last = Depth(config.num_recursion_steps, config.num_cycles)
+        curriculum = RecursionCurriculum.from_text(arguments.recursion_curriculum, last)
+        check_curriculum(curriculum, config)
+        settings = replace(settings, recursion_curriculum=curriculum)
     tokenizer = tokenizer_of(arguments.base, arguments)
 
     processes = this_process()
@@ -83,6 +91,7 @@ def _settings(arguments: argparse.Namespace, phase: Phase) -> TrainSettings:
             raise ValueError("expected --quantize-base or --shard, got both: a quantized base is not split.")
     values = given(arguments, TrainSettings)
     values |= {name: tuple(values[name]) for name in ("betas", "report_to")}
+    values["recursion_curriculum"] = None  # it takes the block's n and T, which are read later
     if arguments.learning_rate is None:
         values["learning_rate"] = phase.learning_rate
     if arguments.length_curriculum is not None:

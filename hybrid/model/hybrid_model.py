@@ -60,6 +60,7 @@ from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, load_hybrid, save_hybrid
 from hybrid.serving.paged_keys import PagedKeys
 from trm_kernels import TRM
+from trm_kernels.modules.curriculum import Depth
 from trm_kernels.modules.trm import Matrix
 
 _CONFIGS = frozenset(trm_fields())
@@ -139,6 +140,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         self.injection_enabled = True  # for good; disable_injection() is for a moment
         self._blocks = 0  # of disable_injection() that are open
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
+        self.training_depth: Depth | None = None  # of training forwards; not saved, see training/depth.py
         self.num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
         self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self.draws = 0  # forwards that drew a number of recursion steps; trainer_callback.py keeps it

@@ -51,8 +51,7 @@ def settle(
         if past_key_values is not None:
             leave_to_base(past_key_values, hybrid.num_base_layers)
     else:
-        n = recursion_steps(hybrid, num_recursion_steps, past_key_values)
-        spec = replace(hybrid.config.recursion_spec, num_recursion_steps=n)
+        spec = _spec(hybrid, num_recursion_steps, past_key_values)
         if past_key_values is not None:
             spec = replace(spec, save="all")  # computed again, keys would be appended again
         if past_key_values is not None and not isinstance(past_key_values, PagedKeys):
@@ -95,6 +94,14 @@ def rule_of(
             "by themselves are for inference. recursion_sampling='uniform' trains for any n."
         )
     return rule
+
+
+def _spec(hybrid: "HybridModel", num_recursion_steps: int | None, cache: Cache | None) -> RecursionSpec:
+    """How the recursions of this forward run."""
+    spec, depth = hybrid.config.recursion_spec, hybrid.training_depth
+    if depth is not None and hybrid.training and num_recursion_steps is None:
+        return replace(spec.of_cycles(depth.num_cycles), num_recursion_steps=depth.num_recursion_steps)
+    return replace(spec, num_recursion_steps=recursion_steps(hybrid, num_recursion_steps, cache))
 
 
 def recursion_steps(hybrid: "HybridModel", requested: int | None, cache: Cache | None) -> int:

@@ -31,6 +31,7 @@ from hybrid.training.accelerator import accelerator_of
 from hybrid.training.batches import Batch, Share, batches, shares_of
 from hybrid.training.checkpoint_tensors import trained_parameters
 from hybrid.training.checkpoints import Progress
+from hybrid.training.depth import check_model, full_depth_afterwards
 from hybrid.training.description import describe
 from hybrid.training.evaluate import check_separate, text_loss_of_all
 from hybrid.training.hidden_states import caches_of
@@ -101,7 +102,7 @@ def train(
         checkpoint = run.open(resume)
         if settings.report_to:
             trackers.start(run.accelerator, asdict(settings))
-        with run.display, StopSignals(this_process()) as signals:
+        with run.display, StopSignals(this_process()) as signals, full_depth_afterwards(model):
             result = run.go(checkpoint, on_step, signals)
         for tracker in run.accelerator.trackers:
             tracker.finish()
@@ -155,6 +156,7 @@ class _Training:
         self.data_share, self.keep_share = shares_of(self.share, settings.keep_ratio, settings.shard)
         if not isinstance(model, HybridModel) and settings.keep_target == "base":
             raise ValueError(f"train: keep_target='base' expected a HybridModel, got {type(model).__name__}.")
+        check_model(settings.recursion_curriculum, model)
         self.ended_by = 0  # a signal
 
     def open(self, resume: bool) -> Path | None:

@@ -74,6 +74,8 @@ class OneStep:
         steps = {}
         if self.hybrid is not None and self.hybrid.config.recursion_sampling == "uniform":
             steps["num_recursion_steps"] = self.hybrid.draw_recursion_steps(index)
+        if self.hybrid is not None and settings.recursion_curriculum is not None:
+            self.hybrid.training_depth = settings.recursion_curriculum.at(index)
         set_rate(self.optimizer, settings.rate_at(index))
 
         given = [

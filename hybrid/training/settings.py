@@ -11,8 +11,9 @@ from hybrid.options import option
 
 if TYPE_CHECKING:
     from hybrid.training.batches import LengthCurriculum
+    from trm_kernels.modules.curriculum import RecursionCurriculum
 else:
-    LengthCurriculum = Any
+    LengthCurriculum = RecursionCurriculum = Any
 
 CACHE_DTYPES = ("float32", "bfloat16")
 KEEP_TARGETS = ("labels", "base")
@@ -36,6 +37,7 @@ class TrainSettings:
     """How to train. Counts of steps are optimizer steps. Each field that has help is an option of `train`.
 
     length_curriculum     short items first, see batches.py; None: all items whole in all steps
+    recursion_curriculum  a shallow recursion first, see depth.py; None: the config's n and T in all steps
     cache_hidden_states   see hidden_states.py
 
     Errors: ValueError, with what was expected and what came.
@@ -77,6 +79,14 @@ class TrainSettings:
         shown="none",
         metavar="FIRST:STEPS",
         type=first_and_steps,
+    )
+    recursion_curriculum: "RecursionCurriculum | None" = option(
+        None,
+        "shallow first: the recursion has FIRST steps in the first training step, or FIRST steps and CYCLES "
+        "cycles, ever more within STEPS training steps, then all that the block has",
+        shown="none",
+        metavar="FIRST[xCYCLES]:STEPS",
+        type=str,
     )
     stochastic_rounding: bool = option(
         False, "keep what trains in phase 2 in bfloat16; small steps count on average (torchao)"
@@ -147,6 +157,11 @@ class TrainSettings:
             raise ValueError(
                 f"TrainSettings: expected a length_curriculum within {self.steps} steps (steps), "
                 f"got {self.length_curriculum.steps}."
+            )
+        if self.recursion_curriculum is not None and self.recursion_curriculum.steps > self.steps:
+            raise ValueError(
+                f"TrainSettings: expected a recursion_curriculum within {self.steps} steps (steps), "
+                f"got {self.recursion_curriculum.steps}."
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainSettings: expected seed in 0..2^32-1, got {self.seed!r}.")

@@ -11,6 +11,8 @@ from transformers import trainer
 from transformers.trainer_callback import TrainerCallback
 
 from hybrid.model.hybrid_model import HybridModel
+from hybrid.training.depth import check_curriculum
+from trm_kernels.modules.curriculum import RecursionCurriculum
 
 
 class KeepDraws(TrainerCallback):
@@ -33,6 +35,37 @@ class KeepDraws(TrainerCallback):
         if self._hybrid is not None and self._hybrid.draws:
             attributes = {"draws": self._hybrid.draws}
             state.stateful_callbacks[type(self).__name__] = {"args": {}, "attributes": attributes}
+
+
+class DeepenRecursion(TrainerCallback):
+    """A recursion that begins shallow: `Trainer(..., callbacks=[DeepenRecursion(curriculum)])`.
+
+    The depth is a function of `state.global_step`, so a resumed training goes on at the depth where it was.
+
+    Errors: ValueError at the beginning of the training, for a model without a hybrid inside, and as
+    check_curriculum says.
+    """
+
+    def __init__(self, curriculum: RecursionCurriculum) -> None:
+        self.curriculum = curriculum
+        self._hybrid: HybridModel | None = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        parts = () if model is None else model.modules()
+        self._hybrid = next((part for part in parts if isinstance(part, HybridModel)), None)
+        if self._hybrid is None:
+            raise ValueError(f"DeepenRecursion: expected a HybridModel inside, got {type(model).__name__}.")
+        check_curriculum(self.curriculum, self._hybrid.config)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._hybrid is not None
+        self._hybrid.training_depth = self.curriculum.at(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._hybrid is not None
+        self._hybrid.training_depth = None
 
 
 def add_to_every_trainer() -> None:

@@ -672,10 +672,30 @@ def test_a_text_longer_than_the_base_can_read(base, texts, tmp_path, capsys):
             ["--length-curriculum", "17:3"],
             "expected a first length in 2..16 tokens and at least 1 step, got 17",
         ),
+        (["--recursion-curriculum", "1"], "expected FIRST:STEPS, such as 2:500 (n)"),
+        (["--recursion-curriculum", "9:3"], "expected a first n and T of at most"),
+        (
+            ["--recursion-curriculum", "1:2"],
+            "a recursion_curriculum or recursion_sampling='uniform', got both",
+        ),
+        (
+            ["--recursion-curriculum", "1:7", "--recursion-sampling", "fixed"],
+            "expected a recursion_curriculum within 6 steps (steps), got 7",
+        ),
     ],
 )
 def test_a_training_that_cannot_be(words, message, base, texts, tmp_path, capsys):
     assert message in refused(capsys, *train_command(base, texts, tmp_path / "run", *words))
+
+
+def test_a_recursion_begins_shallow(base, texts, tmp_path):
+    more = ["--recursion-curriculum", "1x1:4", "--recursion-sampling", "fixed", "--num-cycles", "2"]
+    with record_steps() as record:
+        assert main(train_command(base, texts, tmp_path / "run", *more)) == 0
+    seen = [int(one.evaluations[0, 0]) for one in record.forwards]
+    # T (n + 1) at (1, 1), (1, 1), (2, 1), (2, 1), (3, 2), (3, 2); before and after, held-out texts at (3, 2)
+    steps = [2, 2, 3, 3, 8, 8]
+    assert any(seen[i : i + 6] == steps for i in range(len(seen))) and seen[0] == seen[-1] == 8
 
 
 def test_triton_where_it_cannot_run(trained, base, texts, tmp_path, monkeypatch, capsys):
