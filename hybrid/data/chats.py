@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.data.formats import check_unicode
+from hybrid.error_text import first_line
 
 # ShareGPT's names of who speaks, as templates know them
 _ROLES = {
@@ -200,8 +201,8 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _refused(error: Exception) -> ValueError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({reason}).")
+    why = first_line(error)
+    return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({why}).")
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:

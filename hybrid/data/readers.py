@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hybrid.data.formats import BOM, Format, check_text, open_bytes
+from hybrid.error_text import first_line
 
 _PIECE = 2**20  # bytes of a text file
 _ROWS = 256  # of a data set between two places that it keeps itself
@@ -143,7 +144,7 @@ def read_data_set(source: Path | str, start: list[Any] | None) -> Iterator[Read]
             break
         except Exception as error:  # of datasets, pyarrow, fsspec, ...: whatever is damaged
             raise ValueError(
-                f"data: {where}: expected a row that can be read, got: {_reason(error)}"
+                f"data: {where}: expected a row that can be read, got: {first_line(error)}"
             ) from error
         yield Read(row, [state, number, passed], where)
         passed += 1
@@ -179,11 +180,11 @@ def _data_set(source: Path | str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(source, Path):
             raise ValueError(
-                f"data: expected a whole parquet file in {source}, got: {_reason(error)}"
+                f"data: expected a whole parquet file in {source}, got: {first_line(error)}"
             ) from error
         raise ValueError(
             f"data: expected a file or a data set, got {source}, which is no file here and cannot be loaded "
-            f"as a data set ({_reason(error)})."
+            f"as a data set ({first_line(error)})."
         ) from error
 
 
@@ -324,7 +325,3 @@ def _no_json(where: str, error: ValueError) -> ValueError:
 
 def _empty(path: Path) -> ValueError:
     return ValueError(f"data: expected text in {path}, got an empty file.")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

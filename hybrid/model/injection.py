@@ -24,6 +24,7 @@ from hybrid.config_values import count_parameters
 from hybrid.model.cache import InjectionCache, keeps_steps
 from hybrid.model.call_in_progress import CallInProgress
 from hybrid.model.masks import Visible
+from hybrid.model.trm_names import INJECTION_NAMES
 from hybrid.serving.paged_keys import PagedInjectionKeys, PagedKeys
 from trm_kernels import TRM, injection_blend, injection_in
 from trm_kernels.modules.trm import Matrix
@@ -290,7 +291,7 @@ def detach(model: PreTrainedModel) -> None:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-        for name in ("trm", "trm_before"):
+        for name in INJECTION_NAMES:
             if name in layer._modules:
                 delattr(layer, name)
 

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hybrid.model.injection import Injection
+from hybrid.model.trm_names import is_injection_name, is_trm_key
 
 _ADVICE = "a TRM's matrices go to its kernels and cannot be adapted; modules_to_save=['trm'] trains it whole"
 
@@ -111,7 +112,7 @@ def _check_modules(config: Any, of_base: list[str], of_trms: set[str], matches: 
     if isinstance(targets, str):
         if targets.lower() == "all-linear" or not any(matches(config, name) for name in of_trms):
             return
-        if "trm" in targets.lower() or not any(matches(config, name) for name in of_base):
+        if is_trm_key(targets) or not any(matches(config, name) for name in of_base):
             raise _error("target_modules", repr(targets), _ADVICE)
         return
     for target in targets or ():
@@ -121,7 +122,7 @@ def _check_modules(config: Any, of_base: list[str], of_trms: set[str], matches: 
 
 def _check_modules_to_save(config: Any, of_trms: set[str]) -> None:
     for target in getattr(config, "modules_to_save", None) or ():
-        if parts := [name for name in of_trms if name.endswith(target) and not _is_whole(name)]:
+        if parts := [name for name in of_trms if name.endswith(target) and not is_injection_name(name)]:
             advice = "a TRM is trained as a whole, and PEFT goes by the ends of names: give longer ones"
             raise _error("modules_to_save", f"{target!r}, which is also {min(parts)}", advice)
 
@@ -145,10 +146,6 @@ def _parameters_of_base(targets: Iterable[str], model: nn.Module, of_trms: set[s
 def _named(target: str, names: Iterable[str]) -> list[str]:
     """The names that PEFT takes `target` to mean."""
     return [name for name in names if name == target or name.endswith(f".{target}")]
-
-
-def _is_whole(name: str) -> bool:
-    return name.rpartition(".")[2] in ("trm", "trm_before")
 
 
 def _error(field: str, got: str, advice: str) -> ValueError:

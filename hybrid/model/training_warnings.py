@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.model.injection import Injection
+from hybrid.model.trm_names import is_injection_name
 
 
 class TrainingWarnings:
@@ -57,8 +58,7 @@ def _trm_left_out(model: nn.Module, inputs: Tensor) -> str | None:
 def _points(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What stands at each injection point, and its name: a TRM, or PEFT's wrapper of it and its copies."""
     for name, module in model.named_modules():
-        is_point = name.rpartition(".")[2] in ("trm", "trm_before")
-        if is_point and any(isinstance(part, Injection) for part in module.modules()):
+        if is_injection_name(name) and any(isinstance(part, Injection) for part in module.modules()):
             yield name, module
 
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hybrid.config import HybridConfig
+from hybrid.error_text import first_line
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.quantized_base import quantization_config
 from hybrid.saving.local_paths import check_folder, is_in_a_folder_here
@@ -116,9 +117,8 @@ def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(place, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"expected {what} at {name_or_path}, got none that can be loaded: {reason}"
+            f"expected {what} at {name_or_path}, got none that can be loaded: {first_line(error)}"
         ) from error
 
 
