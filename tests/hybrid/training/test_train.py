@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from hybrid.training import checkpoint_tensors
 from hybrid.training import checkpoints as run_state
 from hybrid.training.evaluate import text_loss
 from hybrid.training.loop import train
@@ -258,7 +259,7 @@ def test_a_full_disk_ends_a_run_that_can_be_resumed(tmp_path, monkeypatch):
             raise SafetensorError("I/O error: No space left on device")
         save_file(tensors, file)
 
-    monkeypatch.setattr(run_state, "save_file", full)
+    monkeypatch.setattr(checkpoint_tensors, "save_file", full)
     says = r"checkpoint of step 20 .* No space left .* from \S+/checkpoint-000010"
     with pytest.raises(ValueError, match=says):
         train(phase_1(), Counting(), settings_for(tmp_path))

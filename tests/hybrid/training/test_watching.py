@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from hybrid.training import checkpoints as run_state
-from hybrid.training import curve, loop, run_folder
+from hybrid.training import curve, run_folder, window
 from hybrid.training.loop import train
 from tests.hybrid.training.test_train import Stopped, phase_1, settings_for, stop_after
 from tests.support.tiny_text import Counting
@@ -17,7 +17,7 @@ IN_A_STEP = 36  # tokens: three rows of 12
 def clock(monkeypatch):
     """Time that passes in forwards and saves alone: 2 s a step, 50 s a held-out batch, 300 s a save."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(window, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     save = run_state.save
 
     def slow_save(*arguments):
