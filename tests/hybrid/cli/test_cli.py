@@ -216,13 +216,14 @@ def test_every_field_is_an_option_of_its_own_name_and_type():
         "trm_regime": "per_op",
         "trm_quantize": "int8",
         "trm_input_norm": False,
-        "trm_cache": "last",
+        "trm_cache": "all",
         "lora_rank": 4,
     }
     assert fields.keys() == set(trm_fields())
     config = config_of(parse(["info", *options(fields)]), base)
     assert {name: getattr(config, name) for name in fields} == fields
     assert config_of(parse(["info", "--grad-cycles", "none"]), base).grad_cycles is None
+    assert config_of(parse(["info", "--trm-cache", "last"]), base).trm_cache == "last"
     preset = config_of(parse(["info", "--preset", "tiny", "--num-recursion-steps", "2"]), base)
     assert preset.to_dict() == PresetConfigs.tiny().to_dict() | {"num_recursion_steps": 2}
 

@@ -73,6 +73,24 @@ def test_beams_and_a_cache_that_is_cropped():
 
 
 @pytest.mark.kernels
+@torch.no_grad()
+def test_tokens_that_read_last_keys(launches):
+    """The prompt goes token after token; then a launch's steps write over each other's keys."""
+    ids = padded()[0]
+    hybrid = tiny_hybrid(trm_cache="last", **SMALL).to(DEVICE)
+    with backend("reference"):
+        want = hybrid(ids).logits
+        cache = hybrid(ids[:, :2]).past_key_values
+    hybrid.config.trm_regime = "one_launch"
+    with backend("triton"):
+        told = [hybrid(token, past_key_values=cache).logits for token in ids[:, 2:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(told, 1), want[:, 2:], rtol=2e-3, atol=2e-3)
+    assert len(launches) == 2 * 2
+    with backend("triton"), pytest.raises(RuntimeError, match="one token at a time"):
+        hybrid(ids)
+
+
+@pytest.mark.kernels
 def test_weights_in_8_bits_tell_what_the_same_weights_widened_tell():
     ids = tokens(2, 4).to(DEVICE)
     told = []
