@@ -189,8 +189,6 @@ def _refuse(hybrid: "HybridModel", halting: Any) -> None:
             f"no halting, got {halting}: the tokens of many requests are one row, all of the same number of "
             "steps. generate() halts; halting=False runs all steps"
         )
-    elif hybrid.is_injecting and hybrid.config.trm_cache == "last":
-        why = "trm_cache all, got 'last': the tokens of a row would have to go one after the other"
     elif hybrid.is_injecting and regime not in ("auto", "per_op"):
         why = f"trm_regime auto or per_op, got {regime!r}: one launch cannot read keys from pages"
     if why is not None:

@@ -28,6 +28,7 @@ class PagedKeys:
     def __init__(self, arguments: dict[str, Any], base: PreTrainedConfig) -> None:
         self._cache = arguments["cache"]
         self._where = {name: arguments[name] for name in _INDICES}
+        self._ends = arguments.get("cu_seq_lens_q")
         self._first_layer = base.num_hidden_layers
         self._heads, self._width = key_value_size(base)
 
@@ -61,12 +62,36 @@ class PagedKeys:
         )
         return all_keys, all_values
 
+    def rounds(self, tokens: int, device: torch.device) -> list[Tensor]:
+        """The first tokens of all sequences in the row, then the second ones, and so on; their places [N]."""
+        assert self._ends is not None
+        ends, places = self._ends.to(device).long(), torch.arange(tokens, device=device)
+        starts = ends[torch.searchsorted(ends[1:].contiguous(), places, right=True)]
+        number = places - starts  # of the token in its sequence
+        return [(number == i).nonzero()[:, 0] for i in range(int(number.max()) + 1)]
+
 
 class PagedInjectionKeys:
     """The keys and values of one injection point, in the form that trm_recursion takes."""
 
     def __init__(self, keys: PagedKeys, first_evaluation: int) -> None:
         self._keys, self._first = keys, first_evaluation
+        self._row: dict[int, tuple[Tensor, Tensor]] = {}  # of a slab, keys and values of the whole row
+        self._tokens = 0
+
+    def rounds(self, tokens: int, device: torch.device) -> list[Tensor]:
+        """Which tokens of the row go together where each reads what those before it ended with."""
+        self._tokens = tokens
+        return self._keys.rounds(tokens, device)
+
+    def write(self, slab: int, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write those of some tokens of the row over what is kept of them; all there are, [1, G, S, K]."""
+        if slab not in self._row:
+            size = (*keys.shape[:2], self._tokens, keys.shape[3])
+            self._row[slab] = keys.new_zeros(size), values.new_zeros(size)
+        for kept, new in zip(self._row[slab], (keys, values), strict=True):
+            kept[:, :, tokens] = new
+        return self._keys.update(self._first + slab, *self._row[slab])
 
     def __call__(self, evaluation: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self._keys.update(self._first + evaluation, keys, values)

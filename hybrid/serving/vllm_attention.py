@@ -4,7 +4,9 @@ Only vllm_model.py imports this file: it needs vLLM.
 """
 
 import copy
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -13,6 +15,50 @@ from vllm.model_executor.layers.attention import Attention
 from trm_kernels.ops.attention.rope import Angles, rope
 
 _WIDEST, _STEP = 512, 32  # head widths that are tried where a backend lacks the TRM's own
+
+
+class TokenRow(NamedTuple):
+    """What is known of the tokens of a forward, which are those of all sequences, one after the other."""
+
+    positions: Tensor  # [T]
+    angles: Angles  # RoPE's, [1, T, K/2]
+
+
+class RowAttention:
+    """The attention of an injection point in one forward, as trm_recursion takes it.
+
+    paged   of each evaluation of a layer; with trm_cache "last" of each layer
+    """
+
+    def __init__(self, paged: nn.ModuleList, row: TokenRow) -> None:
+        self.paged, self.row = paged, row
+        self._qkv: dict[int, Tensor] = {}  # of a layer, [1, T, (H + 2G) K] of all tokens
+
+    def __call__(self, evaluation: int, qkv: Tensor) -> Tensor:
+        attended: Tensor = self.paged[evaluation](qkv, self.row.angles)
+        return attended
+
+    def rounds(self, tokens: int, device: torch.device) -> list[Tensor]:
+        """The first tokens of all sequences in the row, then the second ones, and so on; their places [N].
+
+        Where positions go on by one, a sequence is taken to go on. Two that happen to follow each other so
+        are taken for one: their tokens come in more rounds then, and still each after those before it.
+        """
+        places = torch.arange(tokens, device=device)
+        begins = torch.ones(tokens, dtype=torch.bool, device=device)
+        begins[1:] = self.row.positions.diff() != 1
+        number = places - torch.where(begins, places, 0).cummax(0).values
+        return [(number == i).nonzero()[:, 0] for i in range(int(number.max()) + 1)]
+
+    def of_tokens(self, layer: int, tokens: Tensor, qkv: Tensor) -> Tensor:
+        """Attention of some tokens, [1, N, H K]; vLLM writes and attends for the whole row again.
+
+        What it writes of later tokens, zeros, is seen by no token before them, and is written over.
+        """
+        if layer not in self._qkv:
+            self._qkv[layer] = qkv.new_zeros(1, len(self.row.positions), qkv.shape[2])
+        self._qkv[layer][:, tokens] = qkv
+        return self(layer, self._qkv[layer])[:, tokens]
 
 
 class PagedAttention(nn.Module):

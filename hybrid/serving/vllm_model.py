@@ -11,7 +11,7 @@ PyTorch. Which it is stands in the log.
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from hybrid.config import HybridConfig
 from hybrid.model.injection import Injection, decoder_layers, trm_evaluations
-from hybrid.serving.vllm_attention import PagedAttention
-from trm_kernels.ops.attention.rope import Angles, rope_angles
+from hybrid.serving.vllm_attention import PagedAttention, RowAttention, TokenRow
+from trm_kernels.ops.attention.rope import rope_angles
 from trm_kernels.recursion.weights import InjectionWeights
 from trm_kernels.runtime.backend import runs_triton
 
@@ -50,7 +50,7 @@ class PagedInjection(Injection):
             for i in range(trm_evaluations(config, self.spec, None))
         )
 
-    def forward(self, h: Tensor, angles: Angles) -> Tensor:  # type: ignore[override]
+    def forward(self, h: Tensor, row: TokenRow) -> Tensor:  # type: ignore[override]
         """h' [1, T, D]"""
         gate = (self.gate_weight.to(h.dtype), self.gate_bias.to(h.dtype)) if self.is_gated else ()
         blended = self.recursion(
@@ -59,14 +59,10 @@ class PagedInjection(Injection):
             strength=self.config.injection_strength,
             spec=self.spec,
             norms_x=self.config.trm_input_norm,
-            attend=partial(self._attend, angles),
+            attend=RowAttention(self.paged, row),
         )
         assert isinstance(blended, Tensor)
         return blended
-
-    def _attend(self, angles: Angles, evaluation: int, qkv: Tensor) -> Tensor:
-        attended: Tensor = self.paged[evaluation](qkv, angles)
-        return attended
 
 
 class HybridForCausalLM(TransformersForCausalLM):
@@ -78,7 +74,7 @@ class HybridForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config: HybridConfig = vllm_config.model_config.hf_config
         _refuse(vllm_config, config)
-        self._angles: Angles | None = None
+        self._row: TokenRow | None = None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if config.base_model_name_or_path is not None:  # else it is in the hybrid's own files
             self.secondary_weights = [
@@ -112,21 +108,21 @@ class HybridForCausalLM(TransformersForCausalLM):
 
     def _after_layer(self, layer: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):
-            return (layer.trm(output[0], self._angles), *output[1:])
-        return layer.trm(output, self._angles)
+            return (layer.trm(output[0], self._row), *output[1:])
+        return layer.trm(output, self._row)
 
     def _before_layer(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:
-            return (layer.trm_before(args[0], self._angles), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": layer.trm_before(kwargs["hidden_states"], self._angles)}
+            return (layer.trm_before(args[0], self._row), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": layer.trm_before(kwargs["hidden_states"], self._row)}
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; positions [T] of the tokens of all sequences."""
         config: HybridConfig = self.config
         width = config.trm_hidden_size // config.trm_num_heads
-        if self._angles is None:
+        if self._row is None:
             _say_what_runs(positions.device, self.model_config.dtype)
-        self._angles = rope_angles(positions[None], width, config.trm_rope_theta)
+        self._row = TokenRow(positions, rope_angles(positions[None], width, config.trm_rope_theta))
         return super().forward(input_ids, positions, *args, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -158,7 +154,6 @@ def _refuse(vllm_config: VllmConfig, config: HybridConfig) -> None:
         "--load-format auto or safetensors": vllm_config.load_config.load_format in ("auto", "safetensors"),
         "a hybrid without lora_rank": config.lora_rank is None,
         "trm_quantize None": config.trm_quantize is None,
-        "trm_cache all: with 'last' tokens go one after the other": config.trm_cache == "all",
         "trm_regime auto or per_op: one launch cannot read pages": config.trm_regime in ("auto", "per_op"),
         "a base in safetensors files, not GGUF": config.base_gguf_file is None,
     }

@@ -52,10 +52,12 @@ _GATED = _TRM | {
     "blending_strategy": "gated",
     "trm_input_norm": True,
 }
+_LAST = _GATED | {"trm_cache": "last"}
 # name -> (the base's config, the hybrid's fields, whether both are in one folder)
 KINDS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "llama": (LlamaConfig(**_SIZES), _TRM, False),
     "gated": (LlamaConfig(**_SIZES), _GATED, True),
+    "last": (LlamaConfig(**_SIZES), _LAST, False),
     "qwen3": (Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True), _TRM, False),
     "mistral": (MistralConfig(**_SIZES, **_WINDOW), _TRM, False),
     "gemma2": (Gemma2Config(**_SIZES, **_WINDOW, query_pre_attn_scalar=32), _TRM, False),

@@ -7,9 +7,13 @@ values of the evaluation at hand. So a cache has one slab a layer, whatever the 
 A token's last keys are known when its recursion is over. Therefore the tokens of a call are computed one
 after the other, in training too: the loop has as many rounds as there are tokens, and gradients flow from
 each token to those before it. Decoding goes token by token anyway, and costs nothing more.
+
+A row of many sequences' tokens, in a server's paged cache, goes in rounds: the first token of each sequence,
+then the second of each. So decoding many sequences is one round.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +37,8 @@ def recursion_in_order(
     of_token: OfToken,
 ) -> tuple[Tensor, Tensor]:
     """y and z [B, T, D] of all tokens; `inputs` are those of all of them, and `of_token` computes one."""
+    if hasattr(inputs.attend or inputs.update_cache, "rounds"):
+        return _in_rounds(x, y, z, num_layers, inputs, of_token)
     T, before = x.shape[1], dict[int, _Keys]()
     ends = []
     for t in range(T):
@@ -41,6 +47,37 @@ def recursion_in_order(
         ends.append(of_token(x_t, y_t, z_t, _of_token(inputs, t, T)._replace(update_cache=keys)))
         before = dict(keys.after)  # a copy: backward may compute this token again (`save`)
     y_end, z_end = (torch.cat(end, dim=1) for end in zip(*ends, strict=True))
+    return y_end, z_end
+
+
+def _in_rounds(
+    x: Tensor, y: Tensor, z: Tensor, num_layers: int, inputs: AttentionInputs, of_tokens: OfToken
+) -> tuple[Tensor, Tensor]:
+    """The same for a row [1, T, D] of many sequences, whose mask says which keys each token may attend to."""
+    server: Any = inputs.attend or inputs.update_cache
+    y_end, z_end = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    for tokens in server.rounds(x.shape[1], x.device):
+
+        def attend(evaluation: int, qkv: Tensor, tokens: Tensor = tokens) -> Tensor:
+            attended: Tensor = server.of_tokens(evaluation % num_layers, tokens, qkv)
+            return attended
+
+        def written_over(evaluation: int, *new: Tensor, tokens: Tensor = tokens) -> _Keys:
+            both: _Keys = server.write(evaluation % num_layers, tokens, *new)
+            return both
+
+        if inputs.attend is not None:
+            given = AttentionInputs(attend=attend)
+        else:
+            angles, mask = inputs.angles, inputs.mask
+            assert mask is not None, "it says of each token which keys are of its sequence"
+            given = inputs._replace(
+                positions=None,
+                angles=None if angles is None else Angles(*(part[:, tokens] for part in angles)),
+                mask=mask[..., tokens, :],
+                update_cache=written_over,
+            )
+        y_end[:, tokens], z_end[:, tokens] = of_tokens(x[:, tokens], y[:, tokens], z[:, tokens], given)
     return y_end, z_end
 
 

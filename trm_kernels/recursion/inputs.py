@@ -22,7 +22,9 @@ class EvaluationCache(Protocol):
     cannot. `written(tokens)` is called after that many were written to them.
 
     One for a recursion with cache "last" has `so_far(slab)`: the keys and values [B, G, S, K] that it keeps
-    of a layer, and None where there are none yet. Such a cache has one slab a layer.
+    of a layer, and None where there are none yet. Such a cache has one slab a layer. One of a row of many
+    sequences has instead `rounds(T, device)`, which tokens of the row [N] go together, round after round, and
+    `write(slab, tokens, keys, values)`, which writes those over what it has of them, and returns all.
     """
 
     def __call__(self, evaluation: int, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,8 @@ class AttentionInputs(NamedTuple):
         key_mask: [B, S] bool, False for keys that no query attends to.
         update_cache: Keeps the keys and values of every evaluation of a layer.
         attend: Does the whole attention of every evaluation, RoPE included, instead of ours: a server's, with
-            its own cache. Nothing else of these inputs is read then.
+            its own cache. Nothing else of these inputs is read then. For cache "last" it has the `rounds` of
+            an EvaluationCache, and `of_tokens(slab, tokens, qkv)` is called in place of itself.
     """
 
     positions: Tensor | None = None

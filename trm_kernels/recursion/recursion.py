@@ -305,12 +305,13 @@ def _check_in_order(weights: Sequence[LayerWeights], spec: RecursionSpec, inputs
             "trm_recursion: cache 'last' expected causal attention, got a recursion in which tokens see "
             "later ones."
         )
-    if inputs.attend is not None:
-        raise ValueError("trm_recursion: cache 'last' expected our own attention, got attend.")
-    if inputs.update_cache is not None and not hasattr(inputs.update_cache, "so_far"):
+    if inputs.attend is not None and not hasattr(inputs.attend, "rounds"):
+        raise ValueError("trm_recursion: cache 'last' expected an attend that has rounds, got none.")
+    cache = inputs.update_cache
+    if cache is not None and not (hasattr(cache, "so_far") or hasattr(cache, "rounds")):
         raise ValueError(
             "trm_recursion: cache 'last' expected an update_cache that tells what it has, so_far(slab), got "
-            f"{type(inputs.update_cache).__name__}."
+            f"{type(cache).__name__}."
         )
 
 

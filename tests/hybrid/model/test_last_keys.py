@@ -89,8 +89,6 @@ def test_what_it_cannot_be_combined_with_is_refused():
     with pytest.raises(ValueError, match="halting expected cache 'all'"):
         hybrid(ids, halting=Halting(0.1), use_cache=False)
     assert hybrid(ids, halting=TokenHalting(), use_cache=False).logits.shape[1] == ids.shape[1]
-    with pytest.raises(ValueError, match="expected trm_cache all, got 'last'"):
-        hybrid.generate_batch(ids.tolist(), max_new_tokens=2)
     with pytest.raises(ValueError, match="expected trm_cache to be one of all, last, got 'first'"):
         tiny_config(trm_cache="first")
     with pytest.raises(ValueError, match="deep_supervision expected trm_cache 'all'"):

@@ -127,8 +127,10 @@ def test_every_family_gives_what_generate_gives(family, attention):
             "trm_num_key_value_heads": 3,
         },  # wider than the base: several of the cache's layers
         {"injection_layers": [0], "trm_quantize": "int8"},
+        {"trm_cache": "last"},  # several chunks, and several sequences in a row
+        {"trm_cache": "last", "trm_hidden_size": 96, "trm_num_key_value_heads": 3},
     ],
-    ids=["cycles", "gated", "wide", "quantized"],
+    ids=["cycles", "gated", "wide", "quantized", "last", "wide last"],
 )
 def test_every_kind_of_trm_gives_what_generate_gives(changes):
     hybrid = wide_hybrid(**changes)
@@ -379,6 +381,14 @@ def test_flash_attention_has_the_mask_that_others_are_given():
     theirs = torch.full((1, 1, 9, 17), torch.finfo(torch.float32).min)
     build_attention_mask(theirs, lengths_q, lengths_k)
     assert torch.equal(theirs == 0, mask_of_lengths(torch.tensor(lengths_q), torch.tensor(lengths_k)))
+
+
+def test_rounds_of_a_row_are_the_first_tokens_of_its_sequences_then_the_second_ones():
+    names = ("cache", "read_index", "write_index", "cu_seq_lens_k", "max_length_k")
+    base = SimpleNamespace(num_hidden_layers=3, num_key_value_heads=2, head_dim=4)
+    paged = PagedKeys({"cu_seq_lens_q": torch.tensor([0, 3, 4, 6]), **dict.fromkeys(names)}, base)
+    found = [tokens.tolist() for tokens in paged.rounds(6, torch.device("cpu"))]
+    assert found == [[0, 3, 4], [1, 5], [2]]
 
 
 def test_keys_wider_than_a_layer_of_the_cache_come_back_as_they_went():

@@ -168,7 +168,6 @@ def test_settings_that_were_not_shown_are_refused(changes, message):
     [
         ({"lora_rank": 4}, "a hybrid without lora_rank"),
         ({"trm_quantize": "int8"}, "trm_quantize None"),
-        ({"trm_cache": "last"}, "trm_cache all: with 'last' tokens go one after the other"),
         ({"trm_regime": "one_launch"}, "trm_regime auto or per_op"),
         ({"base_gguf_file": "base.gguf", "base_model_name_or_path": "a"}, "not GGUF"),
     ],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trm_kernels import TRM, Halting
 from trm_kernels.ops.attention.rope import rope_angles, rope_ref
+from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.recursion.inputs import CacheRoom
 from trm_kernels.runtime.backend import backend, interpreting
 
@@ -158,6 +159,43 @@ def test_a_cache_gives_the_same_and_does_not_grow_with_n(chunks):
     assert trm(cache="all").spec.slabs(L) == trm().evaluations() == 2 * 4 * L
 
 
+class Server:
+    """Attention over a row of two sequences, of 3 and 2 tokens, the whole of it whenever it is asked."""
+
+    def __init__(self) -> None:
+        self.positions = torch.tensor([[0, 1, 2, 0, 1]], device=DEVICE)
+        sequence = torch.tensor([0, 0, 0, 1, 1], device=DEVICE)
+        self.mask = (sequence[:, None] == sequence) & torch.ones(5, 5, device=DEVICE).tril().bool()
+        self.row: dict[int, Tensor] = {}
+        self.asked: list[tuple[int, list[int]]] = []
+
+    def __call__(self, evaluation: int, qkv: Tensor) -> Tensor:
+        raise AssertionError("of_tokens is asked in its place")
+
+    def rounds(self, tokens: int, device: torch.device) -> list[Tensor]:
+        assert tokens == 5
+        return [torch.tensor(places, device=device) for places in ([0, 3], [1, 4], [2])]
+
+    def of_tokens(self, slab: int, tokens: Tensor, qkv: Tensor) -> Tensor:
+        self.asked.append((slab, tokens.tolist()))
+        row = self.row.setdefault(slab, qkv.new_zeros(1, 5, qkv.shape[2]))
+        row[:, tokens] = qkv
+        return rope_attention(row, self.positions, H, G, self.mask)[:, tokens]
+
+
+@torch.no_grad()
+def test_a_row_of_sequences_goes_in_rounds():
+    """Each sequence gives what it gives by itself."""
+    model, x, server = trm(num_cycles=1, num_recursion_steps=2), inputs()[:1], Server()
+    y, z = model(x, attend=server)
+    for i, (a, b) in enumerate(((0, 3), (3, 5))):
+        alone = model(x[:, a:b])
+        for found, wanted in zip((y[:, a:b], z[:, a:b]), alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7, msg=f"sequence {i}")
+    of_round = [0, 1] * 3  # two layers, three evaluations of each
+    assert server.asked == [(slab, p) for p in ([0, 3], [1, 4], [2]) for slab in of_round]
+
+
 @pytest.mark.kernels
 def test_our_kernels_give_what_the_reference_gives():
     model, x = trm(torch.float32, num_recursion_steps=1, num_cycles=1), inputs(torch.float32)[:, :2]
@@ -205,7 +243,7 @@ class Plain:
         ({"cache": "first"}, {}, "expected cache to be one of all, last, got 'first'"),
         ({"causal": False}, {}, "cache 'last' expected causal"),
         ({}, {"halting": Halting(0.1)}, "halting expected cache 'all', got 'last'"),
-        ({}, {"attend": lambda i, qkv: qkv}, "expected our own attention, got attend"),
+        ({}, {"attend": lambda i, qkv: qkv}, "expected an attend that has rounds, got none"),
         ({}, {"update_cache": Plain()}, r"so_far\(slab\), got Plain"),
     ],
     ids=["misspelt", "not causal", "halting", "attend", "cache"],
