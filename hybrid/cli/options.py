@@ -179,6 +179,9 @@ class PlanOptions:
     guide: bool = option(False, "the training guide's claims, each checked")
     json: bool = option(False, "figures for programs")
     serve: bool = option(False, "of serving on one card instead: keys and values, requests, least time")
+    trm: Literal["sudoku", "maze", "arc"] | None = option(
+        None, "of a training of the TRM paper instead: operations, least hours, memory", shown="none"
+    )
     level: Literal[1, 2, 3, 4] | None = option(None, "of the guide; stands for its --preset", shown="none")
     cards: str | None = option(
         None, "such as 8xA100-80GB or 1xRTX4090", shown="none: to be given", metavar="CARDS"

@@ -5,8 +5,10 @@ import json
 from dataclasses import fields
 from typing import Any
 
+from hybrid.cli.block import given_fields
 from hybrid.cli.common import block
 
+_OF_PUZZLE = ("json", "trm", "cards")
 _OF_SERVING = ("json", "serve", "level", "cards", "sequence_length", "dtype")
 
 
@@ -17,10 +19,31 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.guide:
         print(guide())
         return 0
+    if arguments.trm is not None:
+        return _puzzle(arguments)
     if arguments.serve:
         return _serve(arguments)
     made = plan(*_planned(arguments))
     print(json.dumps(as_json(made), indent=1) if arguments.json else "\n".join(lines(made)))
+    return 0
+
+
+def _puzzle(arguments: argparse.Namespace) -> int:
+    from hybrid.cli.options import BaseOptions, PlanOptions
+    from hybrid.options import flag_of
+    from hybrid.plan import puzzle
+    from hybrid.plan.cards import parse_cards
+
+    others = [f for f in (*fields(PlanOptions), *fields(BaseOptions)) if f.name not in _OF_PUZZLE]
+    of_block = given_fields(arguments)
+    if given := [f.name for f in others if getattr(arguments, f.name) != f.default] + of_block:
+        raise ValueError(f"plan: expected no {flag_of(given[0])} with --trm, whose sizes are the paper's.")
+    if arguments.cards is None:
+        raise ValueError("plan: expected --cards, such as 1xH100-80GB; got none.")
+    number, card = parse_cards(arguments.cards)
+    made = puzzle.plan_puzzle(puzzle.PUZZLES[arguments.trm], number, card)
+    text = puzzle.lines(arguments.trm, made, number, card)
+    print(json.dumps(puzzle.as_json(made), indent=1) if arguments.json else "\n".join(text))
     return 0
 
 
