@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import puzzle_folder
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -212,7 +213,7 @@ def train(model: PuzzleModel, puzzles: Tensor, solutions: Tensor, settings: Sett
 
     def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(puzzles), (settings.batch_size,)).to(puzzles.device)
-        return puzzles[rows], solutions[rows]
+        return puzzles[rows].long(), solutions[rows].long()
 
     first = draw()
     halted = torch.ones(settings.batch_size, dtype=torch.bool, device=puzzles.device)
@@ -334,7 +335,25 @@ def load(model: PuzzleModel, file: Path) -> None:
 # Command line
 
 
-def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | None) -> None:
+def puzzles_of(settings: Settings, seed: int, data: Path | None) -> list[tuple[Tensor, Tensor]]:
+    """(puzzles, solutions) to train on and held out: of a folder, or made on the spot."""
+    if data is None:
+        to_train_on = sudoku(settings.puzzles, settings.box, settings.givens, seed)
+        return [to_train_on, sudoku(HELD_OUT, settings.box, settings.givens, seed, held_out=True)]
+    to_train_on, test = (
+        puzzle_folder.read(data, split, math.prod(settings.box)) for split in ("train", "test")
+    )
+    chosen = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(seed))[:HELD_OUT]
+    return [to_train_on, (test[0][chosen].long(), test[1][chosen].long())]
+
+
+def run(
+    settings: Settings,
+    seed: int,
+    checkpoint: Path | None = None,
+    saved: Path | None = None,
+    data: Path | None = None,
+) -> None:
     """Test, train, test the average of the weights, save it. Without steps it tests a checkpoint."""
     began = time.perf_counter()
     depth_at(settings, 0)  # what is wrong with a curriculum is said before puzzles are made
@@ -344,8 +363,7 @@ def run(settings: Settings, seed: int, checkpoint: Path | None, saved: Path | No
     if checkpoint is not None:
         load(model, checkpoint)
     model.to(device)
-    to_train_on = sudoku(settings.puzzles, settings.box, settings.givens, seed)
-    held_out = sudoku(HELD_OUT, settings.box, settings.givens, seed, held_out=True)
+    to_train_on, held_out = puzzles_of(settings, seed, data)
     for name, (puzzles, solutions) in {"to train on": to_train_on, "held out": held_out}.items():
         print(f"{len(puzzles):,} puzzles {name}, with {len(solutions.unique(dim=0)):,} solutions")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device.type}", flush=True)
@@ -383,9 +401,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE.safetensors", help="begin with these weights"
     )
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="puzzles in the paper's layout, see puzzle_folder.py"
+    )
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     settings = PUZZLES[given.pop("puzzle")]
     files = {"checkpoint": given.pop("checkpoint", None), "saved": given.pop("save", None)}
+    files["data"] = given.pop("data", None)
     seed = given.pop("seed")
     try:
         if given.get("batch_size", 1) < 1 or given.get("steps", 0) < 0:
