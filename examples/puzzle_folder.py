@@ -129,9 +129,8 @@ def make(folder: Path, kind: str, train: int, test: int, augmentations: int, see
         groups += [pair, *new, *[pair] * (augmentations - len(new))]
     if not groups:
         raise ValueError("expected puzzles to train on that are not in the test, got none.")
-    write(
-        folder, "train", *(np.stack(part) for part in zip(*groups, strict=True)), variants=augmentations + 1
-    )
+    to_train_on = [np.stack(part) for part in zip(*groups, strict=True)]
+    write(folder, "train", to_train_on[0], to_train_on[1], variants=augmentations + 1)
     write(folder, "test", puzzles[train:], solutions[train:], variants=1)
 
 
