@@ -97,9 +97,9 @@ def rule_of(
 
 
 def _spec(hybrid: "HybridModel", num_recursion_steps: int | None, cache: Cache | None) -> RecursionSpec:
-    """How the recursions of this forward run."""
+    """How the recursions of this forward run; with a cache, which holds keys of one depth, at the whole."""
     spec, depth = hybrid.config.recursion_spec, hybrid.training_depth
-    if depth is not None and hybrid.training and num_recursion_steps is None:
+    if depth is not None and hybrid.training and num_recursion_steps is None and cache is None:
         return replace(spec.of_cycles(depth.num_cycles), num_recursion_steps=depth.num_recursion_steps)
     return replace(spec, num_recursion_steps=recursion_steps(hybrid, num_recursion_steps, cache))
 

@@ -26,8 +26,10 @@ class KeepDraws(TrainerCallback):
     ) -> None:
         parts = () if model is None else model.modules()
         self._hybrid = next((part for part in parts if isinstance(part, HybridModel)), None)
-        kept = state.stateful_callbacks.get(type(self).__name__)
-        if self._hybrid is not None and kept is not None:
+        if self._hybrid is None:
+            return
+        self._hybrid.training_depth = None  # a training that an error ended left its own
+        if (kept := state.stateful_callbacks.get(type(self).__name__)) is not None:
             self._hybrid.draws = kept["attributes"]["draws"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hybrid import record_steps
 from hybrid.training.depth import check_curriculum
@@ -56,9 +56,9 @@ def test_a_step_at_a_depth_is_that_of_a_hybrid_with_this_config():
     ours, others = (dict(model.named_parameters()) for model in (deep, shallow))
     grads = {name for name, p in others.items() if p.grad is not None}
     assert grads and all(torch.equal(ours[name].grad, others[name].grad) for name in grads)
-    # a call that says n is not asked about the curriculum; nor is one in eval mode
+    # a call that says n is not asked about the curriculum; nor is one with a cache, or in eval mode
     full = hybrid(dropout=0.0, num_recursion_steps=3, num_cycles=2, grad_cycles=2).train()
-    for mode, given in ((True, {"num_recursion_steps": 2}), (False, {})):
+    for mode, given in ((True, {"num_recursion_steps": 2}), (True, {"use_cache": True}), (False, {})):
         got, want = (model.train(mode)(**batch, **given).logits for model in (deep, full))
         assert torch.equal(got, want)
 
@@ -103,6 +103,23 @@ def test_transformers_trainer_goes_through_the_depths_and_resumes(tmp_path):
     resumed, seen = trained(tmp_path / "b", checkpoint, [DeepenRecursion(curriculum)])
     assert seen == [(2, 1), (3, 2), (3, 2)]
     assert_equal(resumed, model)
+
+
+def test_a_training_that_an_error_ended_leaves_no_depth_to_the_next(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise Stopped
+
+    model = hybrid()
+    arguments = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    stopped = Trainer(
+        model, arguments, train_dataset=Counting(), callbacks=[DeepenRecursion(CURRICULUM), Stops]
+    )
+    with pytest.raises(Stopped):
+        stopped.train()
+    with record_steps() as record:
+        Trainer(model, arguments, train_dataset=Counting()).train()
+    assert depths(record) == [LAST]
 
 
 @pytest.mark.parametrize(
