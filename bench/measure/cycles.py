@@ -11,7 +11,7 @@ Each instruction of the main loop (the loop that multiplies, once around) and of
 counts for its units, for all warps of a block. A block alone needs the busiest unit's cycles of each time
 around, not less than its loads take, and before and after the loop what it issues, and the way to memory and
 back. Where the loop takes exponentials, its products wait for them and they for the products: both count.
-Blocks that share a multiprocessor fill each other's waits, up to REACHED of the busiest unit.
+Blocks that share a multiprocessor fill each other's waits. Of the busiest unit REACHED is reached.
 
 Rates are those of NVIDIA's white papers and of "Benchmarking and Dissecting the Nvidia Hopper GPU
 Architecture via Microbenchmarking", Luo et al., 2024. REACHED is what makes of cuBLAS's tile, 128 x 256 x 64,
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from trm_kernels.export.compile import Compiled
 from trm_kernels.export.machine_code import Instruction, instructions, loops
 
-REACHED = 0.82  # of the busiest unit, by blocks that overlap
+REACHED = 0.82  # of the busiest unit of a loop
 LATENCY = 700  # cycles from a load of device memory to its data
 
 
@@ -81,7 +81,7 @@ class KernelCost:
 
     def of_blocks(self, together: int, rounds: float) -> float:
         """Cycles until as many blocks are done that started together, each `rounds` times around."""
-        once_around = max(self.loop.alone(self.waits), LATENCY / max(1, self.stages - 1))
+        once_around = max(self.loop.alone(self.waits) / REACHED, LATENCY / max(1, self.stages - 1))
         alone = 2 * LATENCY + rounds * once_around + self.rest.alone(self.waits and not rounds)
         return max(alone, together * max(self.rest.plus(self.loop, rounds)) / REACHED)
 

@@ -59,6 +59,8 @@ RATES = {
     "h200": _HOPPER,
 }
 ARCHS = {"rtx4090": "sm89", "a100": "sm80", "h100": "sm90", "h200": "sm90"}
+# PyTorch's flash attention beside cuDNN's on Hopper, forward and backward; the latter in one order of sums
+_OF_FLASH = 0.75, 0.65
 # a short sequence leaves most of a library's tile empty: 97 tokens take the time of 128, and start often
 _SHORT_TOKENS, _OF_SHORT = 256, 0.7
 
@@ -155,7 +157,10 @@ def of_library(call: Library, card: str, causal: bool) -> float:
     rates = RATES[card]
     if call.attends:
         both = rates.wide_attention if call.width > 64 else rates.attention
-        rate = both[call.attends == "backward"] * (_OF_SHORT if call.tokens < _SHORT_TOKENS else 1.0)
+        is_back = call.attends == "backward"
+        rate = both[is_back] * (_OF_SHORT if call.tokens < _SHORT_TOKENS else 1.0)
+        if ARCHS[card] == "sm90" and "flash" in call.name:
+            rate *= _OF_FLASH[is_back]
         return _seconds(call.flops * (0.5 if causal else 1.0) / rate, call.bytes, card, LEAST)
     if not call.flops:
         return _seconds(0.0, call.bytes, card)

@@ -319,6 +319,7 @@ def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recorde
         grad_cycles=0,
         causal=v.causal,
         eps=v.eps,
+        attention="triton",
         save="all",
         candidate="fused",
     )

@@ -26,6 +26,7 @@ from trm_kernels.runtime.gemm_common import (
     check_dtypes,
     check_row_scale,
     grid,
+    halves_of_columns,
     input_precision,
     rows_of,
     runs_candidate,
@@ -96,6 +97,40 @@ def rows_by_two_weights(
 
 
 @triton.jit
+def rows_by_joined_weights(
+    v_ptr,  # [M, K]
+    w_ptr,  # [2N, K], in the dtype of v, or a narrower one that is widened as it is read
+    offs_m,
+    in_m,
+    first_n,
+    N,
+    K,
+    stride_vm,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As rows_by_two_weights, rows n and N + n of w in one tile: one product reads the rows of v once."""
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_j = tl.arange(0, 2 * BLOCK_N)
+    offs_n = first_n + offs_j % BLOCK_N
+    in_n = offs_n < N
+    v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_k[None, :]
+    w_ptrs = w_ptr + (offs_n + offs_j // BLOCK_N * N).to(tl.int64)[None, :] * stride_wn + offs_k[:, None]
+    product = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        in_k = offs_k < K - k
+        v = tl.load(v_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        product = tl.dot(v, as_wide_as(w, v), product, input_precision=PRECISION)
+        v_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    return halves_of_columns(product)
+
+
+@triton.jit
 def _linear_swiglu_fwd_kernel(
     v_ptr,  # [M, K]
     gate_up_ptr,  # [2N, K]
@@ -119,28 +154,50 @@ def _linear_swiglu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    JOINS_WEIGHTS: tl.constexpr,
 ):
     # one program: a tile of g and the same tile of u
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = offs_m < M, offs_n < N
-    g, u = rows_by_two_weights(
-        v_ptr,
-        gate_up_ptr,
-        offs_m,
-        in_m,
-        offs_n,
-        N + offs_n,
-        in_n,
-        K,
-        stride_vm,
-        stride_gate_upn,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
+    if JOINS_WEIGHTS:
+        # of columns: narrow numbers take fewer registers
+        first_n = (tile_n * BLOCK_N).to(tl.int32)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        in_n = offs_n < N
+        g, u = rows_by_joined_weights(
+            v_ptr,
+            gate_up_ptr,
+            offs_m,
+            in_m,
+            first_n,
+            N,
+            K,
+            stride_vm,
+            stride_gate_upn,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    else:
+        g, u = rows_by_two_weights(
+            v_ptr,
+            gate_up_ptr,
+            offs_m,
+            in_m,
+            offs_n,
+            N + offs_n,
+            in_n,
+            K,
+            stride_vm,
+            stride_gate_upn,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
     mask = in_m[:, None] & in_n[None, :]
     if gu_ptr is not None:
@@ -228,7 +285,7 @@ def _linear_swiglu_bwd_kernel(
     in_m = offs_m < M
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        drow_scale = tl.zeros((BLOCK_M,), tl.float32)
+    drow_scale = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, N, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask = in_m[:, None] & (offs_n < N)[None, :]
@@ -241,7 +298,8 @@ def _linear_swiglu_bwd_kernel(
         u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
             a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
-            drow_scale += tl.sum(dg * g + du * u, axis=1)
+            if drow_scale_ptr is not None:
+                drow_scale += tl.sum(dg * g + du * u, axis=1)
             dg *= row_scale
             du *= row_scale
         else:
@@ -283,7 +341,8 @@ def fill_linear_swiglu(
         return
     M, K = v.shape
     N = a.shape[1]
-    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), are_aligned(v, gate_up))
+    is_aligned = are_aligned(v, gate_up)
+    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), is_aligned, gu is not None)
     launch(
         _linear_swiglu_fwd_kernel,
         grid(M, N, gemm),
@@ -304,6 +363,7 @@ def fill_linear_swiglu(
         eps,
         **_norm_meta(squares),
         PRECISION=input_precision(),
+        JOINS_WEIGHTS=gemm.joins_weights,
         **gemm.meta,
     )
 
@@ -353,13 +413,14 @@ def linear_swiglu_fwd(
 
 @launcher
 def linear_swiglu_bwd(
-    da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool
+    da: Tensor, gu: Tensor, row_scale: Tensor | None, wants_a: bool, wants_row_scale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the gradient of the products [M, 2F], a or an empty tensor, the gradient of row_scale or one)"""
     M, N = da.shape
     dgu = torch.empty_like(gu)
     a = da.new_empty(M if wants_a else 0, N)
-    drow_scale = da.new_empty(0 if row_scale is None else M, dtype=torch.float32)
+    wants_row_scale = wants_row_scale and row_scale is not None
+    drow_scale = da.new_empty(M if wants_row_scale else 0, dtype=torch.float32)
     tile = tuning.tile("linear_swiglu", arch_of(da))
     launch(
         _linear_swiglu_bwd_kernel,
@@ -369,7 +430,7 @@ def linear_swiglu_bwd(
         row_scale,
         dgu,
         a if wants_a else None,
-        None if row_scale is None else drow_scale,
+        drow_scale if wants_row_scale else None,
         M,
         N,
         da.stride(0),
@@ -393,8 +454,8 @@ class _LinearSwiGLU(torch.autograd.Function):
         v, gate_up, row_scale, gu = ctx.saved_tensors
         if gu is None:
             gu = torch.mm(v, gate_up.t())
-        dgu, _, drow_scale = linear_swiglu_bwd(rows_of(da), gu, row_scale, False)
         needs_v, needs_gate_up, needs_scale, *_ = ctx.needs_input_grad
+        dgu, _, drow_scale = linear_swiglu_bwd(rows_of(da), gu, row_scale, False, needs_scale)
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None
         return dv, dgate_up, drow_scale if needs_scale else None, None, None

@@ -30,6 +30,7 @@ from trm_kernels.runtime.gemm_common import (
     check_dtypes,
     check_row_scale,
     grid,
+    halves_of_columns,
     input_precision,
     rows_of,
     runs_candidate,
@@ -47,6 +48,47 @@ def swiglu_mlp_ref(v: Tensor, gate_up: Tensor, down: Tensor, row_scale: Tensor |
 
 
 @triton.jit
+def _swiglu_gradient_of_columns(
+    da,
+    gu_ptr,
+    row_scale_ptr,
+    dgu_ptr,
+    a_ptr,
+    drow_scale_ptr,
+    offs_m,
+    offs_n,
+    part,
+    M,
+    N,
+    stride_gum,
+    stride_dgum,
+    stride_am,
+    stride_drow_scalem,
+):
+    """Some columns of dgu and a and, where it is wanted, their part of the row scale's gradient, written."""
+    in_m = offs_m < M
+    mask = in_m[:, None] & (offs_n < N)[None, :]
+    gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
+    g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
+        a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
+        if drow_scale_ptr is not None:
+            drow_scale = tl.sum(dg * g + du * u, axis=1)
+            tl.store(drow_scale_ptr + offs_m * stride_drow_scalem + part, drow_scale, mask=in_m)
+        dg *= row_scale
+        du *= row_scale
+    else:
+        a, dg, du = swiglu_gradient(da, g, u)
+
+    dgu_ptrs = dgu_ptr + offs_m[:, None] * stride_dgum + offs_n[None, :]
+    tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
+    tl.store(dgu_ptrs + N, du.to(dgu_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _swiglu_mlp_bwd_kernel(
     do_ptr,  # [M, K]
     down_ptr,  # [K, N]
@@ -54,7 +96,7 @@ def _swiglu_mlp_bwd_kernel(
     row_scale_ptr,  # [M] float32, or None
     dgu_ptr,  # [M, 2N], out: the gradient of the products, row scale included
     a_ptr,  # [M, N], out: the activation once more, for the gradient of down
-    drow_scale_ptr,  # [M, tiles of N] float32, out, or None: each tile's part of the gradient
+    drow_scale_ptr,  # [M, tiles of N, or their parts] float32, out, or None: its gradient, to be summed
     M,
     N,
     K,
@@ -69,6 +111,7 @@ def _swiglu_mlp_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,  # of the tile's columns in what follows the product: fewer registers at a time
 ):
     # one program: a tile of da = do Wd, which never leaves it
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -88,42 +131,160 @@ def _swiglu_mlp_bwd_kernel(
         do_ptrs += BLOCK_K
         down_ptrs += BLOCK_K * stride_downk
 
-    mask = in_m[:, None] & in_n[None, :]
-    gu_ptrs = gu_ptr + offs_m[:, None] * stride_gum + offs_n[None, :]
-    g = tl.load(gu_ptrs, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(gu_ptrs + N, mask=mask, other=0.0).to(tl.float32)
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)[:, None]
-        a, dg, du = swiglu_gradient(da, g * row_scale, u * row_scale)
-        drow_scale = tl.sum(dg * g + du * u, axis=1)
-        tl.store(drow_scale_ptr + offs_m * stride_drow_scalem + tile_n, drow_scale, mask=in_m)
-        dg *= row_scale
-        du *= row_scale
+    if PARTS == 1:
+        _swiglu_gradient_of_columns(
+            da,
+            gu_ptr,
+            row_scale_ptr,
+            dgu_ptr,
+            a_ptr,
+            drow_scale_ptr,
+            offs_m,
+            offs_n,
+            tile_n,
+            M,
+            N,
+            stride_gum,
+            stride_dgum,
+            stride_am,
+            stride_drow_scalem,
+        )
     else:
-        a, dg, du = swiglu_gradient(da, g, u)
-
-    dgu_ptrs = dgu_ptr + offs_m[:, None] * stride_dgum + offs_n[None, :]
-    tl.store(dgu_ptrs, dg.to(dgu_ptr.dtype.element_ty), mask=mask)
-    tl.store(dgu_ptrs + N, du.to(dgu_ptr.dtype.element_ty), mask=mask)
-    tl.store(a_ptr + offs_m[:, None] * stride_am + offs_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+        tl.static_assert(PARTS == 2 or PARTS == 4)
+        left, right = halves_of_columns(da)
+        first = (tile_n * BLOCK_N).to(tl.int32)  # of columns: narrow numbers take fewer registers
+        if PARTS == 2:
+            offs_p = tl.arange(0, BLOCK_N // 2)
+            _swiglu_gradient_of_columns(
+                left,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + offs_p,
+                tile_n * 2,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
+            _swiglu_gradient_of_columns(
+                right,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + BLOCK_N // 2 + offs_p,
+                tile_n * 2 + 1,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
+        else:
+            offs_p = tl.arange(0, BLOCK_N // 4)
+            part_0, part_1 = halves_of_columns(left)
+            part_2, part_3 = halves_of_columns(right)
+            _swiglu_gradient_of_columns(
+                part_0,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + offs_p,
+                tile_n * 4,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
+            _swiglu_gradient_of_columns(
+                part_1,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + BLOCK_N // 4 + offs_p,
+                tile_n * 4 + 1,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
+            _swiglu_gradient_of_columns(
+                part_2,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + BLOCK_N // 2 + offs_p,
+                tile_n * 4 + 2,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
+            _swiglu_gradient_of_columns(
+                part_3,
+                gu_ptr,
+                row_scale_ptr,
+                dgu_ptr,
+                a_ptr,
+                drow_scale_ptr,
+                offs_m,
+                first + BLOCK_N // 4 * 3 + offs_p,
+                tile_n * 4 + 3,
+                M,
+                N,
+                stride_gum,
+                stride_dgum,
+                stride_am,
+                stride_drow_scalem,
+            )
 
 
 @launcher
 def swiglu_mlp_bwd(
-    do: Tensor, down: Tensor, gu: Tensor, row_scale: Tensor | None, candidate: str | None
+    do: Tensor,
+    down: Tensor,
+    gu: Tensor,
+    row_scale: Tensor | None,
+    candidate: str | None,
+    wants_row_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the gradient of the products [M, 2F], the activation [M, F], that of row_scale or an empty tensor)"""
+    wants_row_scale = wants_row_scale and row_scale is not None
     M, K = do.shape
     N = down.shape[1]
     arch = arch_of(do)
     is_aligned = are_aligned(do, down)
     if tuning.choose("swiglu_mlp", arch, do.element_size(), K, is_aligned, candidate) == "mm":
-        return linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True)
+        return linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True, wants_row_scale)
     gemm = tuning.gemm("swiglu_mlp", arch, do.element_size(), is_aligned)
     dgu = torch.empty_like(gu)
     a = do.new_empty(M, N)
-    tiles = triton.cdiv(N, gemm.BLOCK_N)
-    parts = None if row_scale is None else do.new_empty(M, tiles, dtype=torch.float32)
+    tiles = triton.cdiv(N, gemm.BLOCK_N) * gemm.parts
+    parts = do.new_empty(M, tiles, dtype=torch.float32) if wants_row_scale else None
     launch(
         _swiglu_mlp_bwd_kernel,
         grid(M, N, gemm),
@@ -144,6 +305,7 @@ def swiglu_mlp_bwd(
         a.stride(0),
         tiles,
         PRECISION=input_precision(),
+        PARTS=gemm.parts,
         **gemm.meta,
     )
     drow_scale = do.new_empty(0, dtype=torch.float32) if parts is None else parts.sum(1)
@@ -164,8 +326,8 @@ class _SwiGLUMLP(torch.autograd.Function):
         if gu is None:
             gu = torch.mm(v, gate_up.t())
         do = rows_of(do)
-        dgu, a, drow_scale = swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate)
         needs_v, needs_gate_up, needs_down, needs_scale, *_ = ctx.needs_input_grad
+        dgu, a, drow_scale = swiglu_mlp_bwd(do, down, gu, row_scale, ctx.candidate, needs_scale)
         dv = torch.mm(dgu, gate_up) if needs_v else None
         dgate_up = weight_gradient(dgu, v) if needs_gate_up else None
         ddown = weight_gradient(do, a) if needs_down else None

@@ -20,18 +20,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trm_kernels.ops.attention import flash
 from trm_kernels.ops.attention.launchers import (
     AttentionContext,
     fill_rope_attention,
     rope_attention_gradients,
 )
+from trm_kernels.ops.attention.rope import rope_fwd
 from trm_kernels.ops.linear_residual import count_tiles, fill_linear_residual
 from trm_kernels.ops.linear_swiglu import fill_linear_swiglu, swiglu_candidate
 from trm_kernels.ops.norm_add import fill_norm_add, fill_norm_add_bwd
 from trm_kernels.ops.swiglu_mlp import swiglu_mlp_bwd
 from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, SwiGLUWeights
+from trm_kernels.runtime import tuning
 from trm_kernels.runtime.gemm_common import add_weight_gradient
+from trm_kernels.runtime.launch import arch_of
 
 
 class Setting(NamedTuple):
@@ -161,8 +165,14 @@ def _attention_forward(
     else:
         torch.mm(v, w.qkv_proj.t(), out=inner.qkv)
         H, G = s.spec.num_heads, s.spec.num_key_value_heads
-        q, k, value = _heads(inner.qkv, s).split((H, G, G), dim=2)
-        fill_rope_attention(o.view(s.B, s.T, -1), inner.lse, q, k, value, s.attention)
+        heads = _heads(inner.qkv, s)
+        if _takes_flash(heads, s):
+            found, lse = flash.flash_forward(*_rotated(heads, s), s.spec.causal)
+            o.view(found.shape).copy_(found)
+            inner.lse.copy_(lse)
+        else:
+            q, k, value = heads.split((H, G, G), dim=2)
+            fill_rope_attention(o.view(s.B, s.T, -1), inner.lse, q, k, value, s.attention)
     fill_linear_residual(inner.h, scratch.squares, o, w.o_proj, v, None, s.spec.candidate)
 
 
@@ -195,14 +205,13 @@ def _attention_backward(
     s: Setting,
 ) -> Tensor:
     """The gradient of v in v + attention(v)."""
-    (dqkv,) = rope_attention_gradients(
-        torch.mm(dh, w.o_proj).view(s.B, s.T, -1),
-        (_heads(inner.qkv, s),),
-        (s.spec.num_heads, s.spec.num_key_value_heads),
-        s.attention,
-        inner.o.view(s.B, s.T, -1),
-        inner.lse,
-    )
+    heads, do = _heads(inner.qkv, s), torch.mm(dh, w.o_proj).view(s.B, s.T, -1)
+    if _takes_flash(heads, s):
+        dqkv = _flash_gradient(do, heads, inner, s)
+    else:
+        counts = s.spec.num_heads, s.spec.num_key_value_heads
+        o = inner.o.view(s.B, s.T, -1)
+        (dqkv,) = rope_attention_gradients(do, (heads,), counts, s.attention, o, inner.lse)
     dqkv = dqkv.view(inner.qkv.shape)
     if dw is not None:
         dqkv_proj, do_proj = dw
@@ -211,11 +220,39 @@ def _attention_backward(
     return torch.addmm(dh, dqkv, w.qkv_proj)
 
 
+def _takes_flash(heads: Tensor, s: Setting) -> bool:
+    """Whether PyTorch's flash attends, by the settings table: the same way forward and backward."""
+    counts = s.spec.num_heads, s.spec.num_key_value_heads
+    if s.spec.attention != "auto" or not flash.is_served(heads, counts, s.key_mask):
+        return False
+    return tuning.attention_implementation(arch_of(heads), s.T, int(heads.shape[3])) == "sdpa"
+
+
+def _rotated(heads: Tensor, s: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k, rotated where there are positions, and v: [B, T, H, K] each."""
+    H = s.spec.num_heads
+    qk, v = heads[:, :, : 2 * H], heads[:, :, 2 * H :]
+    if s.cos is not None and s.sin is not None:
+        qk = rope_fwd(qk, s.cos, s.sin, False)
+    return qk[:, :, :H], qk[:, :, H:], v
+
+
+def _flash_gradient(do: Tensor, heads: Tensor, inner: AttentionInner, s: Setting) -> Tensor:
+    """The gradient of the projection, [B, T, 3H, K]."""
+    qkv = _rotated(heads, s)
+    shape = qkv[0].shape
+    grads = flash.flash_backward(do.view(shape), qkv, inner.o.view(shape), inner.lse, s.spec.causal)
+    if s.cos is not None and s.sin is not None:
+        dq, dk = (rope_fwd(t, s.cos, s.sin, True) for t in grads[:2])
+        grads = dq, dk, grads[2]
+    return torch.cat(grads, dim=2)
+
+
 def _mlp_backward(
     do: Tensor, r: Tensor, rstd: Tensor | None, gu: Tensor, w: SwiGLUWeights, dw: Dw, s: Setting
 ) -> Tensor:
     """The gradient of r in r + mlp(r); with rstd, rstd times that of n = rstd r in mlp(n)."""
-    dgu, a, _ = swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.spec.candidate)
+    dgu, a, _ = swiglu_mlp_bwd(do, w.down_proj, gu, rstd, s.spec.candidate, False)
     if dw is not None:
         dgate_up_proj, ddown_proj = dw
         add_weight_gradient(ddown_proj, do, a)

@@ -163,7 +163,8 @@ def trm_recursion(
         eps: Added to the mean of squares in every norm.
         update_cache: Keeps keys and values of every evaluation of a layer, for decoding.
         key_mask: [B, S] bool, False for keys that no query attends to.
-        attention: rope_attention's implementation; "auto" takes ours wherever the loop can be fused.
+        attention: rope_attention's implementation; "auto" fuses the loop wherever it can be, and
+            takes ours or PyTorch's flash attention in it, by the settings table.
         save: What is kept for backward: "all", "layer" or "step", see fused_recursion.py; "auto": all if a
             share of the free memory holds it, else step.
         candidate: Of the products with epilogues, "fused" or "mm"; None takes the settings table's.

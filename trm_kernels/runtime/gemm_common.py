@@ -36,6 +36,14 @@ def tile_of_program(  # type: ignore[no-untyped-def]  # Triton, not Python
 
 
 @triton.jit
+def halves_of_columns(t):  # type: ignore[no-untyped-def]  # Triton, not Python
+    """The left and the right half of a tile's columns."""
+    rows: tl.constexpr = t.shape[0]
+    columns: tl.constexpr = t.shape[1]
+    return tl.split(tl.permute(tl.reshape(t, (rows, 2, columns // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def as_wide_as(w, v):  # type: ignore[no-untyped-def]  # Triton, not Python
     """A tile of a weight in the dtype of v, by which it is multiplied."""
     if w.dtype == tl.float8e4nv:

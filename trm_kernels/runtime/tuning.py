@@ -1,9 +1,13 @@
 """Launch settings, as data. No kernel and no op file chooses a block size on its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 _UNTIMED = "nothing yet: chosen by registers and spills, not by time"
+_MODEL = "nothing yet: chosen by `python -m bench static --cost`, which predicts from machine code"
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,17 @@ class GemmLaunch:
     num_warps: int
     num_stages: int
     GROUP_M: int = 8  # row tiles that follow each other while the weight's columns are in L2
+    parts: int = 1  # of a tile's columns, one after the other in the epilogue: fewer registers (swiglu_mlp)
+    joins_weights: bool = False  # gate and up as one product of twice the columns (linear_swiglu)
+    keeps_products: bool = True  # serves where gate and up are written as well (linear_swiglu)
+    maxnreg: int | None = None  # registers a thread, where a few less let a second block in
     measured_on: str = _UNTIMED
 
     @property
     def meta(self) -> dict[str, int]:
         """What a launch passes by name."""
-        return _numbers(self, "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+        meta = _numbers(self, "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+        return meta if self.maxnreg is None else meta | {"maxnreg": self.maxnreg}
 
 
 @dataclass(frozen=True)
@@ -197,9 +206,34 @@ _WIDE = (  # one sum
     GemmLaunch(2, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     GemmLaunch(4, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
 )
+# Predicted for Hopper (bench/NOTES.md): one wgmma of 256 columns reads the rows once for gate and up, two of
+# 64 read them for each; a wider tile whose epilogue runs in parts leaves room for a second block
+_JOINED = GemmLaunch(
+    2,
+    BLOCK_M=128,
+    BLOCK_N=128,
+    BLOCK_K=64,
+    num_warps=8,
+    num_stages=3,
+    joins_weights=True,
+    keeps_products=False,  # writing them too, it spills
+    measured_on=_MODEL,
+)
+_IN_PARTS = GemmLaunch(
+    2,
+    BLOCK_M=128,
+    BLOCK_N=128,
+    BLOCK_K=64,
+    num_warps=8,
+    num_stages=3,
+    parts=4,
+    maxnreg=128,
+    measured_on=_MODEL,
+)
+# the first row that serves is taken; those after it are candidates beside it, which `using` takes
 _GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
-    "linear_swiglu": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
-    "swiglu_mlp": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+    "linear_swiglu": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_JOINED, *_NARROW)},
+    "swiglu_mlp": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_IN_PARTS, *_NARROW)},
     "linear_residual": {"any": _SMALL, "sm80": _WIDE, "sm89": _WIDE, "sm90": _WIDE},
     "injection_in": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
     "injection_blend": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
@@ -355,14 +389,38 @@ def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
     )
 
 
-def gemm(op: str, arch: str, element_size: int, is_aligned: bool) -> GemmLaunch:
+def gemm(op: str, arch: str, element_size: int, is_aligned: bool, keeps_products: bool = False) -> GemmLaunch:
     """The settings of the product in `op` for elements of that many bytes on `arch`.
 
     Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
     and those of a large tile do not fit.
     """
     rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
-    return next(row for row in rows if row.element_size == element_size)
+    if is_aligned and op in (instead := _instead.get()):
+        rows = (instead[op], *rows)
+    return next(
+        row for row in rows if row.element_size == element_size and (row.keeps_products or not keeps_products)
+    )
+
+
+_instead: ContextVar[dict[str, GemmLaunch]] = ContextVar("trm_kernels_instead", default={})  # noqa: B039
+
+
+@contextmanager
+def using(op: str, row: GemmLaunch) -> Iterator[None]:
+    """Take this row for `op` instead of the first that serves: to compare it, or to check it."""
+    token = _instead.set(_instead.get() | {op: row})
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
+def gemm_candidates(arch: str) -> Iterator[tuple[str, GemmLaunch]]:
+    """(op, row) of all products' settings on `arch`, those behind one that is taken included."""
+    for op, of_op in _GEMMS.items():
+        for row in of_op.get(arch, of_op["any"]):
+            yield op, row
 
 
 def tile(op: str, arch: str) -> TileLaunch:

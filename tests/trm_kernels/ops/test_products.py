@@ -1,5 +1,6 @@
 """Ops that multiply matrices: which candidate runs, what they refuse, what no row of the cases can say."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -66,6 +67,28 @@ def test_the_tiles_of_each_arch_compute_the_same(name, dtype, arch, monkeypatch)
     for op in ("linear_swiglu", "swiglu_mlp", "linear_residual", "injection_in", "injection_blend"):
         monkeypatch.setattr(f"trm_kernels.ops.{op}.arch_of", lambda t: arch)
     check_closeness(BY_NAME[name], (144, 80, 160), dtype)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["linear_swiglu", "linear_swiglu-scaled", "swiglu_mlp", "swiglu_mlp-scaled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_forms_of_a_product_compute_the_same(name, dtype, parts):
+    """Gate and up in one product, the epilogue in parts: the same sums in one order, so the same bits."""
+    sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    plain = tuning.GemmLaunch(dtype.itemsize, **sizes)
+    other = replace(plain, parts=parts, joins_weights=True)
+    inputs = inputs_of(BY_NAME[name], (35, 48, 80), dtype)  # rows that are aligned, in part of a tile
+    op = name.partition("-")[0]
+    found = []
+    for row in (plain, other):
+        with tuning.using(op, row), tuning.using("linear_swiglu", row), backend("triton"):
+            found.append(run(BY_NAME[name].op, inputs))
+    for what, want in found[0].items():
+        if want.ndim > 1:  # of a row's scale the gradient is summed part by part
+            assert torch.equal(found[1][what], want), what
+    with tuning.using(op, other), tuning.using("linear_swiglu", other):
+        check_closeness(BY_NAME[name], (35, 48, 80), dtype)
 
 
 @pytest.mark.kernels

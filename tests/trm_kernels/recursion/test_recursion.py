@@ -14,11 +14,13 @@ from torch import Tensor
 from bench.measure.counting import Counting, nbytes, storages_kept
 from tests.trm_kernels.ops.test_ops import error, rms
 from trm_kernels import TRM, trm_recursion
+from trm_kernels.ops.attention import flash
 from trm_kernels.recursion.fused_layer import Setting
 from trm_kernels.recursion.fused_recursion import recursion_forward
 from trm_kernels.recursion.saved_bytes import SAVES, saved_bytes
 from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import map_weights
+from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import add_weight_gradient
 from trm_kernels.runtime.launch import record
@@ -549,3 +551,59 @@ def test_refuses_a_key_mask_of_another_size():
     x = ROWS.to(DEVICE)
     with backend("triton"), pytest.raises(ValueError, match=r"key_mask \(2, 3\) of bool, got \(2, 4\)"):
         make()(x, key_mask=torch.ones(2, 4, dtype=torch.bool, device=DEVICE))
+
+
+# --- PyTorch's flash attention inside the loop, where the settings table has a library attend
+
+
+@pytest.fixture
+def flash_attends(monkeypatch):
+    """The table takes a library at every length; what was asked of flash, forward and backward."""
+    monkeypatch.setattr(tuning, "attention_implementation", lambda *sizes: "sdpa")
+    asked = []
+
+    def watch(name):
+        plain = getattr(flash, name)
+        monkeypatch.setattr(flash, name, lambda *args: (asked.append(name), plain(*args))[1])
+
+    watch("flash_forward")
+    watch("flash_backward")
+    return asked
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_inside_the_loop_equals_a_loop_under_every_policy(flash_attends, causal):
+    check_float32(make(causal=causal, num_recursion_steps=1, num_cycles=1), tensors(2, 7, 64))
+    # two layers twice, three policies; "layer" and "step" compute four attentions again
+    assert flash_attends.count("flash_forward") == 3 * 4 + 2 * 4
+    assert flash_attends.count("flash_backward") == 3 * 4
+
+
+@pytest.mark.kernels
+def test_flash_in_bfloat16_is_as_close_to_the_truth_as_eager(flash_attends):
+    check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (2, 7, 64), "all", seeds=6)
+    assert flash_attends
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("changes", "key_mask"),
+    [({"num_heads": 4, "num_key_value_heads": 2}, None), ({}, PAD), ({"attention": "triton"}, None)],
+)
+def test_our_kernels_attend_where_flash_cannot_or_was_not_asked(flash_attends, changes, key_mask):
+    check_float32(make(num_recursion_steps=1, num_cycles=1, **changes), tensors(2, 7, 64), key_mask)
+    assert not flash_attends
+
+
+@without_interpreter
+@pytest.mark.parametrize(("T", "takes"), [(128, False), (129, True)])
+def test_the_table_says_from_which_length_flash_attends(T, takes):
+    trm = make(torch.bfloat16, num_recursion_steps=1, num_cycles=1).to("meta")
+    x = torch.empty(2, T, trm.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with record("sm90") as launches, Counting(inside_ours=True) as counted:
+        torch.autograd.grad(trm(x)[0].sum(), x)
+    names = {launch.kernel.fn.__name__ for launch in launches}
+    assert ("rope_attention_fwd_kernel" in names) is not takes
+    for name in ("", "_backward"):
+        assert (counted.calls[f"_scaled_dot_product_flash_attention{name}"] == 4) is takes
