@@ -50,7 +50,8 @@ class GemmLaunch:
     GROUP_M: int = 8  # row tiles that follow each other while the weight's columns are in L2
     parts: int = 1  # of a tile's columns, one after the other in the epilogue: fewer registers (swiglu_mlp)
     joins_weights: bool = False  # gate and up as one product of twice the columns (linear_swiglu)
-    keeps_products: bool = True  # serves where gate and up are written as well (linear_swiglu)
+    # serves where gate and up (linear_swiglu) or the row scale's gradient (swiglu_mlp) are written as well
+    writes_more: bool = True
     maxnreg: int | None = None  # registers a thread, where a few less let a second block in
     measured_on: str = _UNTIMED
 
@@ -216,7 +217,7 @@ _JOINED = GemmLaunch(
     num_warps=8,
     num_stages=3,
     joins_weights=True,
-    keeps_products=False,  # writing them too, it spills
+    writes_more=False,  # it would spill
     measured_on=_MODEL,
 )
 _IN_PARTS = GemmLaunch(
@@ -227,6 +228,7 @@ _IN_PARTS = GemmLaunch(
     num_warps=8,
     num_stages=3,
     parts=4,
+    writes_more=False,
     maxnreg=128,
     measured_on=_MODEL,
 )
@@ -389,17 +391,17 @@ def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
     )
 
 
-def gemm(op: str, arch: str, element_size: int, is_aligned: bool, keeps_products: bool = False) -> GemmLaunch:
+def gemm(op: str, arch: str, element_size: int, is_aligned: bool, writes_more: bool = False) -> GemmLaunch:
     """The settings of the product in `op` for elements of that many bytes on `arch`.
 
     Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
-    and those of a large tile do not fit.
+    and those of a large tile do not fit. writes_more: what not every row serves, see GemmLaunch.
     """
     rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
     if is_aligned and op in (instead := _instead.get()):
         rows = (instead[op], *rows)
     return next(
-        row for row in rows if row.element_size == element_size and (row.keeps_products or not keeps_products)
+        row for row in rows if row.element_size == element_size and (row.writes_more or not writes_more)
     )
 
 
