@@ -5,6 +5,7 @@ Kernels run on a CUDA device, or in the interpreter; the rest runs anywhere.
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -441,6 +442,41 @@ def test_general_masks(kind):
         [problem.qkv(torch.float32, 0)],
         implementation="sdpa",
     )
+
+
+@pytest.mark.parametrize("implementation", ("auto", "sdpa", "reference"))
+@pytest.mark.parametrize("shape", [(), (9,), (1, 9), (9, 1), (2, 1, 1, 9), (4, 9, 9)], ids=str)
+def test_a_mask_is_broadcast(shape, implementation):
+    problem = Problem(2, 9, 4, 2, 16)
+    qkv = problem.qkv(torch.float32, 0).detach()
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.3
+    masks = (mask, mask.expand(2, 4, 9, 9))
+    got, want = (problem.attend(qkv, mask=m, implementation=implementation) for m in masks)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ("auto", "sdpa", "reference"))
+@pytest.mark.parametrize("sizes", [(0, 5), (2, 0)], ids=str)
+def test_nothing_to_attend(sizes, implementation):
+    problem = Problem(*sizes, 4, 2, 16, causal=True)
+    assert problem.attend(problem.qkv(torch.float32, 0), implementation=implementation).shape == (*sizes, 64)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or interpreting(), reason="of what a CPU attends by")
+def test_auto_on_a_cpu_has_forward_derivatives_and_is_mapped_over_positions():
+    problem = Problem(1, 5, 4, 2, 16, causal=True)
+    qkv, other = (problem.qkv(torch.float32, seed).detach() for seed in (0, 1))
+    got, want = (
+        torch.func.jvp(partial(problem.attend, implementation=name), (qkv,), (other,))[1]
+        for name in ("auto", "reference")
+    )
+    torch.testing.assert_close(got, want)
+
+    def at(positions: Tensor) -> Tensor:
+        return rope_attention(qkv, positions[None], 4, 2, causal=True)
+
+    positions = torch.stack((torch.arange(5), 3 * torch.arange(5)))
+    torch.testing.assert_close(torch.vmap(at)(positions), torch.stack([at(p) for p in positions]))
 
 
 def test_one_backend_of_sdpa():

@@ -61,8 +61,8 @@ def rope_ref(u: Tensor, angles: Angles) -> Tensor:
     """
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
     low, high = wide(u).chunk(2, dim=-1)
-    crossed = torch.cat((high, low), dim=-1).mul_(torch.cat((-sin, sin), dim=-1))
-    return crossed.add_(wide(u) * torch.cat((cos, cos), dim=-1)).to(u.dtype)
+    crossed, straight = torch.cat((high, low), dim=-1), wide(u) * torch.cat((cos, cos), dim=-1)
+    return straight.addcmul_(crossed, torch.cat((-sin, sin), dim=-1)).to(u.dtype)
 
 
 @triton.jit

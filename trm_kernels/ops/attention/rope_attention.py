@@ -17,6 +17,7 @@ Source   RoPE: "RoFormer", Su et al., 2021, section 3.2. Attention: as in TRM, a
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from trm_kernels.ops.attention import library
 from trm_kernels.ops.attention.decode_attention import decode_attention
@@ -98,10 +99,10 @@ def rope_attention(
         query_offset: Keys before the first query; None: the last query is at the last key.
         angles: rope_angles(positions, K, rope_theta), for a caller with more than one call.
         implementation: "auto" takes Triton or SDPA on CUDA, by the settings table (SDPA for a general mask),
-            SDPA on a CPU unless the mask is floating, and the reference elsewhere and where
-            backend("reference") says so. "triton": our kernels, which take no general mask. "reference" (the
-            one that can be differentiated twice), or one of library.py's. One that was asked for by name runs
-            or is an error.
+            SDPA on a CPU unless the mask is floating or qkv carries a forward-mode derivative, and the
+            reference elsewhere and where backend("reference") says so. "triton": our kernels, which take no
+            general mask. "reference" (the one that can be differentiated twice), or one of library.py's. One
+            that was asked for by name runs or is an error.
 
     Returns:
         o, [B, T, H K], in qkv's dtype.
@@ -165,15 +166,17 @@ def _rotated_first(
 
 def _by_library(name: str, q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
     """o [B, T, H K] of q [B, H, T, K] and k, v [B, G, S, K], by the candidate `name`."""
-    (B, _, T, _), S = q.shape, k.shape[2]
+    (B, H, T, K), S = q.shape, k.shape[2]
     # SDPA's own causal mask begins at the first key, flash-attn's ends at the last
     first = S - T if name == "flash_attn" else 0
     is_plain = visible.mask is None and visible.key_mask is None and visible.query_offset == first
     # a branch: of a traced length the condition is symbolic, and SDPA takes only a bool
     is_causal = True if visible.causal and is_plain and (name == "flash_attn" or S == T) else False  # noqa: SIM210
     mask = None if is_causal else visibility(T, S, q.device, *visible)
+    if mask is not None and mask.ndim < 2:  # SDPA reads the last two axes
+        mask = mask.expand(T, S)
     o = library.attend("rope_attention", name, q, k, v, mask, is_causal)
-    return o.transpose(1, 2).reshape(B, T, -1)
+    return o.transpose(1, 2).reshape(B, T, H * K)
 
 
 def _by_kernels(
@@ -222,7 +225,13 @@ def _choose(implementation: str, qkv: Tensor, K: int, mask: Tensor | None) -> st
 def _without_kernels(qkv: Tensor, mask: Tensor | None) -> str:
     """SDPA makes a CPU faster by a fifth at width 64, but errs under floating masks that hide all."""
     on_cpu = qkv.device.type == "cpu" and current_backend() == "auto"
-    return "sdpa" if on_cpu and (mask is None or mask.dtype == torch.bool) else "reference"
+    fits = mask is None or mask.dtype == torch.bool
+    return "sdpa" if on_cpu and fits and not _is_dual(qkv) else "reference"
+
+
+def _is_dual(u: Tensor) -> bool:
+    """Whether forward-mode derivatives are computed, which SDPA has none of on a CPU."""
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(u).tangent is not None
 
 
 def _check(
