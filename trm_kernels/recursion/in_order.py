@@ -39,7 +39,10 @@ def recursion_in_order(
     """y and z [B, T, D] of all tokens; `inputs` are those of all of them, and `of_token` computes one."""
     if hasattr(inputs.attend or inputs.update_cache, "rounds"):
         return _in_rounds(x, y, z, num_layers, inputs, of_token)
-    T, before = x.shape[1], dict[int, _Keys]()
+    T = x.shape[1]
+    if T == 0:
+        return y, z
+    before: dict[int, _Keys] = {}
     ends = []
     for t in range(T):
         keys = LastKeys(spec, num_layers, inputs.update_cache, before)
@@ -85,13 +88,17 @@ def _of_token(inputs: AttentionInputs, t: int, T: int) -> AttentionInputs:
     """The inputs of token t of T, which sees no keys of later ones."""
 
     def until_it(mask: Tensor | None) -> Tensor | None:
-        return None if mask is None else mask[..., : mask.shape[-1] - (T - 1 - t)]
+        if mask is None or mask.ndim == 0 or mask.shape[-1] == 1 < T:  # the same for all keys
+            return mask
+        return mask[..., : mask.shape[-1] - (T - 1 - t)]
 
     angles, mask = inputs.angles, until_it(inputs.mask)
+    if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+        mask = mask[..., t : t + 1, :]
     return inputs._replace(
         positions=None,
         angles=None if angles is None else Angles(*(part[:, t : t + 1] for part in angles)),
-        mask=None if mask is None else mask[..., t : t + 1, :],
+        mask=mask,
         key_mask=until_it(inputs.key_mask),
     )
 

@@ -144,6 +144,31 @@ def test_padding_is_hidden(as_mask):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(), (T,), (1, T), (T, 1), (2, 1, 1, 1), (H, 1, T), (2, 1, T, T)], ids=str)
+@pytest.mark.parametrize("is_bool", [True, False], ids=["bool", "floating"])
+def test_a_mask_is_broadcast(shape, is_bool):
+    g = torch.Generator().manual_seed(0)
+    mask = torch.randn(shape, generator=g, dtype=torch.float64).to(DEVICE)
+    mask = mask > -0.5 if is_bool else mask
+    found, wanted = (trm()(inputs(), mask=m)[0] for m in (mask, mask.expand(2, H, T, T)))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_no_tokens_and_no_rows():
+    for nothing in (inputs()[:, :0], inputs()[:0]):
+        y, z = trm()(nothing)
+        assert y.shape == z.shape == nothing.shape
+
+
+@pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
+@torch.no_grad()
+def test_it_is_traced_as_one_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(trm(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs())[0], trm()(inputs())[0], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("chunks", [(T,), (2, 1, 2), (1,) * T], ids=["whole", "chunks", "token by token"])
 def test_a_cache_gives_the_same_and_does_not_grow_with_n(chunks):
     for n, num_cycles in ((2, 1), (5, 1), (3, 2)):
