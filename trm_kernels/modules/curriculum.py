@@ -47,7 +47,8 @@ class RecursionCurriculum:
 
     def __post_init__(self) -> None:
         numbers = (*self.first, *self.last, self.steps)
-        if not all(isinstance(number, int) and number >= 1 for number in numbers):
+        are_pairs = len(self.first) == len(self.last) == 2
+        if not are_pairs or not all(type(number) is int and number >= 1 for number in numbers):
             raise ValueError(
                 "RecursionCurriculum: expected n, T and steps to be counts of at least 1, "
                 f"got first {_text(self.first)}, last {_text(self.last)}, {self.steps} steps."
@@ -62,6 +63,8 @@ class RecursionCurriculum:
                 f"RecursionCurriculum: expected a first depth below {_text(self.last)}, got the same: "
                 "it would have no effect."
             )
+        for name in ("first", "last"):  # plain pairs will do
+            object.__setattr__(self, name, Depth(*getattr(self, name)))
 
     @classmethod
     def from_text(cls, text: str, last: Depth) -> "RecursionCurriculum":
@@ -80,7 +83,9 @@ class RecursionCurriculum:
         return cls(Depth(int(n), int(cycles or last.num_cycles)), last, int(steps))
 
     def at(self, step: int) -> Depth:
-        """The depth of training step `step`, counted from 0."""
+        """The depth of training step `step`, counted from 0. Errors: ValueError for a step below 0."""
+        if step < 0:
+            raise ValueError(f"RecursionCurriculum: expected a step of at least 0, got {step}.")
         done = min(step, self.steps)
         pairs = zip(self.first, self.last, strict=True)
         return Depth(*(first + (last - first) * done // self.steps for first, last in pairs))

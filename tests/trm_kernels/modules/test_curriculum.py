@@ -29,6 +29,7 @@ def test_the_depth_rises_evenly_and_stays():
         ((0, 1), (6, 3), 5, "counts of at least 1, got first 0x1, last 6x3, 5 steps"),
         ((1, 1), (6, 3), 0, "counts of at least 1, got first 1x1, last 6x3, 0 steps"),
         ((1.5, 1), (6, 3), 5, "counts of at least 1, got first 1.5x1"),
+        ((1, True), (6, 3), 5, "counts of at least 1, got first 1xTrue"),
         ((7, 1), (6, 3), 5, "a first n and T of at most 6x3, got 7x1"),
         ((1, 4), (6, 3), 5, "a first n and T of at most 6x3, got 1x4"),
         ((6, 3), (6, 3), 5, "below 6x3, got the same: it would have no effect"),
@@ -37,6 +38,15 @@ def test_the_depth_rises_evenly_and_stays():
 def test_numbers_that_make_no_curriculum_are_an_error(first, last, steps, message):
     with pytest.raises(ValueError, match=message):
         RecursionCurriculum(Depth(*first), Depth(*last), steps)
+
+
+def test_plain_pairs_are_depths_and_other_lengths_and_negative_steps_are_errors():
+    curriculum = RecursionCurriculum((1, 2), (6, 3), 5)
+    assert (curriculum.first.num_cycles, curriculum.last) == (2, Depth(6, 3))
+    with pytest.raises(ValueError, match="got first 1, last 6"):
+        RecursionCurriculum((1,), (6,), 5)
+    with pytest.raises(ValueError, match="a step of at least 0, got -1"):
+        curriculum.at(-1)
 
 
 def test_a_curriculum_is_typed_as_first_and_steps():
