@@ -27,6 +27,7 @@ from typing import Any
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
+from hybrid.config import HybridConfig, trm_fields
 from hybrid.saving.files import SAVING, replace_file
 from hybrid.saving.json_files import read_object
 from hybrid.training.fingerprints import first_difference
@@ -186,12 +187,14 @@ def new_run(what: dict[str, Any]) -> dict[str, Any]:
 def check_same_run(folder: Path, before: dict[str, Any], what: dict[str, Any]) -> None:
     """Refuse to resume a run as another one: ValueError with the first thing that differs.
 
-    Of a base's config only what both have is compared, so that a newer transformers may know more of it.
+    Of a base's config only what both have is compared, so that a newer transformers may know more of it. A
+    field of HybridConfig that there was not yet counts as what a saved config without it means.
     """
     then, now = (
         {name: value for name, value in run.items() if name not in ("format", "id", "extended", "steps")}
         for run in (before, what)
     )
+    then = _with_newer_fields(then)
     then, now = _as_far_as_both_know(then, now), _as_far_as_both_know(now, then)
     if difference := first_difference(then, now):
         name, was, now_is = difference
@@ -199,6 +202,16 @@ def check_same_run(folder: Path, before: dict[str, Any], what: dict[str, Any]) -
             f"train: to resume the run in {folder}, expected {name} {was} as it began, got {now_is}. "
             f"{_CANNOT}"
         )
+
+
+def _with_newer_fields(run: dict[str, Any]) -> dict[str, Any]:
+    try:
+        known = HybridConfig.from_dict(run["config"])
+    except (KeyError, TypeError, ValueError):  # of a run.json that somebody has edited
+        return run
+    if not run["config"]:  # a plain language model's
+        return run
+    return run | {"config": {name: getattr(known, name) for name in trm_fields()} | run["config"]}
 
 
 def _as_far_as_both_know(run: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A hybrid whose recursion begins shallow: in the loop, under transformers' Trainer, and what cannot be."""
 
+import json
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -80,6 +82,21 @@ def test_a_run_resumes_exactly_and_without_a_curriculum_is_as_before(tmp_path):
     train(at_once, Counting(), settings_for(tmp_path / "d", recursion_curriculum=first))
     assert lines_of(tmp_path / "c") != lines_of(tmp_path / "a")
     assert lines_of(tmp_path / "c") != lines_of(tmp_path / "d")
+
+
+def test_a_run_that_began_before_there_were_these_settings_goes_on(tmp_path):
+    straight, resumed = hybrid(), hybrid()
+    train(straight, Counting(), settings_for(tmp_path / "a"))
+    with pytest.raises(Stopped):
+        train(hybrid(), Counting(), settings_for(tmp_path / "b"), on_step=stop_after(13))
+    path = tmp_path / "b" / "run.json"
+    run = json.loads(path.read_text())
+    del run["config"]["trm_cache"], run["recursion_curriculum"]
+    path.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="expected config.trm_cache all as it began, got last"):
+        train(hybrid(trm_cache="last"), Counting(), settings_for(tmp_path / "b"), resume=True)
+    train(resumed, Counting(), settings_for(tmp_path / "b"), resume=True)
+    assert_equal(resumed, straight)
 
 
 def trained(folder, resume=None, callbacks=None, steps=6):
