@@ -85,9 +85,9 @@ def test_blocks_share_a_multiprocessor_as_far_as_they_fit(fields, blocks):
 
 def test_a_grid_takes_full_waves_and_a_last_one():
     cost = KernelCost(Cycles(100, 0, 0, 0), Cycles(0, 0, 50, 0), waits=False, blocks=2, stages=9)
-    alone = 2 * cycles.LATENCY + 10 * 100 + 50
+    alone = 2 * cycles.LATENCY + 10 * 100 / cycles.REACHED + 50
     assert cost.of_blocks(1, 10) == alone
-    assert cost.of_blocks(2, 100) == max(2 * cycles.LATENCY + 100 * 100 + 50, 2 * 100 * 100 / cycles.REACHED)
+    assert cost.of_blocks(2, 100) == 2 * 100 * 100 / cycles.REACHED
     assert cost.of_grid(4, 10, 4) == alone
     assert cost.of_grid(8 + 8 + 4, 10, 4) == 2 * cost.of_blocks(2, 10) + alone
 
