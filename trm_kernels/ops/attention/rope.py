@@ -60,9 +60,10 @@ def rope_ref(u: Tensor, angles: Angles) -> Tensor:
     low cos - high sin | high cos + low sin, in passes over whole heads: half the time, on a CPU.
     """
     cos, sin = (t[:, :, None] for t in angles)  # [B, T, 1, K/2]: the same for all heads
-    low, high = wide(u).chunk(2, dim=-1)
-    crossed, straight = torch.cat((high, low), dim=-1), wide(u) * torch.cat((cos, cos), dim=-1)
-    return straight.addcmul_(crossed, torch.cat((-sin, sin), dim=-1)).to(u.dtype)
+    u_wide = wide(u)
+    low, high = u_wide.chunk(2, dim=-1)
+    crossed = torch.cat((high, low), dim=-1) * torch.cat((-sin, sin), dim=-1)
+    return crossed.add_(u_wide * torch.cat((cos, cos), dim=-1)).to(u.dtype)
 
 
 @triton.jit
