@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
 
-# a real language model, out of Python's index: about 10 minutes on two quiet cores
+# a real language model, out of Python's index: 5 minutes on two quiet cores
 real: $(READY)
 	$(BIN)/trm-hybrid demo --base smollm2 --output build/real
 
