@@ -15,6 +15,12 @@ from hybrid.training.depth import check_curriculum
 from trm_kernels.modules.curriculum import RecursionCurriculum
 
 
+def _hybrid_in(model: nn.Module | None) -> HybridModel | None:
+    """The hybrid, whatever Trainer wraps it in."""
+    parts = () if model is None else model.modules()
+    return next((part for part in parts if isinstance(part, HybridModel)), None)
+
+
 class KeepDraws(TrainerCallback):
     """Does nothing where there is no hybrid inside of the model."""
 
@@ -24,8 +30,7 @@ class KeepDraws(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        parts = () if model is None else model.modules()
-        self._hybrid = next((part for part in parts if isinstance(part, HybridModel)), None)
+        self._hybrid = _hybrid_in(model)
         if self._hybrid is None:
             return
         self._hybrid.training_depth = None  # a training that an error ended left its own
@@ -55,8 +60,7 @@ class DeepenRecursion(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        parts = () if model is None else model.modules()
-        self._hybrid = next((part for part in parts if isinstance(part, HybridModel)), None)
+        self._hybrid = _hybrid_in(model)
         if self._hybrid is None:
             raise ValueError(f"DeepenRecursion: expected a HybridModel inside, got {type(model).__name__}.")
         check_curriculum(self.curriculum, self._hybrid.config)
