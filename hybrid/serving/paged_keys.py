@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from trm_kernels.recursion.in_order import rounds_of
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 _INDICES = ("read_index", "write_index", "cu_seq_lens_k", "max_length_k")  # where its tokens lie
 
@@ -68,7 +70,7 @@ class PagedKeys:
         ends, places = self._ends.to(device).long(), torch.arange(tokens, device=device)
         starts = ends[torch.searchsorted(ends[1:].contiguous(), places, right=True)]
         number = places - starts  # of the token in its sequence
-        return [(number == i).nonzero()[:, 0] for i in range(int(number.max()) + 1)]
+        return rounds_of(number)
 
 
 class PagedInjectionKeys:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from trm_kernels.ops.attention.rope import Angles, rope
+from trm_kernels.recursion.in_order import rounds_of
 
 _WIDEST, _STEP = 512, 32  # head widths that are tried where a backend lacks the TRM's own
 
@@ -48,7 +49,7 @@ class RowAttention:
         begins = torch.ones(tokens, dtype=torch.bool, device=device)
         begins[1:] = self.row.positions.diff() != 1
         number = places - torch.where(begins, places, 0).cummax(0).values
-        return [(number == i).nonzero()[:, 0] for i in range(int(number.max()) + 1)]
+        return rounds_of(number)
 
     def of_tokens(self, layer: int, tokens: Tensor, qkv: Tensor) -> Tensor:
         """Attention of some tokens, [1, N, H K]; vLLM writes and attends for the whole row again.

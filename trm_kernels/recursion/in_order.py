@@ -53,6 +53,11 @@ def recursion_in_order(
     return y_end, z_end
 
 
+def rounds_of(numbers: Tensor) -> list[Tensor]:
+    """The places [N] of tokens that go together, round after round; `numbers` count a sequence's tokens."""
+    return [(numbers == i).nonzero()[:, 0] for i in range(int(numbers.max()) + 1)]
+
+
 def _in_rounds(
     x: Tensor, y: Tensor, z: Tensor, num_layers: int, inputs: AttentionInputs, of_tokens: OfToken
 ) -> tuple[Tensor, Tensor]:

@@ -235,19 +235,11 @@ def run_recursion(
         weights = dequantize_layers(weights, scales, x.dtype)
     if spec.cache == "last":
         _check_nothing_is_cached_twice(x, y, z, weights, spec, inputs)
-        of_token = partial(_per_op_in_order, weights, spec)
-        return recursion_in_order(x, y, z, spec, len(weights), inputs, of_token)
-    return _per_op(x, y, z, weights, spec, inputs)
 
+        def of_tokens(x: Tensor, y: Tensor, z: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+            return _per_op(x, y, z, weights, spec, inputs)
 
-def _per_op_in_order(
-    weights: Sequence[LayerWeights],
-    spec: RecursionSpec,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    inputs: AttentionInputs,
-) -> tuple[Tensor, Tensor]:
+        return recursion_in_order(x, y, z, spec, len(weights), inputs, of_tokens)
     return _per_op(x, y, z, weights, spec, inputs)
 
 
