@@ -30,8 +30,8 @@ from trm_kernels.runtime.gemm_common import (
     check_dtypes,
     check_row_scale,
     grid,
-    halves_of_columns,
     input_precision,
+    parts_of_columns,
     rows_of,
     runs_candidate,
     tile_of_program,
@@ -150,110 +150,20 @@ def _swiglu_mlp_bwd_kernel(
             stride_drow_scalem,
         )
     else:
-        tl.static_assert(PARTS == 2 or PARTS == 4)
-        left, right = halves_of_columns(da)
+        tiles = parts_of_columns(da, PARTS)
         first = (tile_n * BLOCK_N).to(tl.int32)  # of columns: narrow numbers take fewer registers
-        if PARTS == 2:
-            offs_p = tl.arange(0, BLOCK_N // 2)
+        offs_p = tl.arange(0, BLOCK_N // PARTS)
+        for part in tl.static_range(PARTS):
             _swiglu_gradient_of_columns(
-                left,
+                tiles[part],
                 gu_ptr,
                 row_scale_ptr,
                 dgu_ptr,
                 a_ptr,
                 drow_scale_ptr,
                 offs_m,
-                first + offs_p,
-                tile_n * 2,
-                M,
-                N,
-                stride_gum,
-                stride_dgum,
-                stride_am,
-                stride_drow_scalem,
-            )
-            _swiglu_gradient_of_columns(
-                right,
-                gu_ptr,
-                row_scale_ptr,
-                dgu_ptr,
-                a_ptr,
-                drow_scale_ptr,
-                offs_m,
-                first + BLOCK_N // 2 + offs_p,
-                tile_n * 2 + 1,
-                M,
-                N,
-                stride_gum,
-                stride_dgum,
-                stride_am,
-                stride_drow_scalem,
-            )
-        else:
-            offs_p = tl.arange(0, BLOCK_N // 4)
-            part_0, part_1 = halves_of_columns(left)
-            part_2, part_3 = halves_of_columns(right)
-            _swiglu_gradient_of_columns(
-                part_0,
-                gu_ptr,
-                row_scale_ptr,
-                dgu_ptr,
-                a_ptr,
-                drow_scale_ptr,
-                offs_m,
-                first + offs_p,
-                tile_n * 4,
-                M,
-                N,
-                stride_gum,
-                stride_dgum,
-                stride_am,
-                stride_drow_scalem,
-            )
-            _swiglu_gradient_of_columns(
-                part_1,
-                gu_ptr,
-                row_scale_ptr,
-                dgu_ptr,
-                a_ptr,
-                drow_scale_ptr,
-                offs_m,
-                first + BLOCK_N // 4 + offs_p,
-                tile_n * 4 + 1,
-                M,
-                N,
-                stride_gum,
-                stride_dgum,
-                stride_am,
-                stride_drow_scalem,
-            )
-            _swiglu_gradient_of_columns(
-                part_2,
-                gu_ptr,
-                row_scale_ptr,
-                dgu_ptr,
-                a_ptr,
-                drow_scale_ptr,
-                offs_m,
-                first + BLOCK_N // 2 + offs_p,
-                tile_n * 4 + 2,
-                M,
-                N,
-                stride_gum,
-                stride_dgum,
-                stride_am,
-                stride_drow_scalem,
-            )
-            _swiglu_gradient_of_columns(
-                part_3,
-                gu_ptr,
-                row_scale_ptr,
-                dgu_ptr,
-                a_ptr,
-                drow_scale_ptr,
-                offs_m,
-                first + BLOCK_N // 4 * 3 + offs_p,
-                tile_n * 4 + 3,
+                first + part * (BLOCK_N // PARTS) + offs_p,
+                tile_n * PARTS + part,
                 M,
                 N,
                 stride_gum,

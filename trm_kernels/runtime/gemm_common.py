@@ -44,6 +44,19 @@ def halves_of_columns(t):  # type: ignore[no-untyped-def]  # Triton, not Python
 
 
 @triton.jit
+def parts_of_columns(t, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton, not Python
+    """Two or four tiles of a tile's columns, from left to right."""
+    tl.static_assert(PARTS == 2 or PARTS == 4)
+    left, right = halves_of_columns(t)
+    if PARTS == 2:
+        return left, right
+    else:  # Triton wants the branch
+        first, second = halves_of_columns(left)
+        third, fourth = halves_of_columns(right)
+        return first, second, third, fourth
+
+
+@triton.jit
 def as_wide_as(w, v):  # type: ignore[no-untyped-def]  # Triton, not Python
     """A tile of a weight in the dtype of v, by which it is multiplied."""
     if w.dtype == tl.float8e4nv:
