@@ -77,7 +77,7 @@ class RecursionCurriculum:
         Raises:
             ValueError: When the text says something else, or for numbers that make no curriculum.
         """
-        if (found := re.fullmatch(r"(\d+)(?:x(\d+))?:(\d+)", text, re.ASCII)) is None:
+        if (found := re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?:(\d{1,9})", text, re.ASCII)) is None:
             raise ValueError(f"expected FIRST:STEPS, such as 2:500 (n) or 2x1:500 (n and T), got {text!r}.")
         n, cycles, steps = found.groups()
         return cls(Depth(int(n), int(cycles or last.num_cycles)), last, int(steps))

@@ -174,7 +174,8 @@ def trm_recursion(
             where a cooperative launch is impossible.
         scales: Of weights in 8 bits, see quantize.py.
         attend: Does the attention of every evaluation, see inputs.py; per op, and without gradient.
-        cache: Which keys and values of a token later ones attend to: "all" or "last", see in_order.py.
+        cache: Which keys and values of a token later ones attend to: "all" or "last", see in_order.py. With
+            "last" no token attends to a later one, whatever `mask` says.
 
     Returns:
         y and z after all cycles, [B, T, D] each.
