@@ -1,7 +1,7 @@
 """Mutants, small slips in the code: does a test notice each? `python -m tools.mutants` plants a sample
 
 The slips are cosmic-ray's: another comparison or operator, a number more or less, a loop of no rounds, a lost
-`not`. A measurement, made once a package, says which of its tests run a line. A mutant is met by these, the
+`not`. A measurement, made once a test file, says which of its tests run a line. A mutant is met by these, the
 quickest first, in a process that has imported torch already. All happens in build/mutants, in a copy of the
 tracked files. What came of it: docs/decisions/mutation-tests.md
 
@@ -10,6 +10,7 @@ A run that is begun again with the same sample goes on where it was stopped.
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,12 +22,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from difflib import unified_diff
 from itertools import accumulate, takewhile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -37,12 +38,14 @@ from coverage import CoverageData
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "mutants"
 TREE = BUILD / "tree"
+MEASURED = BUILD / "measured"
 RESULTS = BUILD / "results.jsonl"
+LOG = BUILD / "last.log"
 # package -> the ways in which its tests are run; they stand below tests/ in a folder of the same name
 PACKAGES = {
     "hybrid/training": ("plain",),
     "hybrid/data": ("plain",),
-    "hybrid/model": ("plain",),
+    "hybrid/model": ("plain", "interpreted"),
     "trm_kernels/recursion": ("plain", "interpreted"),
 }
 # the environment of a way, and pytest's options
@@ -50,6 +53,7 @@ WAYS: dict[str, tuple[dict[str, str], list[str]]] = {
     "plain": ({}, []),
     "interpreted": ({"TRITON_INTERPRET": "1"}, ["-m", "kernels and not slow"]),
 }
+PYTEST = ["-q", "-p", "no:cacheprovider", "--timeout=0"]
 ALWAYS = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 PRELOADED = [
     "torch",
@@ -134,27 +138,48 @@ def sample(package: str, count: int | None, seed: int) -> list[Mutant]:
 # The tests that run a line
 
 
-def measure(package: str, way: str) -> None:
-    """Run the package's tests once, and keep which lines of it each runs and how long it takes."""
+def measure(package: str, way: str, test_file: str) -> Path:
+    """Run a test file once, and keep which lines of the package each test runs and how long it computes.
+
+    What was kept holds as long as neither the test file nor the package has changed.
+    """
+    sources = [ROOT / test_file, *sorted((ROOT / package).rglob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    kept = MEASURED / f"{Path(package).name}-{way}-{Path(test_file).stem}-{digest}.json"
+    if not kept.exists():
+        print(f"measuring which lines of {package} are run by {test_file}, {way}", flush=True)
+        process = _fork(_measure, package, way, test_file, kept)
+        process.join()
+        if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise SystemExit(f"tools.mutants: {test_file} fails as it is ({way}): {LOG}")
+    return kept
+
+
+def _measure(package: str, way: str, test_file: str, kept: Path) -> None:
     environment, options = WAYS[way]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, f"tests/{package}"]
-    command += [
-        f"--cov={package}",
-        "--cov-context=test",
-        "--cov-report=",
-        f"--junitxml={_seconds(package, way)}",
-    ]
-    print(f"measuring which tests run which lines of {package}, {way}", flush=True)
-    environment = ALWAYS | environment | {"COVERAGE_FILE": str(_contexts(package, way))}
-    subprocess.run(command, cwd=TREE, env=os.environ | environment, check=True)
+    _stand_in_the_copy(environment | {"COVERAGE_FILE": str(kept.with_suffix(".coverage"))})
+    clock = _Clock()
+    options = [*PYTEST, *options, f"--cov={package}", "--cov-context=test", "--cov-report="]
+    exit_code = pytest.main([*options, test_file], plugins=[clock])
+    half = kept.with_suffix(".part")
+    half.write_text(json.dumps(clock.seconds), encoding="utf-8")
+    if exit_code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        half.rename(kept)  # last: what is there is whole
+    sys.exit(int(exit_code))
 
 
-def _contexts(package: str, way: str) -> Path:
-    return BUILD / f"{package.replace('/', '.')}-{way}.coverage"
+class _Clock:
+    """How many seconds each test computes, the processes that it starts included: not how long it waits."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
 
-def _seconds(package: str, way: str) -> Path:
-    return _contexts(package, way).with_suffix(".xml")
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        before = sum(os.times()[:4])
+        result = yield
+        self.seconds[item.nodeid] = round(sum(os.times()[:4]) - before, 3)
+        return result
 
 
 class TestsOfLines:
@@ -162,14 +187,14 @@ class TestsOfLines:
 
     def __init__(self, package: str, way: str) -> None:
         self.environment = WAYS[way][0]
-        if not _seconds(package, way).exists():
-            measure(package, way)
-        self._data = CoverageData(str(_contexts(package, way)))
-        self._data.read()
+        self._data = CoverageData(no_disk=True)
         self._seconds: dict[str, float] = {}
-        for case in ElementTree.parse(_seconds(package, way)).iter("testcase"):
-            name = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
-            self._seconds[name] = float(case.attrib["time"])
+        for path in sorted((ROOT / "tests" / package).rglob("test_*.py")):
+            kept = measure(package, way, path.relative_to(ROOT).as_posix())
+            self._seconds |= json.loads(kept.read_text(encoding="utf-8"))
+            lines = CoverageData(str(kept.with_suffix(".coverage")))
+            lines.read()
+            self._data.update(lines)
 
     def of(self, mutant: Mutant) -> list[str]:
         """All tests that run the mutant's statement; of what is run on import, all that run its module."""
@@ -194,7 +219,7 @@ def _lines_of_statement(source: str, line: int) -> Iterable[int]:
     """The lines of the innermost statement around `line` in a function; none where it is in no function."""
     around, in_function = None, False
     for node in ast.walk(ast.parse(source)):  # outer nodes first
-        if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or 0):
+        if not isinstance(node, ast.stmt) or not _first_line(node) <= line <= (node.end_lineno or 0):
             continue
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         in_function = in_function or (is_function and line >= node.body[0].lineno)  # type: ignore[attr-defined]
@@ -203,7 +228,12 @@ def _lines_of_statement(source: str, line: int) -> Iterable[int]:
         return ()
     body = getattr(around, "body", None)
     last = body[0].lineno - 1 if body else around.end_lineno or around.lineno
-    return range(around.lineno, max(around.lineno, last) + 1)
+    return range(_first_line(around), max(around.lineno, last) + 1)
+
+
+def _first_line(statement: ast.stmt) -> int:
+    """Its decorators' too."""
+    return min(node.lineno for node in (statement, *getattr(statement, "decorator_list", ())))
 
 
 # One mutant
@@ -230,10 +260,7 @@ def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> F
 
 
 def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str:
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_run_tests, args=(tests, environment, seconds)
-    )
-    process.start()
+    process = _fork(_run_tests, tests, environment, seconds)
     process.join(WAITS)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
@@ -243,20 +270,31 @@ def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str
     return "survived" if process.exitcode == 0 else "killed" if process.exitcode in killed else "error"
 
 
-def _run_tests(tests: list[str], environment: dict[str, str], seconds: int) -> None:
-    """In a process of its own, which may compute for `seconds`: the tests, until one fails."""
+def _fork(what: Callable[..., None], *arguments: object) -> BaseProcess:
+    """What is called in a process of its own, which has imported torch already."""
+    process = multiprocessing.get_context("forkserver").Process(target=what, args=arguments)
+    process.start()
+    return process
+
+
+def _stand_in_the_copy(environment: dict[str, str]) -> None:
+    """Make this process one whose tests are those of the copy, and whose words go to a log."""
     os.setsid()  # what the tests start goes with it
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # SIGXCPU, then SIGKILL
-    log = os.open(BUILD / "last.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.environ.update(ALWAYS | environment)
     sys.dont_write_bytecode = True
     os.chdir(TREE)
     sys.path.insert(0, str(TREE))
+
+
+def _run_tests(tests: list[str], environment: dict[str, str], seconds: int) -> None:
+    """In a process of its own, which may compute for `seconds`: the tests, until one fails."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # SIGXCPU, then SIGKILL
+    _stand_in_the_copy(environment)
     files = dict.fromkeys(test.partition("::")[0] for test in tests)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--timeout=0", "-m", ""]
-    sys.exit(int(pytest.main([*options, *files], plugins=[_Chosen(tests)])))
+    sys.exit(int(pytest.main([*PYTEST, "-x", "-m", "", *files], plugins=[_Chosen(tests)])))
 
 
 class _Chosen:
@@ -321,7 +359,7 @@ def main(words: list[str] | None = None) -> None:
         "--budget", type=float, default=60.0, help="seconds of tests for a mutant and mode (60)"
     )
     arguments = parser.parse_args(words)
-    BUILD.mkdir(parents=True, exist_ok=True)
+    MEASURED.mkdir(parents=True, exist_ok=True)
     copy_tracked_files()
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     known, found = before(), []
