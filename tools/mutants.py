@@ -148,15 +148,16 @@ def measure(package: str, way: str, test_file: str) -> Path:
     kept = MEASURED / f"{Path(package).name}-{way}-{Path(test_file).stem}-{digest}.json"
     if not kept.exists():
         print(f"measuring which lines of {package} are run by {test_file}, {way}", flush=True)
-        process = _fork(_measure, package, way, test_file, kept)
+        process = _start(_measure, WAYS[way][0], WAYS[way][1], package, test_file, kept)
         process.join()
         if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             raise SystemExit(f"tools.mutants: {test_file} fails as it is ({way}): {LOG}")
     return kept
 
 
-def _measure(package: str, way: str, test_file: str, kept: Path) -> None:
-    environment, options = WAYS[way]
+def _measure(
+    environment: dict[str, str], options: list[str], package: str, test_file: str, kept: Path
+) -> None:
     _stand_in_the_copy(environment | {"COVERAGE_FILE": str(kept.with_suffix(".coverage"))})
     clock = _Clock()
     options = [*PYTEST, *options, f"--cov={package}", "--cov-context=test", "--cov-report="]
@@ -260,7 +261,7 @@ def meet(mutant: Mutant, tests_of_lines: list[TestsOfLines], budget: float) -> F
 
 
 def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str:
-    process = _fork(_run_tests, tests, environment, seconds)
+    process = _start(_run_tests, environment, tests, seconds)
     process.join(WAITS)
     if process.exitcode is None:
         os.killpg(process.pid or 0, signal.SIGKILL)
@@ -270,9 +271,13 @@ def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str
     return "survived" if process.exitcode == 0 else "killed" if process.exitcode in killed else "error"
 
 
-def _fork(what: Callable[..., None], *arguments: object) -> BaseProcess:
-    """What is called in a process of its own, which has imported torch already."""
-    process = multiprocessing.get_context("forkserver").Process(target=what, args=arguments)
+def _start(what: Callable[..., None], environment: dict[str, str], *arguments: object) -> BaseProcess:
+    """In a process of its own. It has imported torch already, unless it has an environment of its own:
+
+    Triton reads TRITON_INTERPRET when it is imported, which importing torch may do.
+    """
+    spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("forkserver")
+    process = (spawn if environment else fork).Process(target=what, args=(environment, *arguments))
     process.start()
     return process
 
@@ -289,7 +294,7 @@ def _stand_in_the_copy(environment: dict[str, str]) -> None:
     sys.path.insert(0, str(TREE))
 
 
-def _run_tests(tests: list[str], environment: dict[str, str], seconds: int) -> None:
+def _run_tests(environment: dict[str, str], tests: list[str], seconds: int) -> None:
     """In a process of its own, which may compute for `seconds`: the tests, until one fails."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 60))  # SIGXCPU, then SIGKILL
     _stand_in_the_copy(environment)

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 
+import accelerate
 import pytest
 import torch
 from transformers import (
@@ -478,6 +479,18 @@ def test_calls_that_do_not_fit():
     torch.testing.assert_close(hybrid(inputs_embeds=embeds).logits, hybrid(ids).logits)
     with pytest.raises(ValueError, match="got both or neither"):
         hybrid(ids, inputs_embeds=embeds)
+
+
+def test_trms_lie_where_a_base_computes_whose_weights_are_brought_for_the_call():
+    base, ids = tiny_base(), tokens()
+    want = base(ids).logits
+    accelerate.cpu_offload(base, torch.device("cpu"))
+    assert {p.device.type for p in base.parameters()} == {"meta"}
+
+    hybrid = HybridModel(llm_model=base, config=tiny_config())
+
+    assert {p.device.type for p in hybrid.trm_parameters()} == {"cpu"}
+    assert torch.equal(hybrid(ids).logits, want)
 
 
 def test_made_from_a_config_alone():

@@ -124,3 +124,15 @@ def test_linear_cross_entropy_is_cross_entropy_of_linear(dtype, monkeypatch):
     torch.testing.assert_close(loss.double(), expected, **tolerance)
     for ours, theirs in zip(gradients, torch.autograd.grad(3 * expected, wide), strict=True):
         torch.testing.assert_close(ours.double(), theirs, **tolerance)
+
+
+def test_logits_that_fit_in_memory_are_made_at_once(monkeypatch):
+    made, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda h, *rest: made.append(len(h)) or linear(h, *rest)
+    )
+    h, weight, target = torch.randn(100, 4), torch.randn(2**10, 4), torch.zeros(100, dtype=torch.int64)
+
+    linear_cross_entropy.linear_cross_entropy(h, weight, None, target)
+
+    assert made == [100]

@@ -223,6 +223,25 @@ def test_rope_theta_means_the_bases_wherever_that_keeps_it(family, tmp_path):
     assert again.rope_theta == again.base_config.rope_parameters["rope_theta"] == 3.0
 
 
+def test_a_fresh_hybrid_has_its_bases_name_and_a_loaded_one_its_own_folder(tmp_path):
+    base = tiny_base()
+    base.config.name_or_path = "somebody/a-base"
+    hybrid = HybridModel(llm_model=base, config=tiny_config())
+    assert hybrid.config.name_or_path == "somebody/a-base"
+
+    hybrid.save_pretrained(tmp_path)
+    hybrid = HybridModel.from_pretrained(tmp_path)
+    assert hybrid.config.name_or_path == str(tmp_path)
+
+
+def test_registering_for_an_auto_class_copies_no_code(tmp_path):
+    HybridModel.register_for_auto_class()
+
+    tiny_hybrid().save_pretrained(tmp_path)
+
+    assert [file.name for file in tmp_path.glob("*.py")] == ["modeling_trm_hybrid.py"]
+
+
 def test_what_was_set_can_be_deleted():
     hybrid = tiny_hybrid()
     hybrid.config.note = "mine"
