@@ -45,7 +45,7 @@ LOG = BUILD / "last.log"
 PACKAGES = {
     "hybrid/training": ("plain",),
     "hybrid/data": ("plain",),
-    "hybrid/model": ("plain", "interpreted"),
+    "hybrid/model": ("plain",),
     "trm_kernels/recursion": ("plain", "interpreted"),
 }
 # the environment of a way, and pytest's options

@@ -22,8 +22,10 @@ from transformers import (
     T5Config,
 )
 from transformers import T5ForConditionalGeneration as T5
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybrid import CombinedTRMLLM, HybridModel
+from hybrid.model.injection import keep_call_in_checkpoints
 from hybrid.model.settled_call import recursion_steps
 from tests.support.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 from trm_kernels.ops.attention import library as library_attention
@@ -388,6 +390,25 @@ def test_a_drawn_number_holds_under_checkpoint_recomputation():
         gradients.append([p.grad for p in hybrid.trm_parameters() if p.grad is not None])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def checkpoints_of(model):
+    name = "_gradient_checkpointing_func"
+    return {of: getattr(module, name) for of, module in model.named_modules() if hasattr(module, name)}
+
+
+def test_checkpoints_that_run_hooks_again_keep_the_call_and_are_wrapped_once(monkeypatch):
+    # as in transformers 5.17, which checkpoints a layer's call
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__, raising=False)
+    base = tiny_base()
+    base.gradient_checkpointing_enable()
+    theirs = checkpoints_of(base)
+
+    for _ in range(2):
+        keep_call_in_checkpoints(base)
+
+    assert theirs
+    assert {name: wrapped.args[0] for name, wrapped in checkpoints_of(base).items()} == theirs
 
 
 def test_a_chosen_backend_holds_under_checkpoint_recomputation(monkeypatch):
