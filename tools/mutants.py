@@ -138,60 +138,80 @@ def sample(package: str, count: int | None, seed: int) -> list[Mutant]:
 # The tests that run a line
 
 
-def measure(package: str, way: str, test_file: str) -> Path:
+def measure(package: str, way: str, test_file: str, seconds: float | None) -> Path:
     """Run a test file once, and keep which lines of the package each test runs and how long it computes.
+
+    seconds   so many are computed, with tests drawn by chance; None: with all
 
     What was kept holds as long as neither the test file nor the package has changed.
     """
     sources = [ROOT / test_file, *sorted((ROOT / package).rglob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     kept = MEASURED / f"{Path(package).name}-{way}-{Path(test_file).stem}-{digest}.json"
+    if seconds is not None and not kept.exists():
+        kept = kept.with_stem(f"{kept.stem}-{seconds:g}s")
     if not kept.exists():
         print(f"measuring which lines of {package} are run by {test_file}, {way}", flush=True)
-        process = _start(_measure, WAYS[way][0], WAYS[way][1], package, test_file, kept)
+        process = _start(_measure, WAYS[way][0], WAYS[way][1], package, test_file, kept, seconds)
         process.join()
-        if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if not kept.exists():
             raise SystemExit(f"tools.mutants: {test_file} fails as it is ({way}): {LOG}")
     return kept
 
 
 def _measure(
-    environment: dict[str, str], options: list[str], package: str, test_file: str, kept: Path
+    environment: dict[str, str],
+    options: list[str],
+    package: str,
+    test_file: str,
+    kept: Path,
+    seconds: float | None,
 ) -> None:
     _stand_in_the_copy(environment | {"COVERAGE_FILE": str(kept.with_suffix(".coverage"))})
-    clock = _Clock()
+    clock = _Clock(seconds)
     options = [*PYTEST, *options, f"--cov={package}", "--cov-context=test", "--cov-report="]
     exit_code = pytest.main([*options, test_file], plugins=[clock])
     half = kept.with_suffix(".part")
     half.write_text(json.dumps(clock.seconds), encoding="utf-8")
-    if exit_code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    is_over = exit_code == pytest.ExitCode.INTERRUPTED and clock.is_over()
+    if is_over or exit_code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         half.rename(kept)  # last: what is there is whole
-    sys.exit(int(exit_code))
 
 
 class _Clock:
     """How many seconds each test computes, the processes that it starts included: not how long it waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: float | None) -> None:
         self.seconds: dict[str, float] = {}
+        self.most = most
+
+    def is_over(self) -> bool:
+        """Whether no more tests are to begin."""
+        return self.most is not None and sum(self.seconds.values()) >= self.most
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.most is not None:
+            random.Random(0).shuffle(items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         before = sum(os.times()[:4])
         result = yield
         self.seconds[item.nodeid] = round(sum(os.times()[:4]) - before, 3)
+        if self.is_over() and not item.session.testsfailed:
+            item.session.shouldstop = f"measured for {self.most:g} s"
         return result
 
 
 class TestsOfLines:
     """Which tests of a package run a line of it, the quickest first; in one way of running them."""
 
-    def __init__(self, package: str, way: str) -> None:
+    def __init__(self, package: str, way: str, seconds: float | None = None) -> None:
         self.environment = WAYS[way][0]
         self._data = CoverageData(no_disk=True)
         self._seconds: dict[str, float] = {}
         for path in sorted((ROOT / "tests" / package).rglob("test_*.py")):
-            kept = measure(package, way, path.relative_to(ROOT).as_posix())
+            kept = measure(package, way, path.relative_to(ROOT).as_posix(), seconds)
             self._seconds |= json.loads(kept.read_text(encoding="utf-8"))
             lines = CoverageData(str(kept.with_suffix(".coverage")))
             lines.read()
@@ -363,13 +383,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--budget", type=float, default=60.0, help="seconds of tests for a mutant and mode (60)"
     )
+    parser.add_argument(
+        "--measure", type=float, metavar="S", help="seconds of tests to measure of a test file (all)"
+    )
     arguments = parser.parse_args(words)
     MEASURED.mkdir(parents=True, exist_ok=True)
     copy_tracked_files()
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     known, found = before(), []
     for package in arguments.packages:
-        tests_of_lines = [TestsOfLines(package, way) for way in PACKAGES[package]]
+        tests_of_lines = [TestsOfLines(package, way, arguments.measure) for way in PACKAGES[package]]
         for mutant in sample(package, None if arguments.all else arguments.each, arguments.seed):
             if mutant not in known:
                 known[mutant] = meet(mutant, tests_of_lines, arguments.budget)
