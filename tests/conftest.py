@@ -9,8 +9,10 @@ from trm_kernels.runtime.backend import backend, interpreting
 
 if interpreting():
     from tests.support.interpreter import mend
+    from tests.support.quick_interpreter import quicken
 
     mend()
+    quicken()
 
 
 def pytest_collection_modifyitems(items):
