@@ -22,6 +22,7 @@ from hybrid.data.rows import LOSS_ON
 from hybrid.model.quantized_base import QUANTIZE_BASE
 from hybrid.training.settings import TrainSettings
 from tests.hybrid.cli.test_cli import base, options, refused, texts, train_command, trained  # noqa: F401  fixtures
+from tests.support import fresh
 from tests.support.tiny_text import FIELDS, save_base
 from trm_kernels.recursion.adaptive import WATCHED
 from trm_kernels.runtime.backend import NAMES
@@ -250,7 +251,7 @@ def test_hybrid_brings_no_more_than_transformers_and_itself():
         "print(sorted({m.split('.')[0] for m in sys.modules} - theirs),"
         "'hybrid.training.loop' in sys.modules)"
     )
-    assert python("-c", code).stdout == "['hybrid', 'trm_kernels'] False\n"
+    assert fresh.python(code) == "['hybrid', 'trm_kernels'] False\n"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F8
     load = (
         f"print(type(AutoModelForCausalLM.from_pretrained({str(trained / 'checkpoint-000006')!r})).__name__)"
     )
-    assert python("-c", f"{code}; {load}").stdout == "HybridModel\n"
+    assert fresh.python(f"{code}; {load}") == "HybridModel\n"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F8
 )
 def test_every_trainer_keeps_draws_in_any_order(code):
     ask = "from transformers.trainer import DEFAULT_CALLBACKS; print([c.__name__ for c in DEFAULT_CALLBACKS])"
-    assert python("-c", f"{code}; {ask}").stdout == "['DefaultFlowCallback', 'KeepDraws']\n"
+    assert fresh.python(f"{code}; {ask}") == "['DefaultFlowCallback', 'KeepDraws']\n"
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_no_module_is_run_twice(first):
         f"print(module is sys.modules[{first!r}], module.__spec__.origin is not None,"
         "hybrid.model.hybrid_model.HybridConfig is hybrid.config.HybridConfig is hybrid.HybridConfig)"
     )
-    assert python("-c", code).stdout.split() == ["True", "True", "True"]
+    assert fresh.python(code).split() == ["True", "True", "True"]
 
 
 def test_a_command_says_nothing_of_other_packages(trained, texts):  # noqa: F811
