@@ -1,10 +1,7 @@
 """A training step on the CPU, every byte of which is watched: what the planner is held to."""
 
 import gc
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -186,8 +183,3 @@ def as_rank(rank, world_size, folder, names):
         }
     finally:
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    found = as_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
-    Path(sys.argv[3], f"rank-{sys.argv[1]}.json").write_text(json.dumps(found))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ from hybrid.cli import main
 from hybrid.model.quantized_base import is_quantized
 from hybrid.training.lower_layers import LowerLayers
 from hybrid.training.phases import enter
-from tests.hybrid.training.test_shard import torchrun
-from tests.support import tiny_text
+from tests.support import ranks, tiny_text
 from tests.support.tiny import tiny_base, tiny_config, tokens
 
 
@@ -127,6 +127,10 @@ def test_on_a_base_in_few_bits(name, package, tmp_path):
             assert a.count_nonzero() > 0, key
 
 
+def succeed(command):
+    assert main(command) == 0
+
+
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_split_among_processes(dtype, tmp_path):
     """Two processes with --shard take the steps of one, and write what one writes."""
@@ -137,7 +141,7 @@ def test_split_among_processes(dtype, tmp_path):
         if name == "one":
             assert main(command) == 0
         else:
-            done = torchrun("hybrid", *command, "--shard")
+            done = ranks.run(partial(succeed, [*command, "--shard"]))
             assert done.returncode == 0, done.stderr[-3000:]
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in lines if "loss" in line]

@@ -2,17 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import ranks
 from tests.support.real_training import CASES, Bytes, as_rank, measured, planned, run_of
 from trm_kernels.runtime.backend import interpreting
 
-ROOT = Path(__file__).parents[3]
 TOLERANCE = 0.02
 pytestmark = pytest.mark.skipif(interpreting(), reason="the reference runs, which needs no interpreter")
 
@@ -44,15 +41,15 @@ def test_stochastic_rounding_keeps_what_is_planned():
 
 def two_ranks(folder, names):
     """What each of two processes measured, which divide everything between them (FSDP2 over gloo)."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.support.real_training", "1", "2", str(folder), *names],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    ) as other:
-        here = as_rank(0, 2, folder, names)
-    assert other.returncode == 0
-    there = json.loads((folder / "rank-1.json").read_text())
-    return here, {name: Bytes(*figures) for name, figures in there.items()}
+
+    def measure():
+        rank = int(os.environ["RANK"])
+        (folder / f"{rank}.json").write_text(json.dumps(as_rank(rank, ranks.COUNT, folder, names)))
+
+    ended = ranks.run(measure)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    measured_by = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks.COUNT))
+    return [{name: Bytes(*figures) for name, figures in found.items()} for found in measured_by]
 
 
 SOME = ("qwen3, checkpointing", "phi, on the embeddings")

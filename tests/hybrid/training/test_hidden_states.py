@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +24,9 @@ from hybrid.training.phases import enter
 from tests.hybrid.cli.test_cli import options, refused
 from tests.hybrid.data.test_stream import TEXTS
 from tests.hybrid.training.test_train import Stopped, assert_equal, lines_of, settings_for, stop_after
-from tests.support import tiny
+from tests.support import ranks, tiny
 from tests.support.tiny_text import FIELDS, Counting, character_tokenizer, save_base, tiny_base, tiny_hybrid
 
-ROOT = Path(__file__).parents[3]
 CHECKS = 4  # forwards before the first step: two for documents that stay apart, two for the cache
 STEPS, BATCH = 18, 3  # more than two passes
 BYTES = 16 * 32 * 4  # of a row: tokens, width, float32
@@ -557,38 +554,31 @@ def test_the_command(base, text, tmp_path, capsys):
     assert "those of this layer" in message
 
 
-TWO = """
-import json, sys
-from pathlib import Path
-import torch
-from tests.hybrid.training.test_hidden_states import Calls, model, run
-
-text, folder = Path(sys.argv[1]), Path(sys.argv[2])
-for shard in (False, True):
-    losses, calls = [[], []], []
-    for number, cache in enumerate((None, folder / f"cache-{shard}")):
-        hybrid = model()
-        calls.append(Calls(hybrid))
-        run(hybrid, text, folder / f"{shard}-{number}", cache, batch_size=2, shard=shard, save_every=None,
-            steps=14, on_step=lambda _, loss: losses[number].append(loss))
-    if losses[0]:  # the main process
-        fewer = calls[0].number - calls[1].number
-        print(json.dumps([shard, len(losses[0]), losses[0] == losses[1], fewer]), flush=True)
-torch.distributed.destroy_process_group()
-"""
+def train_on_two(text, folder):
+    for shard in (False, True):
+        losses, calls = [[], []], []
+        for number, cache in enumerate((None, folder / f"cache-{shard}")):
+            hybrid = model()
+            calls.append(Calls(hybrid))
+            run(
+                hybrid,
+                text,
+                folder / f"{shard}-{number}",
+                cache,
+                batch_size=2,
+                shard=shard,
+                save_every=None,
+                steps=14,
+                on_step=lambda _, loss, of=losses[number]: of.append(loss),
+            )
+        if losses[0]:  # the main process
+            fewer = calls[0].number - calls[1].number
+            print(json.dumps([shard, len(losses[0]), losses[0] == losses[1], fewer]), flush=True)
 
 
 def test_two_processes(text, tmp_path):
     """Each with a copy of the model, then each with a part of it (FSDP2), over two passes."""
-    (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = subprocess.run(
-        [*launch, tmp_path / "two.py", text, tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    ended = ranks.run(lambda: train_on_two(text, tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = stream(text).count_rows() - 2
     fewer = 14 - -(-rows // 4) - 2  # than without a cache, of which opening takes two

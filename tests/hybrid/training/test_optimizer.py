@@ -1,13 +1,10 @@
 """Training bfloat16 weights: what is too small for one step counts in many, and runs resume exactly."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM
 
 from hybrid.training.loop import train
@@ -15,9 +12,8 @@ from hybrid.training.optimizer import adamw, set_rate
 from hybrid.training.phases import enter
 from hybrid.training.settings import TrainSettings
 from tests.hybrid.training.test_train import Stopped, assert_equal, lines_of, settings_for, stop_after
+from tests.support import ranks
 from tests.support.tiny_text import Counting, tiny_base, tiny_hybrid
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -94,16 +90,19 @@ def test_it_learns_and_resumes_bit_for_bit(torchao, tmp_path):
     assert {p.dtype for _, p in saved.base_named_parameters()} == {torch.bfloat16}
 
 
+def train_on_two(folder):
+    for name in ("copies", "split"):
+        model = in_bfloat16(dropout=0)
+        train(model, Counting(), settings_of_two(folder / name, shard=name == "split"), {"new": Counting(5)})
+        if name == "copies":
+            weights = [torch.cat([p.detach().float().reshape(-1) for p in model.parameters()]).tolist()]
+            one, other = gather_object(weights)
+            assert one == other, "a copy was rounded another way"
+
+
 def test_copies_stay_equal_and_parts_are_put_together(torchao, tmp_path):
     """Two processes, each with a copy of the model, then each with a part of it."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    ended = subprocess.run(
-        [*launch, "-m", "tests.support.two_ranks_rounding", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
+    ended = ranks.run(lambda: train_on_two(tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     copies, split = (losses_of(tmp_path / name) for name in ("copies", "split"))
     assert split == pytest.approx(copies, rel=1e-2)  # rounded apart

@@ -16,6 +16,7 @@ from hybrid.training import checkpoints as run_state
 from hybrid.training.loop import train
 from hybrid.training.phases import enter
 from hybrid.training.settings import TrainSettings
+from tests.support import ranks, two_ranks, two_ranks_loading
 from tests.support.tiny_text import TEXT, Counting, character_tokenizer, save_base, tiny_base, tiny_hybrid
 
 ROOT = Path(__file__).parents[3]
@@ -36,8 +37,12 @@ def settings(folder, batch_size, **changes):
     return TrainSettings(folder, batch_size=batch_size, **few | changes)
 
 
-def two(folder, batch_size=1, where="nowhere", at=0, phase=1, checkpointing="plain"):
-    return torchrun("tests.support.two_ranks", folder, batch_size, where, at, phase, checkpointing)
+def two(folder, phase=1, checkpointing=False):
+    return ranks.run(lambda: two_ranks.train_on_two(folder, phase, checkpointing))
+
+
+def two_of_torchrun(folder, where, at):
+    return torchrun("tests.support.two_ranks", folder, where, at)
 
 
 def torchrun(module, *arguments):
@@ -76,7 +81,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(folder):
     """`two`: the same run by two processes, with checkpointing."""
-    return two(folder / "two", checkpointing="checkpointing")
+    return two(folder / "two", checkpointing=True)
 
 
 def test_two_processes_compute_what_one_does(folder, ended):
@@ -122,7 +127,7 @@ def test_one_process_goes_on_from_two_and_two_from_one(folder, ended, tmp_path):
 @pytest.mark.slow  # three launches of two processes
 def test_a_killed_process_loses_nothing(folder):
     for where, at in (("step", 3), ("save", 2)):
-        killed = two(folder / "killed", where=where, at=at)
+        killed = two_of_torchrun(folder / "killed", where, at)
         assert killed.returncode != 0
         assert "SIGKILL" in killed.stderr
     assert run_state.latest(folder / "killed").name == "checkpoint-000002"
@@ -133,7 +138,7 @@ def test_a_killed_process_loses_nothing(folder):
 
 
 def test_a_signal_to_one_process_ends_both_after_the_same_step(folder):
-    told = two(folder / "told", where="told", at=3)
+    told = two_of_torchrun(folder / "told", "told", at=3)
     assert told.returncode != 0
     assert "Signal 15 (SIGTERM) received" in told.stderr and "SIGKILL" not in told.stderr
     assert "SIGTERM after step 3, which is saved" in told.stdout
@@ -164,7 +169,7 @@ def test_one_process_reads_the_weights(tmp_path):
     character_tokenizer().save_pretrained(tmp_path / "base")
     for name in ("new.txt", "known.txt"):
         (tmp_path / name).write_text(TEXT[:600])
-    ended = torchrun("tests.support.two_ranks_loading", tmp_path)
+    ended = ranks.run(lambda: two_ranks_loading.load_and_train(tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     for phase in ("1", "2", "hybrid"):
         assert numbers_of(tmp_path / f"first-{phase}") == numbers_of(tmp_path / f"all-{phase}")
