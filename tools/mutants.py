@@ -173,8 +173,7 @@ def _measure(
     exit_code = pytest.main([*options, test_file], plugins=[clock])
     half = kept.with_suffix(".part")
     half.write_text(json.dumps(clock.seconds), encoding="utf-8")
-    is_over = exit_code == pytest.ExitCode.INTERRUPTED and clock.is_over()
-    if is_over or exit_code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if exit_code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         half.rename(kept)  # last: what is there is whole
 
 
@@ -185,21 +184,20 @@ class _Clock:
         self.seconds: dict[str, float] = {}
         self.most = most
 
-    def is_over(self) -> bool:
-        """Whether no more tests are to begin."""
-        return self.most is not None and sum(self.seconds.values()) >= self.most
-
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.most is not None:
             random.Random(0).shuffle(items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        if self.most is not None and sum(self.seconds.values()) >= self.most:
+            pytest.skip(f"{self.most:g} s were measured")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         before = sum(os.times()[:4])
         result = yield
         self.seconds[item.nodeid] = round(sum(os.times()[:4]) - before, 3)
-        if self.is_over() and not item.session.testsfailed:
-            item.session.shouldstop = f"measured for {self.most:g} s"
         return result
 
 
@@ -287,7 +285,8 @@ def _outcome(tests: list[str], environment: dict[str, str], seconds: int) -> str
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
         return "error"
-    killed = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED, -signal.SIGXCPU)
+    signals = {-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGABRT}  # the last two: it wrote where nothing is
+    killed = {pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED, *signals}
     return "survived" if process.exitcode == 0 else "killed" if process.exitcode in killed else "error"
 
 

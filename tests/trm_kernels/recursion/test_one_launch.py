@@ -468,6 +468,14 @@ def test_streams_do_not_share_a_counter():
     assert len(found) == 4
 
 
+def test_where_tensors_lie_is_copied_to_the_device_once():
+    tensors = torch.empty(3, 8).unbind()
+    table = addresses.distances([tensors])
+    assert table.tolist() == [0, 2, 4]
+    assert addresses.distances([tensors]) is table
+    assert addresses.distances([tensors[::-1]]).tolist() == [0, -2, -4]
+
+
 @pytest.mark.parametrize(("is_captured", "other"), [(True, True), (False, True), (False, False)])
 def test_a_table_is_there_for_every_stream_and_outlives_the_graphs_that_read_it(
     monkeypatch, is_captured, other
