@@ -28,7 +28,7 @@ from tests.hybrid.training.test_train import (
     settings_for,
     stop_after,
 )
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.tiny_text import CHARACTERS, FIELDS, character_tokenizer, save_base
 
 ROOT = Path(__file__).parents[3]
@@ -168,25 +168,17 @@ def test_a_run_on_a_stream_resumes_exactly(jsonl, tmp_path):
         train(phase_1(), stream(jsonl), settings_for(tmp_path / "b"), resume=True)
 
 
-KILLED = """
-import os, signal, sys
-import torch
-from hybrid import cli
-from hybrid.data import stream as data
+def killed_in_step_15(words):
+    """After backward and before the optimizer's step; in this process, which ends."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, iter(range(1, 99))
 
-data._SHUFFLED_TOKENS, data._CHUNK_PIECES = 1, 4
-clip, steps = torch.nn.utils.clip_grad_norm_, 0
+    def dies(*args, **kwargs):
+        if next(steps) == 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clip(*args, **kwargs)
 
-def dies(*args, **kwargs):  # in step 15, after backward and before the optimizer
-    global steps
-    steps += 1
-    if steps == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*args, **kwargs)
-
-torch.nn.utils.clip_grad_norm_ = dies
-sys.exit(cli.main(sys.argv[1:]))
-"""
+    torch.nn.utils.clip_grad_norm_ = dies
+    main(words)
 
 
 def test_a_run_killed_with_workers_goes_on_with_another_number(jsonl, folder, monkeypatch):
@@ -201,14 +193,7 @@ def test_a_run_killed_with_workers_goes_on_with_another_number(jsonl, folder, mo
         words += ["--learning-rate", 1e-2, "--keep-checkpoints", 9, "--data-workers", workers]
         return [str(word) for word in (*words, *options(FIELDS))]
 
-    with open(folder / "error", "w") as error:  # no pipe: the workers outlive their parent by seconds
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, *command("b", 2)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            stdout=error,
-            stderr=error,
-        )
-    assert killed.returncode == -signal.SIGKILL, (folder / "error").read_text()
+    assert forked.run(lambda: killed_in_step_15(command("b", 2))) == -signal.SIGKILL
     checkpoint = folder / "b" / "checkpoint-000012"
     place = json.loads((checkpoint / "state.json").read_text())["place"]
     assert (place["passes"], place["row"] > 0, place["taken"] > 0) == (0, True, True), "in the middle"

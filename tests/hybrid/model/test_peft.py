@@ -1,8 +1,6 @@
 """PEFT on a hybrid: its targets mean the language model, and the TRMs are left alone."""
 
 import copy
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hybrid import HybridModel
-from tests.support import tiny_text
+from tests.support import fresh, tiny_text
 from tests.support.peft_methods import METHODS, STEPS, outcome
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
 
@@ -127,7 +125,7 @@ def test_models_without_a_trm_are_as_before_and_peft_may_be_imported_late():
         "except ValueError as error: assert 'not found in the base model' in str(error)\n"
         "else: raise AssertionError"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    fresh.python(code)
 
 
 DOCUMENTED = Path(__file__).parents[3] / "docs" / "peers-tests.md"

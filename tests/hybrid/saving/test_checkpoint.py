@@ -1,10 +1,9 @@
 """A hybrid on disk: TRM tensors beside a reference, the whole model without one, and damaged files."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hybrid import HybridModel
+from tests.support import forked
 from tests.support.tiny import awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 
 
@@ -221,23 +221,24 @@ def test_a_file_in_the_way(tmp_path):
 def test_a_save_killed_in_the_middle_leaves_the_last_good_one(saved):
     """The process dies with the new weights half-way: what is in the folder still loads, unchanged."""
     hybrid, folder = saved
-    script = f"""
-import os, signal, torch
-from pathlib import Path
-from hybrid import HybridModel
-model = HybridModel.from_pretrained({str(folder)!r})
-for p in model.trm_parameters(): p.data.zero_()
-write = HybridModel.__mro__[1].save_pretrained
-def half(self, place, *args, **kwargs):
-    write(self, place, *args, **kwargs)
-    file = Path(place) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    os.kill(os.getpid(), signal.SIGKILL)
-HybridModel.__mro__[1].save_pretrained = half
-model.save_pretrained({str(folder)!r})
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+    def save():
+        model = HybridModel.from_pretrained(folder)
+        for p in model.trm_parameters():
+            p.data.zero_()
+        transformers_model = HybridModel.__mro__[1]
+        write = transformers_model.save_pretrained
+
+        def half(self, place, *args, **kwargs):
+            write(self, place, *args, **kwargs)
+            file = Path(place) / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        transformers_model.save_pretrained = half
+        model.save_pretrained(folder)
+
+    assert forked.run(save) == -signal.SIGKILL
     assert same(AutoModelForCausalLM.from_pretrained(folder), hybrid)
     hybrid.save_pretrained(folder)
     assert same(AutoModelForCausalLM.from_pretrained(folder), hybrid)

@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hybrid import HybridModel
+from hybrid import HybridModel, presets
+from hybrid.bases import KNOWN_BASES
+from hybrid.info import on_meta
+from hybrid.model.injection import Injection, decoder_layers
 from hybrid.training import checkpoints as run_state
+from hybrid.training import shard
 from hybrid.training.loop import train
 from hybrid.training.phases import enter
 from hybrid.training.settings import TrainSettings
-from tests.support import ranks, two_ranks, two_ranks_loading
+from tests.support import forked, ranks, two_ranks, two_ranks_loading
 from tests.support.tiny_text import TEXT, Counting, character_tokenizer, save_base, tiny_base, tiny_hybrid
 
 ROOT = Path(__file__).parents[3]
@@ -178,55 +184,39 @@ def test_one_process_reads_the_weights(tmp_path):
             assert file.read_bytes() == (other / file.name).read_bytes()
 
 
-UNITS = """
-import time
-import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.testing._internal.distributed.fake_pg import FakeStore
+def split_70b():
+    """As the first of 64 processes; this one is a rank from then on."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (64,))
+    config = presets.PresetConfigs.llama_2_70b_enterprise()
+    model = on_meta(config, KNOWN_BASES["llama-2-70b"], dtype=torch.bfloat16)
+    enter(model, 1)
+    shard.shard(model, mesh)
 
-from hybrid import presets
-from hybrid.training import shard
-from hybrid.bases import KNOWN_BASES
-from hybrid.info import on_meta
-from hybrid.model.injection import Injection, decoder_layers
-from hybrid.training.phases import enter
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    injections = [m for m in units if isinstance(m, Injection)]
+    layers = list(decoder_layers(model.llm_model))
+    assert len(injections) == 9 and all(isinstance(layer, FSDPModule) for layer in layers)
+    assert len(units) == 9 + 80 + 1
 
-began = time.perf_counter()
-torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (64,))
-config = presets.PresetConfigs.llama_2_70b_enterprise()
-model = on_meta(config, KNOWN_BASES["llama-2-70b"], dtype=torch.bfloat16)
-enter(model, 1)
-shard.shard(model, mesh)
+    def group(unit):
+        return unit._get_fsdp_state()._fsdp_param_group
 
-units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-injections = [m for m in units if isinstance(m, Injection)]
-layers = list(decoder_layers(model.llm_model))
-assert len(injections) == 9 and all(isinstance(layer, FSDPModule) for layer in layers)
-assert len(units) == 9 + 80 + 1
-
-def group(unit):
-    return unit._get_fsdp_state()._fsdp_param_group
-
-for unit in units:
-    ours = [p.sharded_param for p in group(unit).fsdp_params]
-    policy = unit._get_fsdp_state()._mp_policy
-    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
-    kept = torch.float32 if unit in injections else torch.bfloat16
-    assert {p.dtype for p in ours} == {kept} and {p.requires_grad for p in ours} == {unit in injections}
-    if unit in injections:
-        assert {id(p) for p in ours} == {id(p) for p in unit.parameters()}
-here = sum(shard.local(p).nbytes for p in model.parameters())
-everything = sum(p.nbytes for p in model.parameters())
-assert 1 <= here / (everything / 64) < 1.001, here
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-assert {p.dtype for p in optimizer.param_groups[0]["params"]} == {torch.float32}
-print(round(time.perf_counter() - began, 1))
-"""
+    for unit in units:
+        ours = [p.sharded_param for p in group(unit).fsdp_params]
+        policy = unit._get_fsdp_state()._mp_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        kept = torch.float32 if unit in injections else torch.bfloat16
+        assert {p.dtype for p in ours} == {kept} and {p.requires_grad for p in ours} == {unit in injections}
+        if unit in injections:
+            assert {id(p) for p in ours} == {id(p) for p in unit.parameters()}
+    here = sum(shard.local(p).nbytes for p in model.parameters())
+    everything = sum(p.nbytes for p in model.parameters())
+    assert 1 <= here / (everything / 64) < 1.001, here
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    assert {p.dtype for p in optimizer.param_groups[0]["params"]} == {torch.float32}
 
 
 def test_a_70b_is_split_without_weights():
     """On the meta device, for 64 processes: every TRM a unit of float32, the base frozen in bfloat16."""
-    ended = subprocess.run([sys.executable, "-c", UNITS], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert float(ended.stdout.split()[-1]) < 60
+    assert forked.run(split_70b) == 0
