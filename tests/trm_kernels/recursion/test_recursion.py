@@ -169,7 +169,9 @@ PAD = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
     ],
 )
 def test_float32_equals_a_loop_and_the_policies_equal_each_other(changes, key_mask):
-    check_float32(make(**changes), tensors(2, 7, 64), key_mask)
+    """Of two sequences where they differ, by padding, and where the mixer transposes them; else of one."""
+    trm = make(**changes)
+    check_float32(trm, tensors(1 if key_mask is None and not trm.seq_len else 2, 7, 64), key_mask)
 
 
 @pytest.mark.kernels
@@ -201,7 +203,7 @@ def test_bfloat16_at_full_depth(save):
 @pytest.mark.kernels
 @pytest.mark.parametrize("save", ["step"])
 def test_bfloat16_as_close_to_the_truth_as_eager(save):
-    check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (2, 7, 64), save, seeds=6)
+    check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (1, 7, 64), save, seeds=6)
 
 
 def check_bfloat16(trm, shape, save, seeds):
