@@ -32,10 +32,12 @@ evidence: $(READY)
 evidence-real: $(READY)
 	PYTHONPATH=examples OMP_NUM_THREADS=1 $(BIN)/python -m evidence_real $(ARGS)
 
-# the tests that start kernels run again in Triton's interpreter: arithmetic and masks, on the CPU
+# the tests that start kernels run again in Triton's interpreter: arithmetic and masks, on the CPU. The other files
+# are not even imported
+WITH_KERNELS = $$(grep -rl 'mark\.kernels' --include='test_*.py' tests)
 test: $(READY)
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow'
+	TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow' $(WITH_KERNELS)
 
 # the tests of others on a hybrid: transformers' of a model, PEFT's of decoders; docs/peers-tests.md
 PEERS := build/peers
