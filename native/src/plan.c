@@ -77,7 +77,7 @@ trm_status trm_choose_plan(const trm_program *program, const trm_call *call, con
     const char *name = name_of_call(program, call);
     for (uint32_t i = 0; i < program->num_plans; i++) {
         *plan = &program->plans[i];
-        if (!strcmp((*plan)->call, name)) return TRM_OK;
+        if (!strcmp((*plan)->call, name) && call->batch * call->tokens <= (*plan)->max_rows) return TRM_OK;
     }
     return trm_fail(error, TRM_ERROR_VARIANT, "trm: the variant %s is not causal and has no cache",
                     program->variant->name);

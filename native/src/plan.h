@@ -68,6 +68,7 @@ enum trm_copy_argument {
 
 typedef struct trm_plan {
     const char *call;
+    int64_t max_rows; /* serves up to so many, batch * tokens; of the plans of a call the first that does is taken */
     const trm_step *steps;
     const uint16_t *work; /* a term for the bytes of each work buffer */
     uint32_t num_steps, num_work;

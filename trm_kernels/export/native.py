@@ -27,7 +27,7 @@ from trm_kernels.export.launch_plan import (
     Variant,
     compiled,
     decode_keys,
-    plan,
+    plans,
 )
 from trm_kernels.modules.trm import TRM
 
@@ -143,11 +143,12 @@ def _program(variant: Variant, arch: str, plans: Sequence[LaunchPlan], tables: _
     name, text = variant.name, ""
     of_plans = []
     for each in plans:
-        of_call = f"{name}_{each.call.replace('-', '_')}"
+        of_call = f"{name}_{each.call.replace('-', '_')}_{each.max_rows}"
         text += _array("trm_step", f"steps_{of_call}", map(tables.step, each.steps))
         text += _array("uint16_t", f"work_{of_call}", (str(tables.term(size)) for size in each.work))
         of_plans.append(
-            f'{{"{each.call}", steps_{of_call}, work_{of_call}, {len(each.steps)}, {len(each.work)}}}'
+            f'{{"{each.call}", {each.max_rows}, steps_{of_call}, work_{of_call}, '
+            f"{len(each.steps)}, {len(each.work)}}}"
         )
     text += _array("trm_plan", f"plans_{name}", of_plans)
     weights = weights_of(variant)
@@ -172,7 +173,9 @@ def _program(variant: Variant, arch: str, plans: Sequence[LaunchPlan], tables: _
 def source_of_arch(variants: Sequence[Variant], arch: str) -> str:
     """C source with the plans and kernels of all variants for one GPU, such as "sm90"."""
     tables = _Tables(arch)
-    programs = "".join(_program(v, arch, [plan(v, call, arch) for call in v.calls], tables) for v in variants)
+    programs = "".join(
+        _program(v, arch, [one for call in v.calls for one in plans(v, call, arch)], tables) for v in variants
+    )
     kernels = sorted(tables.kernels.values(), key=lambda item: item[0])
     for _, kernel in kernels:
         if found := kernel.complaints(255):

@@ -321,7 +321,7 @@ def _fill_fused(
 ) -> None:
     """out and gate, by one kernel."""
     (M, N), K = h.shape, y.shape[1]
-    gemm = tuning.gemm("injection_blend", arch_of(h), y.element_size(), are_aligned(y, w_out))
+    gemm = tuning.gemm("injection_blend", arch_of(h), y.element_size(), are_aligned(y, w_out), M)
     launch(
         _injection_blend_fwd_kernel,
         grid(M, N, gemm),

@@ -215,7 +215,7 @@ def _injection_in_fwd(h: Tensor, w_in: Tensor, eps: float, candidate: str | None
             num_stages=row.num_stages,
         )
         return torch.mm(y, w_in.t()), rstd
-    gemm = tuning.gemm("injection_in", arch, w_in.element_size(), is_aligned)
+    gemm = tuning.gemm("injection_in", arch, w_in.element_size(), is_aligned, M)
     x = w_in.new_empty(M, N)
     launch(
         _injection_in_fwd_kernel,

@@ -342,7 +342,7 @@ def fill_linear_swiglu(
     M, K = v.shape
     N = a.shape[1]
     is_aligned = are_aligned(v, gate_up)
-    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), is_aligned, gu is not None)
+    gemm = tuning.gemm("linear_swiglu", arch_of(v), v.element_size(), is_aligned, M, gu is not None)
     launch(
         _linear_swiglu_fwd_kernel,
         grid(M, N, gemm),

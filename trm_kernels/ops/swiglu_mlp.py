@@ -190,7 +190,7 @@ def swiglu_mlp_bwd(
     is_aligned = are_aligned(do, down)
     if tuning.choose("swiglu_mlp", arch, do.element_size(), K, is_aligned, candidate) == "mm":
         return linear_swiglu_bwd(torch.mm(do, down), gu, row_scale, True, wants_row_scale)
-    gemm = tuning.gemm("swiglu_mlp", arch, do.element_size(), is_aligned, wants_row_scale)
+    gemm = tuning.gemm("swiglu_mlp", arch, do.element_size(), is_aligned, M, wants_row_scale)
     dgu = torch.empty_like(gu)
     a = do.new_empty(M, N)
     tiles = triton.cdiv(N, gemm.BLOCK_N) * gemm.parts

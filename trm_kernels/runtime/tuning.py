@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _UNTIMED = "nothing yet: chosen by registers and spills, not by time"
+_ANY_ROWS = 2**31
 _MODEL = "nothing yet: chosen by `python -m bench static --cost`, which predicts from machine code"
 
 
@@ -47,6 +48,7 @@ class GemmLaunch:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    max_rows: int = _ANY_ROWS  # serves products of up to so many rows, M
     GROUP_M: int = 8  # row tiles that follow each other while the weight's columns are in L2
     parts: int = 1  # of a tile's columns, one after the other in the epilogue: fewer registers (swiglu_mlp)
     joins_weights: bool = False  # gate and up as one product of twice the columns (linear_swiglu)
@@ -220,6 +222,20 @@ _JOINED = GemmLaunch(
     writes_more=False,  # it would spill
     measured_on=_MODEL,
 )
+# Few rows fill few multiprocessors with large tiles (bench/NOTES.md, and why no sum is split)
+_FEW_ROWS = 1024
+_FEW = GemmLaunch(  # one sum
+    2,
+    BLOCK_M=64,
+    BLOCK_N=64,
+    BLOCK_K=64,
+    num_warps=4,
+    num_stages=5,
+    max_rows=_FEW_ROWS,
+    measured_on=_MODEL,
+)
+_FEW_TWO = replace(_FEW, num_stages=4)  # two
+_FEW_JOINED = replace(_FEW_TWO, joins_weights=True)
 _IN_PARTS = GemmLaunch(
     2,
     BLOCK_M=128,
@@ -234,11 +250,21 @@ _IN_PARTS = GemmLaunch(
 )
 # the first row that serves is taken; those after it are candidates beside it, which `using` takes
 _GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
-    "linear_swiglu": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_JOINED, *_NARROW)},
-    "swiglu_mlp": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_IN_PARTS, *_NARROW)},
-    "linear_residual": {"any": _SMALL, "sm80": _WIDE, "sm89": _WIDE, "sm90": _WIDE},
-    "injection_in": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
-    "injection_blend": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": _NARROW},
+    "linear_swiglu": {
+        "any": _SMALL,
+        "sm80": _NARROW,
+        "sm89": _NARROW,
+        "sm90": (_FEW_JOINED, _JOINED, *_NARROW),
+    },
+    "swiglu_mlp": {
+        "any": _SMALL,
+        "sm80": _NARROW,
+        "sm89": _NARROW,
+        "sm90": (_FEW_TWO, _IN_PARTS, *_NARROW),
+    },
+    "linear_residual": {"any": _SMALL, "sm80": _WIDE, "sm89": _WIDE, "sm90": (_FEW, *_WIDE)},
+    "injection_in": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_FEW_TWO, *_NARROW)},
+    "injection_blend": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_FEW, *_NARROW)},
 }
 
 # op -> arch -> settings of the kernel beside torch.mm, and of gradients that no product needs
@@ -391,18 +417,31 @@ def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
     )
 
 
-def gemm(op: str, arch: str, element_size: int, is_aligned: bool, writes_more: bool = False) -> GemmLaunch:
-    """The settings of the product in `op` for elements of that many bytes on `arch`.
+def gemm(
+    op: str, arch: str, element_size: int, is_aligned: bool, M: int, writes_more: bool = False
+) -> GemmLaunch:
+    """The settings of the product in `op` of M rows of elements of that many bytes on `arch`.
 
     Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
-    and those of a large tile do not fit. writes_more: what not every row serves, see GemmLaunch.
+    and those of a large tile do not fit. Where M is a symbol (torch.compile, torch.export) it counts as
+    large: what is traced does not launch, and a comparison would tie the program to one range of M.
+    writes_more: what not every row serves, see GemmLaunch.
     """
     rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
     if is_aligned and op in (instead := _instead.get()):
         rows = (instead[op], *rows)
+    M = M if isinstance(M, int) else _ANY_ROWS
     return next(
-        row for row in rows if row.element_size == element_size and (row.writes_more or not writes_more)
+        row
+        for row in rows
+        if row.element_size == element_size and row.max_rows >= M and (row.writes_more or not writes_more)
     )
+
+
+def row_limits(arch: str) -> list[int]:
+    """The numbers of rows, ascending, beyond which some product takes other settings on `arch`."""
+    limits = {row.max_rows for _, row in gemm_candidates(arch)}
+    return sorted(limits - {_ANY_ROWS})
 
 
 _instead: ContextVar[dict[str, GemmLaunch]] = ContextVar("trm_kernels_instead", default={})  # noqa: B039

@@ -270,7 +270,8 @@ def test_every_choice_has_its_settings():
         assert chosen == ("fused" if aligned and size == 2 and is_narrow else "mm")
         for asked in tuning.CANDIDATES:
             assert tuning.choose(op, arch, size, width, aligned, asked) == asked
-        assert tuning.gemm(op, arch, size, aligned).element_size == size
+        for M in (1, 1024, 10**6):
+            assert tuning.gemm(op, arch, size, aligned, M).element_size == size
 
 
 def test_rows_that_are_not_aligned_take_small_tiles():
@@ -278,7 +279,48 @@ def test_rows_that_are_not_aligned_take_small_tiles():
     assert are_aligned(wide, wide[:, :32])
     for narrow in (wide[:, :33], wide[:, 8:24][:, 1:], torch.empty(4, 24)):
         assert not are_aligned(wide, narrow)
-    assert tuning.gemm("linear_swiglu", "sm90", 2, False) == tuning.gemm("linear_swiglu", "sm12345", 2, True)
+    small = tuning.gemm("linear_swiglu", "sm12345", 2, True, 5)
+    assert tuning.gemm("linear_swiglu", "sm90", 2, False, 5) == small
+
+
+PRODUCTS_OF = {
+    "linear_swiglu": lambda v, w: linear_swiglu(v, torch.cat((w, w)), candidate="fused"),
+    "linear_residual": lambda v, w: linear_residual(v, w, v, candidate="fused"),
+    "injection_in": lambda v, w: injection_in(v, w, candidate="fused"),
+    "injection_blend": lambda v, w: injection_blend(v, v, w, candidate="fused"),
+}
+
+
+@pytest.mark.parametrize("op", PRODUCTS_OF)
+def test_few_rows_are_spread_over_more_programs(op):
+    """A puzzle alone: 97 rows in tiles of 128 would leave most of the multiprocessors without work."""
+    pytest.importorskip("triton")
+    programs = {}
+    for M in (97, 1024, 1025):
+        v, w = (torch.empty(rows, 512, dtype=torch.bfloat16, device="meta") for rows in (M, 512))
+        with record("sm90") as launches, torch.no_grad():
+            PRODUCTS_OF[op](v, w)
+        programs[M] = launches[0].grid[0]
+    assert programs[97] >= 2 * 8 and programs[1024] > programs[1025]
+
+
+def test_the_width_of_a_sum_of_squares_holds_on_one_side_of_a_limit():
+    """What was traced for few rows is not run on many, whose rows have fewer sums; and does not pin M."""
+    pytest.importorskip("triton")
+
+    class Residual(torch.nn.Module):
+        def forward(self, v: Tensor, w: Tensor) -> Tensor:
+            return linear_residual(v, w, v, candidate="fused")[1]
+
+    w = torch.empty(512, 512, dtype=torch.bfloat16, device="meta")
+    for M, tiles, served in ((97, 8, 500), (4097, 4, 9000)):
+        v = torch.empty(M, 512, dtype=torch.bfloat16, device="meta")
+        dynamic = {"v": {0: torch.export.Dim.DYNAMIC}, "w": {}}
+        with record("sm90"):
+            module = torch.export.export(Residual(), (v, w), dynamic_shapes=dynamic).module()
+            assert module(v.new_empty(served, 512), w).shape == (served, tiles)
+            with pytest.raises((RuntimeError, AssertionError)):
+                module(v.new_empty(M + 5000 if M == 97 else 97, 512), w)
 
 
 @pytest.mark.parametrize(
