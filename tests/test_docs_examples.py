@@ -1,14 +1,17 @@
 """The Python of README and docs/ runs as it stands, on tiny language models in folders of the names used."""
 
+import inspect
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
 from tests.support.docs_pages import PAGES, name_of, python_blocks
 from tests.support.tiny import awaken
 from tests.support.tiny_text import character_tokenizer, save_base, tiny_hybrid
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PAGES_ARE_OLD = "page_size" not in inspect.signature(ContinuousBatchingConfig).parameters
 WITH_PYTHON = [page for page in PAGES if python_blocks(page)]
 
 
@@ -50,6 +53,7 @@ def test_the_pages_examples_run(page, folder):
     run(page)
 
 
+@pytest.mark.skipif(PAGES_ARE_OLD, reason="this transformers' paged cache takes no keys but the model's own")
 def test_the_example_of_serving_runs(folder):
     (serving,) = [page for page in WITH_PYTHON if page.stem == "serving"]
     hybrid = awaken(tiny_hybrid(AutoModelForCausalLM.from_pretrained(NAME)))

@@ -102,6 +102,7 @@ class _Units:
         self.bytes_inside = 0
         self.most = {True: 0, False: 0}  # bytes that one keeps, by whether it is a TRM
         self._known: dict[Any, _Inside] = {}
+        self._running: list[bool] = []  # of each unit that runs now: whether one inside of it has a gradient
 
     def __call__(self, layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         leaves = tree_leaves((args, getattr(function, "keywords", {})))
@@ -120,7 +121,11 @@ class _Units:
             out = out.requires_grad_() if unit.has_gradient and out.is_leaf else out
         if unit.has_gradient:  # else backward does not come here
             kept = [t for t, is_kept in zip(tensors, unit.entering_kept, strict=True) if is_kept]
-            for t in tensors:
+            entering = tensors
+            if self._running:  # of a checkpoint inside of another the arguments are computed anew, too
+                self._running[-1] = True
+                entering = [t for t in tensors if not any(t is arg for arg in args)]
+            for t in entering:
                 self.entering.add(t)
             for t in kept:
                 self.kept.add(t)
@@ -134,12 +139,14 @@ class _Units:
         self, tensors: list[Tensor], function: Callable[..., Any], args: tuple[Any, ...]
     ) -> tuple[_Inside, Any]:
         inside = _Storages(self.own)
+        self._running.append(False)
         with inside.watching():
             out = function(*args)
+        has_gradient = self._running.pop() or bool(inside.found)
         entering = _addresses(tensors)
         made = [t for address, t in inside.found.items() if address not in entering]
         entering_kept = [t.untyped_storage()._cdata in inside.found for t in tensors]
-        return _Inside(nbytes(made), entering_kept, bool(inside.found)), out
+        return _Inside(nbytes(made), entering_kept, has_gradient), out
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:

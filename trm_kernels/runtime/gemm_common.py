@@ -117,7 +117,7 @@ def add_weight_gradient(dw: Tensor, dy: Tensor, x: Tensor) -> None:
     if dy.device.type == "cpu" or dy.dtype == torch.float32:
         dw.addmm_(dy.t().float(), x.float())
     elif (dw.is_meta or isinstance(dw, FakeTensor)) and not _ADDMM_KNOWS_SHAPES:
-        dw.add_(torch.mm(dy.t(), x, out_dtype=torch.float32))
+        torch.mm(dy.t(), x, out_dtype=torch.float32, out=dw)  # as one call, and of the same shapes
     else:
         torch.addmm(dw, dy.t(), x, out_dtype=torch.float32, out=dw)
 

@@ -39,4 +39,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:  # transformers 5.17 finds none in the GGUF file
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
