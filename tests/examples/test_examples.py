@@ -8,6 +8,7 @@ import pytest
 import sudoku as puzzles_of
 import tiny_recursive_models as example
 import torch
+from puzzles import training
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -105,7 +106,7 @@ def test_a_few_steps_reduce_the_loss(puzzle, mlp_t):
     steps = 40 if puzzle == "4x4" else 12
     settings = small(puzzle, mlp_t=mlp_t, steps=steps, learning_rate=5e-2, n=1, cycles=2, prefix=2)
     settings = replace(settings, recursion_curriculum=None, warmup_steps=1, weight_decay=0.1)
-    model = example.PuzzleModel(settings)
+    model = example.make_model(settings)
     trained = example.train(model, *puzzles_of.sudoku(64, settings.box, settings.givens, 0), settings)
     losses = trained.losses
     assert len(losses) == steps
@@ -117,7 +118,7 @@ def test_a_few_steps_reduce_the_loss(puzzle, mlp_t):
 def test_without_a_curriculum_nothing_changes_and_with_one_fewer_operations_do():
     def trained(curriculum):
         settings = small(steps=6, recursion_curriculum=curriculum)
-        model = example.PuzzleModel(settings)
+        model = example.make_model(settings)
         torch.manual_seed(1)
         done = example.train(model, *puzzles_of.sudoku(64, settings.box, settings.givens, 0), settings)
         return done, list(model.parameters())
@@ -131,7 +132,7 @@ def test_without_a_curriculum_nothing_changes_and_with_one_fewer_operations_do()
     for depth in (1, 2):
         one = small(n=depth, cycles=depth, recursion_curriculum=None, steps=1)
         data = puzzles_of.sudoku(64, one.box, one.givens, 0)
-        counts.append(example.train(example.PuzzleModel(one), *data, one).operations)
+        counts.append(example.train(example.make_model(one), *data, one).operations)
     low, high = counts
     assert shallow.operations == 4 * low + 2 * high and full.operations == 6 * high
     assert low < 0.6 * high
@@ -154,31 +155,33 @@ def test_a_curriculum_that_cannot_be_is_an_error(text, message, capsys):
 
 def test_rows_halt_and_make_way_for_new_puzzles():
     settings = small()
-    model = example.PuzzleModel(settings)
+    model = example.make_model(settings)
     old, new = puzzles_of.sudoku(4, (2, 2), (4, 6), 0), puzzles_of.sudoku(4, (2, 2), (4, 6), 1)
     nn.init.constant_(model.q_head.bias, 5.0)
-    y, z = (t.clone().normal_() for t in model.start(old[0]))
+    old, new = (example.batch_of(*pair) for pair in (old, new))
+    y, z = (t.clone().normal_() for t in model.start(old.inputs))
     halted = torch.tensor([True, False, False, True])
-    carry = example.Carry(y, z, *old, torch.tensor([4, 1, 3, 2]), halted)
-    carry = example.refill(model, carry, *new)
-    for got, after, before in zip(carry, (*model.start(new[0]), *new), (y, z, *old), strict=False):
-        assert torch.equal(got[halted], after[halted]) and torch.equal(got[~halted], before[~halted])
+    carry = training.Carry(y, z, old, torch.tensor([4, 1, 3, 2]), halted)
+    carry = training.refill(model, carry, new)
+    after, before = (*model.start(new.inputs), *new), (y, z, *old)
+    for got, fresh, kept in zip((carry.y, carry.z, *carry.batch), after, before, strict=True):
+        assert torch.equal(got[halted], fresh[halted]) and torch.equal(got[~halted], kept[~halted])
     assert carry.steps.tolist() == [0, 1, 3, 0] and not carry.halted.any()
 
-    loss, after = example.supervise(model, carry, most_steps=4)
+    loss, after = training.supervise(model, carry, most_steps=4)
     assert after.steps.tolist() == [1, 2, 4, 1] and loss.requires_grad and not after.y.requires_grad
     assert after.halted[2] and not torch.equal(after.y, carry.y)
     nn.init.constant_(model.q_head.bias, -5.0)
-    assert example.supervise(model, carry, most_steps=4)[1].halted.tolist() == [False, False, True, False]
+    assert training.supervise(model, carry, most_steps=4)[1].halted.tolist() == [False, False, True, False]
     with pytest.MonkeyPatch.context() as patch:
         nn.init.constant_(model.q_head.bias, 5.0)
-        patch.setattr(example, "EXPLORATION", 0.0)
-        assert example.supervise(model, carry, most_steps=4)[1].halted.all()
+        patch.setattr(training, "EXPLORATION", 0.0)
+        assert training.supervise(model, carry, most_steps=4)[1].halted.all()
 
 
 def test_evaluation_counts_whole_grids_and_blanks():
     puzzles, solutions = puzzles_of.sudoku(6, (2, 2), (4, 6), 0)
-    model = example.PuzzleModel(small())
+    model = example.make_model(small())
     logits = nn.functional.one_hot(solutions + 1, 6).float()
     first_blank = int((puzzles[0] == 0).int().argmax())
     logits[0, first_blank] = 0.0
@@ -230,7 +233,7 @@ def test_weights_go_to_disk_under_the_papers_names_and_back(mixer, few_puzzles, 
     ],
 )
 def test_weights_that_do_not_fit_are_an_error(change, message, tmp_path, capsys):
-    example.save(example.PuzzleModel(small()), tmp_path / "a.safetensors")
+    example.save(example.make_model(small()), tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "a.safetensors")

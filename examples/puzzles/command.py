@@ -1,0 +1,164 @@
+"""data | train | evaluate | pictures: parses, calls, prints"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import puzzle_folder
+from safetensors import SafetensorError
+
+from puzzles import arc, evaluation, mazes, packages, pictures
+from puzzles.layout import read, what_of
+from puzzles.run import Run, train, trained_model
+from puzzles.settings import PAPERS, Settings
+
+_HELP = {
+    "recursion_curriculum": "FIRST:STEPS: begin at n FIRST, or n and T FIRSTxT; all after STEPS steps",
+    "mlp_t": "cells are mixed by an MLP, not by attention",
+}
+
+
+def _data(given: argparse.Namespace) -> None:
+    if min(given.train, given.test) < 1 or given.augmentations < 0 or given.seed < 0 or given.side < 2:
+        raise ValueError(
+            "expected --train and --test of at least 1, --side of at least 2, --augmentations and --seed "
+            "of at least 0."
+        )
+    _MAKERS[given.kind](given)
+    counts = ((split, len(read(given.folder, split).inputs)) for split in ("train", "test"))
+    print(f"{given.folder}: " + ", ".join(f"{count:,} examples to {split}" for split, count in counts))
+
+
+def _make_arc(given: argparse.Namespace) -> None:
+    """Tasks with larger grids are left out; those to test are of the evaluation set."""
+    size = (given.side, given.side)
+    sets = [
+        {name: task for name, task in tasks.items() if arc.fits(task, size)}
+        for tasks in packages.arc_tasks(given.version)
+    ]
+    learned, tested = (
+        dict(list(tasks.items())[:count])
+        for tasks, count in zip(sets, (given.train, given.test), strict=True)
+    )
+    arc.make(given.folder, learned, tested, given.augmentations, size, given.seed)
+
+
+def _make_arc1d(given: argparse.Namespace) -> None:
+    tasks = list(packages.arc1d_tasks(given.train + given.test, given.seed, given.side).items())
+    learned, tested = dict(tasks[: given.train]), dict(tasks[given.train :])
+    arc.make(given.folder, learned, tested, given.augmentations, (1, given.side), given.seed)
+
+
+def _make_maze(given: argparse.Namespace) -> None:
+    mazes.make(given.folder, given.train, given.test, given.side, given.shortest, given.seed)
+
+
+def _make_sudoku(given: argparse.Namespace) -> None:
+    puzzle_folder.make(given.folder, given.kind, given.train, given.test, given.augmentations, given.seed)
+
+
+_MAKERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "arc": _make_arc,
+    "arc1d": _make_arc1d,
+    "maze": _make_maze,
+    "4x4": _make_sudoku,
+    "9x9": _make_sudoku,
+}
+
+
+def _train(given: argparse.Namespace) -> None:
+    chosen = {
+        field.name: value for field in fields(Settings) if (value := getattr(given, field.name)) is not None
+    }
+    settings = replace(PAPERS[what_of(read(given.data, "train").about)], **chosen)
+    if min(settings.batch_size, settings.steps, given.save_every, settings.supervision_steps) < 1:
+        raise ValueError("expected --batch-size, --steps, --supervision-steps, --save-every of at least 1.")
+    train(Run(given.data, settings, given.seed, given.checkpoint), given.run, given.save_every)
+
+
+def _answers(given: argparse.Namespace) -> tuple[Any, evaluation.Answers, Path]:
+    run = Run.read(given.run)
+    data = given.data or run.data
+    split = read(data, "test")
+    model, steps = trained_model(given.run, split), run.settings.supervision_steps
+    return split, evaluation.answered(model, split, steps, given.rows, given.most), data
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    split, answers, data = _answers(given)
+    shares = evaluation.report(data, split, answers)
+    print(f"{len(answers.right):,} examples of {data}")
+    for name, share in shares.items():
+        print(f"{share:7.1%}  {name}")
+    (given.run / "evaluation.json").write_text(json.dumps(shares, indent=1))
+
+
+def _pictures(given: argparse.Namespace) -> None:
+    split, answers, _ = _answers(given)
+    solved, failed = (evaluation.shown(split, answers, right, given.each) for right in (True, False))
+    file = given.run / "puzzles.png"
+    pictures.page(file, what_of(split.about), solved, failed)
+    print(f"{file}: {len(solved)} solved, {len(failed)} failed")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m puzzles", description="Puzzles with the classic TRM.")
+    commands = parser.add_subparsers(required=True)
+
+    data = commands.add_parser("data", help="make a folder of puzzles, in the layout of the TRM paper's code")
+    data.set_defaults(call=_data)
+    data.add_argument("kind", choices=_MAKERS)
+    data.add_argument("folder", type=Path)
+    data.add_argument("--train", type=int, default=1000, help="tasks or puzzles; default 1000")
+    data.add_argument("--test", type=int, default=100, help="tasks or puzzles; default 100")
+    data.add_argument("--augmentations", type=int, default=10, help="of each; mazes have 8; default 10")
+    data.add_argument("--side", type=int, default=30, help="of a grid, the cells of a row; default 30")
+    data.add_argument("--shortest", type=int, default=8, help="steps of a maze's path, at least; default 8")
+    data.add_argument("--version", choices=packages.VERSIONS, default="1", help="of ARC-AGI; default 1")
+    data.add_argument("--seed", type=int, default=0)
+
+    training = commands.add_parser("train", help="begin a run, or go on with it")
+    training.set_defaults(call=_train)
+    training.add_argument("data", type=Path)
+    training.add_argument("run", type=Path)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--save-every", type=int, default=100, metavar="STEPS", help="default 100")
+    training.add_argument(
+        "--checkpoint", type=Path, metavar="FILE.safetensors", help="begin with these weights"
+    )
+    _add_settings(training)
+
+    for name, call, what in (
+        ("evaluate", _evaluate, "test what a run learned"),
+        ("pictures", _pictures, "draw solved and failed puzzles"),
+    ):
+        testing = commands.add_parser(name, help=what)
+        testing.set_defaults(call=call)
+        testing.add_argument("run", type=Path)
+        testing.add_argument("--data", type=Path, help="default those of the run")
+        testing.add_argument("--rows", type=int, default=64, help="examples together; default 64")
+        testing.add_argument("--most", type=int, help="the first so many examples alone")
+        testing.add_argument("--each", type=int, default=3, help="pictures of each; default 3")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    for field in fields(Settings):
+        flag, kind = f"--{field.name.replace('_', '-')}", field.type
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=_HELP.get(field.name))
+        else:
+            made = kind if kind in (int, float) else str
+            parser.add_argument(flag, type=made, metavar="VALUE", help=_HELP.get(field.name))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        given.call(given)
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.error(str(error))
