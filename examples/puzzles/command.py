@@ -74,8 +74,10 @@ def _train(given: argparse.Namespace) -> None:
         field.name: value for field in fields(Settings) if (value := getattr(given, field.name)) is not None
     }
     settings = replace(PAPERS[what_of(read(given.data, "train").about)], **chosen)
-    if min(settings.batch_size, settings.steps, given.save_every, settings.supervision_steps) < 1:
-        raise ValueError("expected --batch-size, --steps, --supervision-steps, --save-every of at least 1.")
+    if min(settings.batch_size, given.save_every, settings.supervision_steps) < 1 or settings.steps < 0:
+        raise ValueError(
+            "expected --batch-size, --supervision-steps, --save-every of at least 1, --steps of at least 0."
+        )
     train(Run(given.data, settings, given.seed, given.checkpoint), given.run, given.save_every)
 
 

@@ -83,6 +83,8 @@ def train(run: Run, folder: Path, save_every: int) -> None:
     if (folder / STATE).exists():
         training.load(folder / STATE)
         print(f"goes on after step {training.step}", flush=True)
+    elif run.settings.steps == 0:  # a checkpoint that is only to be tested
+        _write(training, folder)
     began, cpu, first = time.perf_counter(), time.process_time(), training.step
     while training.step < run.settings.steps:
         random = np.random.default_rng([run.seed, training.step])

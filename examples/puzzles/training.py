@@ -166,7 +166,7 @@ class Training:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         tensors["averaged"] = self._average.n_averaged
-        tensors["losses"] = torch.stack(self.losses)
+        tensors["losses"] = torch.tensor([float(loss) for loss in self.losses], dtype=torch.float64)
         for i, p in enumerate(self.others):
             tensors |= {f"adam.{i}.{name}": tensor for name, tensor in self.adam.state[p].items()}
         y, z, batch, steps, halted = self.carry

@@ -279,9 +279,14 @@ def test_a_run_is_evaluated_and_drawn(arc_folder, tmp_path, capsys):
     run_of(f"pictures {tmp_path / 'run'} --each 1")
     assert "0 solved, 1 failed" in capsys.readouterr().out
     assert (tmp_path / "run" / "puzzles.png").stat().st_size > 1000
-    # weights of a run begin another one, on other data of the same sizes
-    weights = tmp_path / "run" / "weights.safetensors"
-    run_of(f"train {arc_folder} {tmp_path / 'more'} {SMALL} --steps 1 --checkpoint {weights}")
+    # weights of a run, or of the paper's code, are tested as they are, and gone on with
+    weights, more = tmp_path / "run" / "weights.safetensors", tmp_path / "more"
+    run_of(f"train {arc_folder} {more} {SMALL} --steps 0 --checkpoint {weights}")
+    run_of(f"evaluate {more}")
+    assert json.loads((more / "evaluation.json").read_text()) == found
+    assert load_file(more / weights.name).keys() == load_file(weights).keys()
+    run_of(f"train {arc_folder} {more} {SMALL} --steps 1 --checkpoint {weights}")
+    assert load_file(more / "state.safetensors")["losses"].shape == (1,)
 
 
 def test_an_answer_that_is_the_solution_is_counted(arc_folder, monkeypatch):
