@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from trm_kernels import TRM, Halting
 from trm_kernels.ops.attention.rope import rope_angles, rope_ref
 from trm_kernels.recursion import adaptive as module
-from trm_kernels.recursion.adaptive import adaptive_evaluations
+from trm_kernels.recursion.adaptive import Order, adaptive_evaluations
 from trm_kernels.runtime.backend import backend, interpreting
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
@@ -156,6 +156,13 @@ def test_weights_in_8_bits_recurse_as_in_the_fixed_loop():
     for got, want in zip((y, z), trm(x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(y, make(dtype=torch.float32)(x)[0], rtol=1e-3), "a test that could not fail"
+
+
+def test_new_tokens_wait_for_the_longest_of_their_own_sequence():
+    order = Order(2, 1, True, None, torch.tensor([[1, 3, 1], [2, 1, 1]]))
+    nobody = torch.zeros(2, dtype=torch.bool)
+    waiting = [order.keep_waiting(nobody, step).tolist() for step in (1, 2, 3)]
+    assert waiting == [[True, True], [True, False], [False, False]]
 
 
 @every_rule
