@@ -79,7 +79,8 @@ def train(run: Run, folder: Path, save_every: int) -> None:
     if run.checkpoint is not None:
         load(model, run.checkpoint)
     model.to(device())
-    training = Training(model, run.settings, split.batch(slice(run.settings.batch_size)).to(device()))
+    sizes = np.resize(np.arange(len(split.inputs)), run.settings.batch_size)  # a folder may have fewer
+    training = Training(model, run.settings, split.batch(sizes).to(device()))
     if (folder / STATE).exists():
         training.load(folder / STATE)
         print(f"goes on after step {training.step}", flush=True)

@@ -270,7 +270,8 @@ def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(arc_folder, 
 
 
 def test_a_run_is_evaluated_and_drawn(arc_folder, tmp_path, capsys):
-    run_of(f"train {arc_folder} {tmp_path / 'run'} {SMALL} --steps 2")
+    many = SMALL.replace("--batch-size 6", "--batch-size 20")  # more than the folder has
+    run_of(f"train {arc_folder} {tmp_path / 'run'} {many} --steps 2")
     run_of(f"evaluate {tmp_path / 'run'}")
     said = capsys.readouterr().out
     assert "4 examples of" in said and "pass@1" in said and "pass@2" in said
