@@ -1,12 +1,12 @@
 """What the TRM paper trains with, beside the model: loss, optimisers and average of the weights.
 
-    stablemax_cross_entropy   section 5, the loss of the cells
-    AdamATan2                 section 5, of all weights; plain PyTorch, no CUDA extension to build
+    stablemax_cross_entropy   appendix, hyper-parameters: the loss of the cells
+    AdamATan2                 its code, of all weights; plain PyTorch, no CUDA extension to build
     SparseSignSGD             of the puzzle embeddings, one row a puzzle, of which a step sees few
     average_of_weights        section 4.7, the exponential moving average with which is tested
 
-Section numbers are of arXiv 2510.04871. The other parts of the recipe, deep supervision with a carry (2.3)
-and halting with exploration (2.4 and 4.6), are in tiny_recursive_models.py.
+Section numbers are of arXiv 2510.04871. The other parts of the recipe, deep supervision with a carry (2.4)
+and halting with exploration (2.5 and 4.6), are in puzzles/training.py.
 
 Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.04871, and its code,
          github.com/SamsungSAILMontreal/TinyRecursiveModels, commit 1a48ae88215f53bcbaa64fe8e76dc9d053e79a23.

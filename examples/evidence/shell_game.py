@@ -117,11 +117,9 @@ def run(seed: int, arm: str, quick: bool) -> dict[str, Any]:
     by_n                 by n at inference, the accuracy after 1, 2, ... 24 swaps
     adaptive             by a rule of halting, accuracy, steps and evaluations after 1, 2, ... 24 swaps
     """
-    chosen = _settings(arm, quick)
-    model = _model(chosen, seed)
+    model, loss_of, chosen = prepared(arm, seed, quick)
     cpu_seconds = flops = 0.0
     if chosen.trains != "nothing":
-        loss_of = _loss(model, chosen, seed)
         flops = count_flops(loss_of, chosen.steps)
         cpu_seconds = train(model, loss_of, chosen.steps, chosen.learning_rate)
     held_out = ShellGame(chosen.games, _LONGER, _HELD_OUT_SEED, held_out=True)
@@ -142,6 +140,19 @@ def run(seed: int, arm: str, quick: bool) -> dict[str, Any]:
             for halting in _HALTING
         }
     return result
+
+
+def prepared(arm: str, seed: int, quick: bool) -> tuple[LanguageModel, Callable[[int], Tensor], Settings]:
+    """(model, the loss of a step, settings) of an arm that is not trained yet."""
+    chosen = _settings(arm, quick)
+    model = _model(chosen, seed)
+    return model, _loss(model, chosen, seed), chosen
+
+
+def held_out_accuracy(model: LanguageModel, chosen: Settings) -> float:
+    """Of the answers in held-out games, up to as many swaps as in training."""
+    games = ShellGame(chosen.games, chosen.swaps, _HELD_OUT_SEED, held_out=True)
+    return _mean(accuracy_by_swaps(model, games))
 
 
 def _settings(arm: str, quick: bool) -> Settings:

@@ -4,7 +4,8 @@ Every variant's answer is changed back into the task's own directions and colour
 More votes come first, and of as many votes the higher mean of q: how sure the model is. pass@K asks
 whether one of the first K is right. A task with several tests counts as the share of them; tasks count alike.
 
-Source   evaluators/arc.py of github.com/SamsungSAILMontreal/TinyRecursiveModels.
+Source   arXiv 2510.04871, appendix, hyper-parameters: "the most common answer"; its evaluators/arc.py
+         for the rest, as a fork has it (github.com/alphaXiv/TinyRecursiveModels, commit 19dfeaca).
 """
 
 from collections import defaultdict

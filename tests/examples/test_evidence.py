@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evidence import command, shell_game, tables
+from evidence import command, curriculum, shell_game, tables
 from evidence.results import Results, Run, mean_and_deviation
 from evidence.tasks import TASKS
 from evidence.training import count_flops, trained
@@ -176,3 +176,34 @@ def test_recursion_pays_on_the_shell_game():
     one, two, four, eight = (statistics.mean(by_arm[f"n = {n}"]) for n in (1, 2, 4, 8))
     assert one < four < eight and two < four
     assert one < two + 0.03  # from 1 to 2 it rises by less than the seeds differ
+
+
+def test_a_curriculum_is_measured_until_an_accuracy(two_steps, capsys, monkeypatch):
+    whole = curriculum.on_the_shell_game(0, None, every=1, quick=False)
+    shallow = curriculum.on_the_shell_game(0, "1:1", every=1, quick=False)
+    assert len(whole) == 3 and whole[0].operations == 0
+    first, second = (after.operations - before.operations for before, after in zip(shallow, shallow[1:]))  # noqa: B905
+    assert first < 0.5 * second == 0.5 * whole[1].operations  # n = 1 in step 0, n = 8 in step 1
+    monkeypatch.setitem(
+        curriculum.GAMES,
+        "sudoku",
+        lambda seed, text, every, quick: [
+            curriculum.Point(0, 0.0, 0.2),
+            curriculum.Point(2e9 if text else 6e9, 1.0 if text else 2.0, 0.96),
+            curriculum.Point(9e9, 3.0, 0.9),
+        ],
+    )
+    curriculum.main(["sudoku", "--curriculum", "1x1:2", "--seeds", "0", "1"])
+    said = capsys.readouterr().out
+    assert "seed 0 curriculum: 95% after 2 billion, 1 s; in the end 90.0% after 9 billion, 3 s" in said
+    assert "to 95%, 2 of 2 seeds: 3.00 times fewer operations, 2.00 times fewer CPU seconds" in said
+
+
+def test_sudokus_curriculum_is_that_of_the_example(monkeypatch):
+    few = replace(curriculum.tiny.PUZZLES["4x4"], steps=2, batch_size=4, puzzles=20, hidden_size=16)
+    monkeypatch.setitem(curriculum.tiny.PUZZLES, "4x4", few)
+    monkeypatch.setattr(curriculum.tiny, "HELD_OUT", 10)
+    start, end = curriculum.on_sudoku(0, "1x1:1", every=5, quick=False)
+    assert start.operations == 0 < end.operations
+    with pytest.raises(SystemExit):
+        curriculum.main(["sudoku", "--curriculum", "9x9:1"])
