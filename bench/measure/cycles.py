@@ -96,15 +96,16 @@ class KernelCost:
 def kernel_cost(kernel: Compiled, stages: int) -> KernelCost | None:
     """The cost of a compiled kernel; None of one that does not multiply."""
     code = instructions(kernel.cubin)
-    if not any(_is_product(now) for now in code):
+    if not any(is_product(now) for now in code):
         return None
     inside = max(
-        (body for body in loops(code) if any(_is_product(code[i]) for i in body)), key=len, default=range(0)
+        (body for body in loops(code) if any(is_product(code[i]) for i in body)), key=len, default=range(0)
     )
     loop = [code[i] for i in inside]
     rest = [now for i, now in enumerate(code) if i not in inside and now.name != "NOP"]
     waits = any(now.text.startswith("MUFU.EX2") for now in loop or rest)
-    return KernelCost(_cycles(loop, kernel), _cycles(rest, kernel), waits, blocks_together(kernel), stages)
+    units = cycles_of(loop, kernel), cycles_of(rest, kernel)
+    return KernelCost(*units, waits, blocks_together(kernel), stages)
 
 
 def blocks_together(kernel: Compiled) -> int:
@@ -116,11 +117,11 @@ def blocks_together(kernel: Compiled) -> int:
     return max(1, min(by_registers, by_shared, sm.warps // kernel.num_warps))
 
 
-def _is_product(now: Instruction) -> bool:
+def is_product(now: Instruction) -> bool:
     return now.name in ("HGMMA", "HMMA")
 
 
-def _cycles(code: Iterable[Instruction], kernel: Compiled) -> Cycles:
+def cycles_of(code: Iterable[Instruction], kernel: Compiled) -> Cycles:
     """Of a block that runs these instructions once, in all its warps."""
     total = Cycles(0.0, 0.0, 0.0, 0.0)
     for now in code:

@@ -6,8 +6,7 @@ A step of ours is run on tensors without numbers, and what it starts is kept. A 
 the cycles of cycles.py at its grid, and its bytes through device memory; a kernel overlaps both in part, so
 their squares are added. Any other takes its bytes. Products and attention of libraries run at assumed rates,
 the same for torch.compile, whose kernels are listed in roofline.py. A kernel in a CUDA graph takes GAP too,
-and a library's LEAST at least. One launch of the whole recursion takes PHASE for each of its phases and the
-bytes of its weights and cache.
+and a library's LEAST at least. One launch of the whole recursion: one_launch.py.
 
 None of it is a measurement. What it is for: to see what a change of a kernel or of a setting gains or loses
 where there is no GPU, and which kernel is farthest behind.
@@ -23,15 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import roofline
 from bench.measure.cycles import MULTIPROCESSORS, KernelCost, kernel_cost
+from bench.measure.one_launch import seconds
 from bench.peers import solvers
 from bench.peers.workloads import WORKLOADS, Workload
 from trm_kernels.export.compile import compile_for
+from trm_kernels.recursion.one_launch.kernel import one_launch_kernel
 from trm_kernels.runtime.launch import LAUNCHERS, Launch, record
 
 GAP = 1.5e-6  # seconds between two kernels of a graph
 LEAST = 2.5e-6  # of a library's product or attention, however small
 RECORDED_CARD = "h200"
-PHASE = 3e-6  # seconds of a phase of one launch: a barrier, and the first of its loads
 
 
 @dataclass(frozen=True)
@@ -275,11 +275,10 @@ def torch_compile(workload: Workload, card: str) -> float:
 
 def one_launch(workload: Workload, card: str) -> float:
     """Seconds of a workload without backward in one launch an injection point, or for all."""
-    n = workload.numbers
-    assert n is not None and not workload.has_backward
-    kernels = roofline.kernels_of(workload, workload.batch[card], "ours")
-    moved = sum(kernel.bytes for kernel in kernels) / roofline.CARDS[card].bytes_per_s
-    return max(1, workload.points) * n.evaluations * 5 * PHASE + moved
+    started = events(workload, workload.batch[card], ARCHS[card], solvers.ours_in_one_launch())
+    launches = [e for e in started if isinstance(e, Launch) and e.kernel is one_launch_kernel]
+    assert launches and not workload.has_backward
+    return sum(seconds(call, card, ARCHS[card], RATES[card].clock) for call in launches)
 
 
 @dataclass(frozen=True)
@@ -289,6 +288,7 @@ class Comparison:
     workload: Workload
     rows: list[Predicted]
     compiled: float  # seconds
+    in_one_launch: float | None = None  # seconds, of a workload that can
 
     @property
     def ours(self) -> float:
@@ -300,7 +300,13 @@ def compare(card: str, names: Iterable[str] = ()) -> Iterator[Comparison]:
     """The workloads of these names, or all, one after the other."""
     for workload in WORKLOADS:
         if not names or workload.name in names:
-            yield Comparison(workload, step(workload, card, solvers.ours()), torch_compile(workload, card))
+            can = not workload.has_backward and workload.numbers is not None
+            yield Comparison(
+                workload,
+                step(workload, card, solvers.ours()),
+                torch_compile(workload, card),
+                one_launch(workload, card) if can else None,
+            )
 
 
 def text(found: Comparison, card: str, most: int = 8) -> str:
@@ -309,8 +315,8 @@ def text(found: Comparison, card: str, most: int = 8) -> str:
         f"{found.workload.name} on {card}, predicted: {1e3 * found.ours:.2f} ms, "
         f"torch.compile {1e3 * found.compiled:.2f} ms, {found.compiled / found.ours:.2f} times as fast"
     ]
-    if not found.workload.has_backward and found.workload.numbers is not None:
-        lines[0] += f"; in one launch {1e3 * one_launch(found.workload, card):.2f} ms"
+    if found.in_one_launch is not None:
+        lines[0] += f"; in one launch {1e3 * found.in_one_launch:.2f} ms"
     lines.append(
         f"  {'kernel':<38}{'times':>6}{'ms':>9}{'us each':>9}{'TFLOPS':>8}{'blocks':>7}{'waves':>7}"
         "  cycles a loop: tensor, shared, issue, special"
@@ -337,6 +343,8 @@ def figures(found: Iterable[Comparison]) -> dict[str, Any]:
     rows: dict[str, dict[str, float]] = {}
     for one in found:
         of_workload = rows[one.workload.name] = {"a step": round(1e6 * one.ours, 1)}
+        if one.in_one_launch is not None:
+            of_workload["in one launch"] = round(1e6 * one.in_one_launch, 1)
         for row in one.rows:
             if row.cost is not None:
                 of_workload[row.label] = round(1e6 * row.seconds / row.count, 1)

@@ -117,13 +117,15 @@ class OneLaunch:
     num_warps: int = 8
     num_stages: int = 3
     maxnreg: int = 240  # registers a thread; left alone the assembler may take 128, and spill
+    K_PARTS: int = 1  # of the summed axis, a warp each: one_launch/products.py
+    asks_ahead: bool = False  # for the next phase's weights, before the barrier
     measured_on: str = _UNTIMED
 
     @property
     def meta(self) -> dict[str, int]:
         """What a launch passes by name."""
-        names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_Q", "BLOCK_S", "num_warps", "num_stages", "maxnreg"
-        return _numbers(self, *names)
+        tiles = "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_Q", "BLOCK_S", "K_PARTS"
+        return _numbers(self, *tiles, "num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -356,12 +358,34 @@ DECODE: dict[str, tuple[DecodeLaunch, ...]] = {
     ),
 }
 
-_ONE_LAUNCH_SMALL = (  # two buffers ahead fit 99 KB
+
+def _by_warps(num_stages: int) -> tuple[OneLaunch, ...]:
+    """Rows for decoding whose warps divide the summed axis, by predictions: bench/NOTES.md."""
+    first = OneLaunch(
+        1,
+        16,
+        BLOCK_M=16,
+        BLOCK_N=16,
+        BLOCK_K=256,
+        BLOCK_Q=16,
+        BLOCK_S=64,
+        keys=256,
+        num_warps=4,
+        num_stages=num_stages,
+        K_PARTS=4,
+        asks_ahead=True,
+        measured_on=_MODEL,
+    )
+    return first, replace(first, element_size=2)
+
+
+_ONE_LAUNCH_OF_16_ROWS = (  # whose warps divide the columns; the second spills on sm89 with Triton 3.6
     OneLaunch(1, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    OneLaunch(2, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=208),
+)
+_ONE_LAUNCH_SMALL = (  # two buffers ahead fit 99 KB
+    *_by_warps(num_stages=3),
     OneLaunch(1, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
-    OneLaunch(  # more registers, and sm89 spills: on Triton 3.6, or in the injection's form on 3.7
-        2, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=208
-    ),
     OneLaunch(2, 32, BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
     OneLaunch(2, 64, BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_Q=16, BLOCK_S=64, keys=256),
     OneLaunch(2, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=32, BLOCK_K=128, BLOCK_Q=32, BLOCK_S=64, keys=256),
@@ -369,16 +393,19 @@ _ONE_LAUNCH_SMALL = (  # two buffers ahead fit 99 KB
     OneLaunch(4, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=16, BLOCK_K=64, BLOCK_Q=16, BLOCK_S=16, keys=256),
 )
 _ONE_LAUNCH_LARGE = (  # more of the weights on their way at a time
-    *_ONE_LAUNCH_SMALL[:3],
+    *_ONE_LAUNCH_OF_16_ROWS,
+    _ONE_LAUNCH_SMALL[2],
     OneLaunch(2, 32, BLOCK_M=32, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256),
     OneLaunch(2, 64, BLOCK_M=64, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
     *_ONE_LAUNCH_SMALL[5:],
 )
-# arch -> settings, the first that serves
+
+
+# arch -> settings, the first that serves; those behind one that serves are candidates, which `using` takes
 ONE_LAUNCH: dict[str, tuple[OneLaunch, ...]] = {
     "any": _ONE_LAUNCH_SMALL,
-    "sm80": _ONE_LAUNCH_LARGE,
-    "sm90": _ONE_LAUNCH_LARGE,
+    "sm80": (*_by_warps(num_stages=4), *_ONE_LAUNCH_LARGE),  # as many buffers as a block may have
+    "sm90": (*_by_warps(num_stages=6), *_ONE_LAUNCH_LARGE),
 }
 
 # per_op: the ops' own kernels. one_launch: all phases in one cooperative launch. per_phase: the same kernel,
@@ -457,6 +484,25 @@ def using(op: str, row: GemmLaunch) -> Iterator[None]:
         _instead.reset(token)
 
 
+_instead_of_one_launch: ContextVar[tuple[OneLaunch, ...]] = ContextVar("trm_kernels_one_launch", default=())
+
+
+@contextmanager
+def using_one_launch(row: OneLaunch) -> Iterator[None]:
+    """As `using`: this row for a recursion in one launch, where it serves."""
+    token = _instead_of_one_launch.set((row,))
+    try:
+        yield
+    finally:
+        _instead_of_one_launch.reset(token)
+
+
+def one_launch_candidates(arch: str) -> list[OneLaunch]:
+    """The rows on `arch` behind one that is taken."""
+    rows = ONE_LAUNCH.get(arch, ONE_LAUNCH["any"])
+    return [row for row in rows if one_launch(arch, row.element_size, row.max_rows) != row]
+
+
 def gemm_candidates(arch: str) -> Iterator[tuple[str, GemmLaunch]]:
     """(op, row) of all products' settings on `arch`, those behind one that is taken included."""
     for op, of_op in _GEMMS.items():
@@ -525,7 +571,7 @@ def lookup_decode(arch: str, head_width: int, element_size: int) -> DecodeLaunch
 
 def one_launch(arch: str, element_size: int, rows: int) -> OneLaunch:
     """The settings of a recursion in one launch, by the bytes of a weight's element and the rows."""
-    for row in ONE_LAUNCH.get(arch, ONE_LAUNCH["any"]):
+    for row in (*_instead_of_one_launch.get(), *ONE_LAUNCH.get(arch, ONE_LAUNCH["any"])):
         if element_size == row.element_size and rows <= row.max_rows:
             return row
     raise AssertionError(f"the last row for elements of {element_size} bytes has to take everything")

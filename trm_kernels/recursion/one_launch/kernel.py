@@ -23,6 +23,7 @@ from trm_kernels.recursion.one_launch.phases import (
     project_phase,
     start_phase,
 )
+from trm_kernels.recursion.one_launch.products import ask_for_weights
 from trm_kernels.runtime.optional_triton import tl, triton
 
 PHASES_OF_AN_EVALUATION = 5
@@ -113,12 +114,14 @@ def one_launch_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,  # of the summed axis, see products.py
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two; so are the next three, of TILES, K/2 and K
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     WIDTH: tl.constexpr,
+    ASKS_AHEAD: tl.constexpr,  # for the next phase's weights
 ):
     for phase in range(from_phase, to_phase):
         evaluation, kind = (phase + 4) // 5 - 1, (phase + 4) % 5
@@ -227,6 +230,7 @@ def one_launch_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                K_PARTS,
             )
         elif kind == 1:
             attention_phase(
@@ -278,6 +282,7 @@ def one_launch_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                K_PARTS,
             )
         elif kind == 3:
             gate_up_phase(
@@ -296,6 +301,7 @@ def one_launch_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                K_PARTS,
             )
         else:
             state = tl.where(layer < L - 1, STATE_PASSING, tl.where(updates_z, STATE_Z, STATE_Y))
@@ -316,6 +322,24 @@ def one_launch_kernel(
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                K_PARTS,
             )
         if phase + 1 < to_phase:
+            if ASKS_AHEAD:
+                next_layer = (phase + 4) // 5 % L
+                ask_for_weights(
+                    kind,
+                    of_list(qkv_proj_ptr, distances_ptr, next_layer),
+                    of_list(o_proj_ptr, distances_ptr, L + layer),
+                    of_list(gate_up_proj_ptr, distances_ptr, 2 * L + layer),
+                    of_list(down_proj_ptr, distances_ptr, 3 * L + layer),
+                    M,
+                    D,
+                    H,
+                    G,
+                    K,
+                    F,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
             grid_barrier(counter_ptr)

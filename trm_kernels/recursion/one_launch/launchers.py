@@ -36,6 +36,7 @@ from trm_kernels.recursion.one_launch.phases import STATES
 from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import InjectionPoint, InjectionWeights, LayerWeights
 from trm_kernels.runtime import tuning
+from trm_kernels.runtime.backend import interpreting
 from trm_kernels.runtime.gemm_common import input_precision, mask_bytes, rows_of
 from trm_kernels.runtime.launch import arch_of, is_recording, launch, launcher
 from trm_kernels.runtime.optional_triton import triton
@@ -283,6 +284,7 @@ def _meta(
         "BLOCK_T": triton.next_power_of_2(s.tiles),
         "BLOCK_J": triton.next_power_of_2(max(1, s.K // 2)),
         "WIDTH": max(16, triton.next_power_of_2(s.K)),
+        "ASKS_AHEAD": row.asks_ahead and not interpreting(),  # the interpreter has no assembler
         **row.meta,
     }
 

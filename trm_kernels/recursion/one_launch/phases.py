@@ -23,8 +23,8 @@ Rows are [M, D] with M = B T. The states lie in one tensor h [4, M, D], squares 
 
 from trm_kernels.ops.attention.decode_attention import merge_parts, softmax_step
 from trm_kernels.ops.attention.rope import rotate
-from trm_kernels.ops.linear_residual import rows_by_weight
-from trm_kernels.ops.linear_swiglu import rows_by_two_weights, rstd_of_tiles
+from trm_kernels.ops.linear_swiglu import rstd_of_tiles
+from trm_kernels.recursion.one_launch.products import parts_of_k, product, two_products, weight_in_parts
 from trm_kernels.runtime.gemm_common import as_wide_as
 from trm_kernels.runtime.optional_triton import tl, triton
 
@@ -70,11 +70,74 @@ def _rstds_at_start(
 
 @triton.jit
 def _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D: tl.constexpr):
-    """A tile of what an f starts from: rms(z) + rms(y), and x where z is to be updated; float32."""
+    """A tile of what an f starts from: rms(z) + rms(y), and x where z is to be updated; float32.
+
+    The rstds in the shape of the tile, 1 along D.
+    """
     z = tl.load(of_state(h_ptr, STATE_Z, M, D) + offs, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(of_state(h_ptr, STATE_Y, M, D) + offs, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offs, mask=mask & adds_x, other=0.0).to(tl.float32)
-    return z * rstd_z[:, None] + y * rstd_y[:, None] + x * rstd_x[:, None]
+    return z * rstd_z + y * rstd_y + x * rstd_x
+
+
+@triton.jit
+def _start_by_two_weights(
+    h_ptr,
+    squares_ptr,
+    x_ptr,
+    w_ptr,  # [.., D]
+    offs_m,
+    in_m,
+    offs_a,
+    offs_b,
+    in_n,
+    M,
+    eps,
+    adds_x,
+    NORMS_X: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,
+):
+    """two_products of what an f starts from, which is formed as it is read."""
+    rstd_z, rstd_y, rstd_x = _rstds_at_start(squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T)
+    if K_PARTS == 1:
+        rstd_z, rstd_y, rstd_x = rstd_z[:, None], rstd_y[:, None], rstd_x[:, None]
+        a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            in_k = offs_k < D
+            offs, mask = offs_m[:, None] * D + offs_k[None, :], in_m[:, None] & in_k[None, :]
+            v = _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
+            v = v.to(x_ptr.dtype.element_ty)
+            in_w = in_k[:, None] & in_n[None, :]
+            wa = tl.load(w_ptr + offs_a[None, :] * D + offs_k[:, None], mask=in_w, other=0.0)
+            wb = tl.load(w_ptr + offs_b[None, :] * D + offs_k[:, None], mask=in_w, other=0.0)
+            a = tl.dot(v, as_wide_as(wa, v), a, input_precision=PRECISION)
+            b = tl.dot(v, as_wide_as(wb, v), b, input_precision=PRECISION)
+        return a, b
+    else:  # Triton wants the branch
+        rstd_z, rstd_y, rstd_x = rstd_z[None, :, None], rstd_y[None, :, None], rstd_x[None, :, None]
+        a = tl.zeros((K_PARTS, BLOCK_M, BLOCK_N), tl.float32)
+        b = tl.zeros((K_PARTS, BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            offs_k = k + parts_of_k(BLOCK_K, K_PARTS)
+            in_k = offs_k < D
+            offs = offs_m[None, :, None] * D + offs_k[:, None, :]
+            mask = in_m[None, :, None] & in_k[:, None, :]
+            v = _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
+            v = v.to(x_ptr.dtype.element_ty)
+            wa = weight_in_parts(w_ptr, offs_k, in_k, offs_a, in_n, D)
+            wb = weight_in_parts(w_ptr, offs_k, in_k, offs_b, in_n, D)
+            a = tl.dot(v, as_wide_as(wa, v), a, input_precision=PRECISION)
+            b = tl.dot(v, as_wide_as(wb, v), b, input_precision=PRECISION)
+        return tl.sum(a, axis=0), tl.sum(b, axis=0)
 
 
 @triton.jit
@@ -175,6 +238,7 @@ def project_phase(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,
 ):
     # one tile: BLOCK_N pairs of columns that RoPE rotates together, of whichever heads
     J: tl.constexpr = K // 2
@@ -186,26 +250,32 @@ def project_phase(
         in_m, in_p = offs_m < M, offs_p < PAIRS
         head, j = offs_p // J, offs_p % J
         column = head * K + j  # of the pair's first; the other is J further
-        low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        high = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if is_first:
-            rstd_z, rstd_y, rstd_x = _rstds_at_start(
-                squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T
+            low, high = _start_by_two_weights(
+                h_ptr,
+                squares_ptr,
+                x_ptr,
+                w_ptr,
+                offs_m,
+                in_m,
+                column,
+                column + J,
+                in_p,
+                M,
+                eps,
+                adds_x,
+                NORMS_X,
+                D,
+                TILES,
+                BLOCK_T,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                K_PARTS,
             )
-            for k in range(0, D, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                in_k = offs_k < D
-                offs, mask = offs_m[:, None] * D + offs_k[None, :], in_m[:, None] & in_k[None, :]
-                v = _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
-                v = v.to(x_ptr.dtype.element_ty)
-                w_ptrs = w_ptr + column[None, :] * D + offs_k[:, None]
-                in_w = in_k[:, None] & in_p[None, :]
-                w_low = tl.load(w_ptrs, mask=in_w, other=0.0)
-                w_high = tl.load(w_ptrs + J * D, mask=in_w, other=0.0)
-                low = tl.dot(v, as_wide_as(w_low, v), low, input_precision=PRECISION)
-                high = tl.dot(v, as_wide_as(w_high, v), high, input_precision=PRECISION)
         else:
-            low, high = rows_by_two_weights(
+            low, high = two_products(
                 of_state(h_ptr, STATE_PASSING, M, D),
                 w_ptr,
                 offs_m,
@@ -214,12 +284,11 @@ def project_phase(
                 column + J,
                 in_p,
                 D,
-                D,
-                D,
                 PRECISION,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,
+                K_PARTS,
             )
             rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             low *= rstd[:, None]
@@ -358,6 +427,7 @@ def mix_phase(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,
 ):
     # one tile of h: the product, and what the layer started from
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -366,16 +436,14 @@ def mix_phase(
         offs_m = (tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m, in_n = offs_m < M, offs_n < D
-        h = rows_by_weight(
-            o_ptr, w_ptr, offs_m, in_m, offs_n, in_n, HK, HK, HK, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        h = product(
+            o_ptr, w_ptr, offs_m, in_m, offs_n, in_n, HK, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, K_PARTS
         )
         h *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
         if is_first:
-            rstd_z, rstd_y, rstd_x = _rstds_at_start(
-                squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T
-            )
-            h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, rstd_z, rstd_y, rstd_x, adds_x, D)
+            z, y, x = _rstds_at_start(squares_ptr, M, offs_m, in_m, eps, NORMS_X, D, TILES, BLOCK_T)
+            h += _sum_at_start(h_ptr, x_ptr, offs, mask, M, z[:, None], y[:, None], x[:, None], adds_x, D)
         else:
             rstd = rstd_of(squares_ptr, STATE_PASSING, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
             v = tl.load(of_state(h_ptr, STATE_PASSING, M, D) + offs, mask=mask, other=0.0)
@@ -400,6 +468,7 @@ def gate_up_phase(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,
 ):
     # one tile of g and the same tile of u
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_N)
@@ -407,7 +476,7 @@ def gate_up_phase(
         offs_m = (tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m, in_n = offs_m < M, offs_n < F
-        g, u = rows_by_two_weights(
+        g, u = two_products(
             of_state(h_ptr, STATE_MIXED, M, D),
             w_ptr,
             offs_m,
@@ -416,12 +485,11 @@ def gate_up_phase(
             F + offs_n,
             in_n,
             D,
-            D,
-            D,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            K_PARTS,
         )
         rstd = rstd_of(squares_ptr, STATE_MIXED, M, offs_m, in_m, eps, D, TILES, BLOCK_T)
         g *= rstd[:, None] * _channel_scale(scale_ptr, offs_n, in_n)
@@ -449,6 +517,7 @@ def down_phase(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    K_PARTS: tl.constexpr,
 ):
     # one tile of h2
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -457,8 +526,8 @@ def down_phase(
         offs_m = (tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_m, in_n = offs_m < M, offs_n < D
-        h2 = rows_by_weight(
-            a_ptr, w_ptr, offs_m, in_m, offs_n, in_n, F, F, F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        h2 = product(
+            a_ptr, w_ptr, offs_m, in_m, offs_n, in_n, F, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, K_PARTS
         )
         h2 *= _channel_scale(scale_ptr, offs_n, in_n)
         offs, mask = offs_m[:, None] * D + offs_n[None, :], in_m[:, None] & in_n[None, :]
