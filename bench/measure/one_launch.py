@@ -30,7 +30,7 @@ _SYMBOL = re.compile(
 )
 
 
-class Phase(NamedTuple):
+class LaunchPhase(NamedTuple):
     """A phase of products."""
 
     name: str
@@ -47,10 +47,10 @@ def seconds(call: Launch, card: str, arch: str, clock: float) -> float:
     rate, sms = CARDS[card].bytes_per_s, MULTIPROCESSORS[arch].count
     D, HK, size = a["D"], a["H"] * a["K"], a["down_proj_ptr"].element_size()
     products = (
-        Phase("project", 2, (a["H"] + 2 * a["G"]) * a["K"] // 2, D),
-        Phase("mix", 1, D, HK),
-        Phase("gate_up", 2, a["F"], D),
-        Phase("down", 1, D, a["F"]),
+        LaunchPhase("project", 2, (a["H"] + 2 * a["G"]) * a["K"] // 2, D),
+        LaunchPhase("mix", 1, D, HK),
+        LaunchPhase("gate_up", 2, a["F"], D),
+        LaunchPhase("down", 1, D, a["F"]),
     )
     total = 0.0
     for phase in products:
