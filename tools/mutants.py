@@ -168,7 +168,7 @@ def _measure(
     seconds: float | None,
 ) -> None:
     _stand_in_the_copy(environment | {"COVERAGE_FILE": str(kept.with_suffix(".coverage"))})
-    clock = _Clock(seconds)
+    clock = _TestClock(seconds)
     options = [*PYTEST, *options, f"--cov={package}", "--cov-context=test", "--cov-report="]
     exit_code = pytest.main([*options, test_file], plugins=[clock])
     half = kept.with_suffix(".part")
@@ -177,7 +177,7 @@ def _measure(
         half.rename(kept)  # last: what is there is whole
 
 
-class _Clock:
+class _TestClock:
     """How many seconds each test computes, the processes that it starts included: not how long it waits."""
 
     def __init__(self, most: float | None) -> None:
