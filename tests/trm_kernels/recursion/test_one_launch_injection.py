@@ -20,8 +20,8 @@ from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.optional_triton import tl, triton
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="programs as processes: needs TRITON_INTERPRET=1")
-FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None)}
-each_form = pytest.mark.parametrize("form", FORMS)
+FORMS = {"decode": (3, 1, 6), "prefill": (2, 5, 0), "no cache": (2, 4, None), "two tiles of rows": (33, 1, 6)}
+each_form = pytest.mark.parametrize("form", ["decode", "prefill", "no cache"])
 each_norm = pytest.mark.parametrize("norms_x", [False, True], ids=["x", "normed x"])
 each_blend = pytest.mark.parametrize("is_gated", [False, True], ids=["linear", "gated"])
 
@@ -148,6 +148,12 @@ def test_one_launch_equals_the_three_ops(form, is_gated, norms_x):
     one = given.one_launch("one_launch")
     check(given, one)
     assert torch.equal(one, given.one_launch("per_phase", programs=3)), "the programs do not change a sum"
+
+
+@pytest.mark.kernels
+def test_rows_of_a_second_tile_are_computed_as_well():
+    given = Given("two tiles of rows", is_gated=False)
+    check(given, given.one_launch("one_launch"))
 
 
 @pytest.mark.kernels
