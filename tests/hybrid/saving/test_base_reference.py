@@ -17,6 +17,7 @@ from hybrid import HybridConfig, HybridModel
 from hybrid.model.injection import decoder_layers
 from hybrid.saving import base_checksum
 from hybrid.saving.base_reference import base_tensors
+from tests.support import forked
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
 
 
@@ -440,12 +441,17 @@ def test_what_will_be_otherwise_when_it_is_loaded_is_said(folder, tmp_path, monk
 # A base that FSDP2 has split, of which a process has parts
 
 
-@pytest.fixture
-def mesh():
-    """Of two processes, of which one is here: nobody answers, so a save that asks the other one fails."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
-    dist.destroy_process_group()
+def as_one_of_two(act, folder, into):
+    """`act` with a mesh of two processes, of which one is here, forked: torch remembers which part it had.
+
+    Nobody answers, so a save that asks the other one fails.
+    """
+
+    def alone():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        act(folder, into, init_device_mesh("cpu", (2,)))
+
+    assert forked.run(alone) == 0
 
 
 def split(hybrid, mesh):
@@ -456,29 +462,41 @@ def split(hybrid, mesh):
     return whole
 
 
-def test_the_trms_of_a_split_hybrid_are_saved_with_their_bases_checksum(folder, tmp_path, mesh):
+def test_the_trms_of_a_split_hybrid_are_saved_with_their_bases_checksum(folder, tmp_path):
+    as_one_of_two(save_whole_trms, folder, tmp_path)
+
+
+def save_whole_trms(folder, into, mesh):
     hybrid = wrapped(loaded(folder))
-    hybrid.save_pretrained(tmp_path / "before")
+    hybrid.save_pretrained(into / "before")
     whole = split(hybrid, mesh)
-    hybrid.save_pretrained(tmp_path / "after", state_dict=whole)
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("before", "after")]
+    hybrid.save_pretrained(into / "after", state_dict=whole)
+    configs = [json.loads((into / name / "config.json").read_text()) for name in ("before", "after")]
     assert configs[0]["base_checksums"] == configs[1]["base_checksums"]
-    again = loaded(tmp_path / "after").state_dict()
+    again = loaded(into / "after").state_dict()
     assert all(torch.equal(again[name], t) for name, t in whole.items())
 
 
-def test_of_a_split_hybrid_that_was_not_saved_before(folder, tmp_path, mesh):
+def test_of_a_split_hybrid_that_was_not_saved_before(folder, tmp_path):
+    as_one_of_two(save_for_the_first_time, folder, tmp_path)
+
+
+def save_for_the_first_time(folder, into, mesh):
     hybrid = wrapped(loaded(folder))
-    hybrid.save_pretrained(tmp_path / "after", state_dict=split(hybrid, mesh), save_base=False)
-    checksums = json.loads((tmp_path / "after" / "config.json").read_text())["base_checksums"]
+    hybrid.save_pretrained(into / "after", state_dict=split(hybrid, mesh), save_base=False)
+    checksums = json.loads((into / "after" / "config.json").read_text())["base_checksums"]
     assert checksums.keys() == {"float32"}
-    loaded(tmp_path / "after")  # which compares
+    loaded(into / "after")  # which compares
     other = tiny_base(seed=1)
     with pytest.raises(ValueError, match="got one with other weights"):
-        HybridModel.from_pretrained(tmp_path / "after", llm_model=other)
+        HybridModel.from_pretrained(into / "after", llm_model=other)
 
 
-def test_a_split_base_that_learns_is_not_taken_for_the_one_in_its_files(folder, tmp_path, mesh):
+def test_a_split_base_that_learns_is_not_taken_for_the_one_in_its_files(folder, tmp_path):
+    as_one_of_two(save_a_base_that_learns, folder, tmp_path)
+
+
+def save_a_base_that_learns(folder, into, mesh):
     hybrid = wrapped(loaded(folder)).requires_grad_(True)
     with pytest.raises(ValueError, match="has changed since it was wrapped"):
-        hybrid.save_pretrained(tmp_path / "after", state_dict=split(hybrid, mesh), save_base=False)
+        hybrid.save_pretrained(into / "after", state_dict=split(hybrid, mesh), save_base=False)

@@ -60,7 +60,7 @@ def compiled(op, *shapes, **settings) -> list[Compiled]:
 
 
 def test_a_product_of_two_warpgroups_has_its_barrier():
-    (kernel,) = compiled(linear_residual, (512, 512), (512, 512), (512, 512), candidate="fused")
+    (kernel,) = compiled(linear_residual, (2048, 512), (512, 512), (2048, 512), candidate="fused")
     assert kernel.num_warps == 8 and kernel.main_loop.instruction == "wgmma"
     assert kernel.unguarded_writes == 0 and not kernel.complaints(255)
 
