@@ -21,7 +21,23 @@ _HELP = {
 }
 
 
+# settings that not every kind of data has, and what they are unless they are given
+_USUAL = {"augmentations": 10, "side": 30, "shortest": 8, "version": "1"}
+_HAS = {
+    "arc": {"augmentations", "side", "version"},
+    "arc1d": {"augmentations", "side"},
+    "maze": {"side", "shortest"},
+    "4x4": {"augmentations"},
+    "9x9": {"augmentations"},
+}
+
+
 def _data(given: argparse.Namespace) -> None:
+    for name, usual in _USUAL.items():
+        if getattr(given, name) is None:
+            setattr(given, name, usual)
+        elif name not in _HAS[given.kind]:
+            raise ValueError(f"--{name}: expected a setting of {given.kind}, which has no such thing.")
     if min(given.train, given.test) < 1 or given.augmentations < 0 or given.seed < 0 or given.side < 2:
         raise ValueError(
             "expected --train and --test of at least 1, --side of at least 2, --augmentations and --seed "
@@ -116,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("folder", type=Path)
     data.add_argument("--train", type=int, default=1000, help="tasks or puzzles; default 1000")
     data.add_argument("--test", type=int, default=100, help="tasks or puzzles; default 100")
-    data.add_argument("--augmentations", type=int, default=10, help="of each; mazes have 8; default 10")
-    data.add_argument("--side", type=int, default=30, help="of a grid, the cells of a row; default 30")
-    data.add_argument("--shortest", type=int, default=8, help="steps of a maze's path, at least; default 8")
-    data.add_argument("--version", choices=packages.VERSIONS, default="1", help="of ARC-AGI; default 1")
+    data.add_argument("--augmentations", type=int, help="of each; mazes have all 8; default 10")
+    data.add_argument("--side", type=int, help="of a grid, the cells of a row; default 30")
+    data.add_argument("--shortest", type=int, help="steps of a maze's path, at least; default 8")
+    data.add_argument("--version", choices=packages.VERSIONS, help="of ARC-AGI; default 1")
     data.add_argument("--seed", type=int, default=0)
 
     training = commands.add_parser("train", help="begin a run, or go on with it")
@@ -143,7 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         testing.add_argument("--data", type=Path, help="default those of the run")
         testing.add_argument("--rows", type=int, default=64, help="examples together; default 64")
         testing.add_argument("--most", type=int, help="the first so many examples alone")
-        testing.add_argument("--each", type=int, default=3, help="pictures of each; default 3")
+        if call is _pictures:
+            testing.add_argument("--each", type=int, default=3, help="pictures of each; default 3")
     return parser
 
 

@@ -330,6 +330,7 @@ def test_numbers_and_folders_that_make_no_run_are_an_error(arc_folder, tmp_path,
         f"evaluate {tmp_path / 'none'}",
         f"data maze {tmp_path / 'd'} --train 0",
         f"data arc {tmp_path / 'd'} --side 1",
+        f"data maze {tmp_path / 'd'} --augmentations 5",
     ):
         with pytest.raises(SystemExit) as stop:
             run_of(wrong)
