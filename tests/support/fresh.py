@@ -16,26 +16,19 @@ SHARED = ("torch", "torch._dynamo", "torch.distributed.tensor", "accelerate", "p
 OURS = ("transformers", "hybrid", "trm_kernels", "peft")  # not even by way of the shared
 
 _SERVER = f"""
-import importlib, json, os, sys, tempfile, traceback
+import importlib, json, os, sys, tempfile
 for name in {SHARED}:
     importlib.import_module(name)
+from tests.support import forked
 assert not any(name.split(".")[0] in {OURS} for name in sys.modules)
+
+def act():
+    os.dup2(out.fileno(), 1)
+    exec(json.loads(line), {{"__name__": "__main__"}})
+
 for line in sys.stdin:
     with tempfile.TemporaryFile() as out:
-        process = os.fork()
-        if not process:
-            os.dup2(out.fileno(), 1)
-            code = 1
-            try:
-                exec(json.loads(line), {{"__name__": "__main__"}})
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        code = forked.run(act)
         out.seek(0)
         print(json.dumps([code, out.read().decode()]), flush=True)
 """
