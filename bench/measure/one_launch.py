@@ -18,12 +18,12 @@ from bench.measure.cycles import LATENCY, MULTIPROCESSORS, REACHED, cycles_of, i
 from bench.measure.roofline import CARDS
 from trm_kernels.export.compile import Compiled, compile_for
 from trm_kernels.export.machine_code import Instruction, cuobjdump, instructions, loops
+from trm_kernels.recursion.one_launch.products import LINE, LINES
 from trm_kernels.runtime.launch import Launch
 
 BARRIER = 1.3e-6  # seconds, assumed
 NEAR = 270  # cycles from a load of what is in the second-level cache to its data (Luo et al., 2024)
 PORT = 64  # bytes a cycle that a multiprocessor takes from there
-ASKED = 4096  # bytes of a row that are asked for ahead: recursion/one_launch/products.py
 # of a function: address, length, and a name that ends in module and phase
 _SYMBOL = re.compile(
     r"0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x\w+\s+0\s+0x\w+\s+\$\S*?_\$_phases_\$_(\w+?)_phase__"
@@ -62,7 +62,8 @@ def seconds(call: Launch, card: str, arch: str, clock: float) -> float:
         moved = phase.weights * phase.columns * phase.summed * size / rate
         first = LATENCY
         if a["ASKS_AHEAD"]:
-            asked = min(tiles, sms) * row_bytes * min(phase.summed, ASKED // size) / rate
+            of_a_row = min(phase.summed * size, LINES.value * LINE.value)
+            asked = min(tiles, sms) * phase.weights * a["BLOCK_N"] * of_a_row / rate
             moved, first = moved - min(asked, BARRIER), NEAR
         chain = of_program * (first + max(busy, at_most)) / clock
         total += BARRIER + max(chain, moved + first / clock)

@@ -77,7 +77,7 @@ def calls_of(case: Case, settings: str) -> Iterator[tuple[Shape, torch.dtype, La
             yield shape, dtype, call
     if case.name.startswith("trm_recursion-decode"):
         for behind in tuning.one_launch_candidates(settings):
-            with tuning.using_one_launch(behind):
+            with tuning.using("one_launch", behind):
                 again = [launches_of(case, shape, dtype, settings) for shape, dtype in wanted]
             for (shape, dtype), calls in zip(wanted, again, strict=True):
                 yield from ((shape, dtype, call) for call in calls)

@@ -359,17 +359,16 @@ DECODE: dict[str, tuple[DecodeLaunch, ...]] = {
 }
 
 
+_ONE_LAUNCH_OF_16_ROWS = (  # whose warps divide the columns; the second spills on sm89 with Triton 3.6
+    OneLaunch(1, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256),
+    OneLaunch(2, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=208),
+)
+
+
 def _by_warps(num_stages: int) -> tuple[OneLaunch, ...]:
     """Rows for decoding whose warps divide the summed axis, by predictions: bench/NOTES.md."""
-    first = OneLaunch(
-        1,
-        16,
-        BLOCK_M=16,
-        BLOCK_N=16,
-        BLOCK_K=256,
-        BLOCK_Q=16,
-        BLOCK_S=64,
-        keys=256,
+    first = replace(
+        _ONE_LAUNCH_OF_16_ROWS[0],
         num_warps=4,
         num_stages=num_stages,
         K_PARTS=4,
@@ -379,10 +378,6 @@ def _by_warps(num_stages: int) -> tuple[OneLaunch, ...]:
     return first, replace(first, element_size=2)
 
 
-_ONE_LAUNCH_OF_16_ROWS = (  # whose warps divide the columns; the second spills on sm89 with Triton 3.6
-    OneLaunch(1, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256),
-    OneLaunch(2, 16, BLOCK_M=16, BLOCK_N=16, BLOCK_K=256, BLOCK_Q=16, BLOCK_S=64, keys=256, maxnreg=208),
-)
 _ONE_LAUNCH_SMALL = (  # two buffers ahead fit 99 KB
     *_by_warps(num_stages=3),
     OneLaunch(1, _ANY_WIDTH, BLOCK_M=32, BLOCK_N=16, BLOCK_K=128, BLOCK_Q=16, BLOCK_S=64, keys=256),
@@ -471,30 +466,17 @@ def row_limits(arch: str) -> list[int]:
     return sorted(limits - {_ANY_ROWS})
 
 
-_instead: ContextVar[dict[str, GemmLaunch]] = ContextVar("trm_kernels_instead", default={})  # noqa: B039
+_instead: ContextVar[dict[str, Any]] = ContextVar("trm_kernels_instead", default={})  # noqa: B039
 
 
 @contextmanager
-def using(op: str, row: GemmLaunch) -> Iterator[None]:
-    """Take this row for `op` instead of the first that serves: to compare it, or to check it."""
+def using(op: str, row: GemmLaunch | OneLaunch) -> Iterator[None]:
+    """Where it serves, take this row for `op`, or for "one_launch": to compare it, or to check it."""
     token = _instead.set(_instead.get() | {op: row})
     try:
         yield
     finally:
         _instead.reset(token)
-
-
-_instead_of_one_launch: ContextVar[tuple[OneLaunch, ...]] = ContextVar("trm_kernels_one_launch", default=())
-
-
-@contextmanager
-def using_one_launch(row: OneLaunch) -> Iterator[None]:
-    """As `using`: this row for a recursion in one launch, where it serves."""
-    token = _instead_of_one_launch.set((row,))
-    try:
-        yield
-    finally:
-        _instead_of_one_launch.reset(token)
 
 
 def one_launch_candidates(arch: str) -> list[OneLaunch]:
@@ -571,7 +553,10 @@ def lookup_decode(arch: str, head_width: int, element_size: int) -> DecodeLaunch
 
 def one_launch(arch: str, element_size: int, rows: int) -> OneLaunch:
     """The settings of a recursion in one launch, by the bytes of a weight's element and the rows."""
-    for row in (*_instead_of_one_launch.get(), *ONE_LAUNCH.get(arch, ONE_LAUNCH["any"])):
+    known = ONE_LAUNCH.get(arch, ONE_LAUNCH["any"])
+    if "one_launch" in (instead := _instead.get()):
+        known = (instead["one_launch"], *known)
+    for row in known:
         if element_size == row.element_size and rows <= row.max_rows:
             return row
     raise AssertionError(f"the last row for elements of {element_size} bytes has to take everything")

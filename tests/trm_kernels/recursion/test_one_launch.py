@@ -166,7 +166,7 @@ def test_one_program_and_a_launch_per_phase_equal_the_path_per_op(form):
 def test_warps_that_divide_the_summed_axis_equal_the_path_per_op(form):
     """Both branches of the first phase, and an axis that no part divides; asking ahead changes no number."""
     given, row = Given(form), tuning.one_launch("any", 4, 10)
-    with tuning.using_one_launch(replace(row, BLOCK_K=64, K_PARTS=4, asks_ahead=True)):
+    with tuning.using("one_launch", replace(row, BLOCK_K=64, K_PARTS=4, asks_ahead=True)):
         room = given.room()
         check(given, given.one_launch("one_launch", room=room), room)
 
