@@ -66,9 +66,10 @@ enum trm_copy_argument {
 
 #define TRM_MAX_ARGUMENTS 48
 
+/* Of a call with up to max_rows rows, batch times tokens; those of one call follow each other by it. */
 typedef struct trm_plan {
     const char *call;
-    int64_t max_rows; /* serves up to so many, batch * tokens; of the plans of a call the first that does is taken */
+    int64_t max_rows;
     const trm_step *steps;
     const uint16_t *work; /* a term for the bytes of each work buffer */
     uint32_t num_steps, num_work;

@@ -34,9 +34,9 @@ def test_no_kernel_is_predicted_slower(workload):
 
 def test_a_slower_kernel_is_seen(monkeypatch):
     """The blend with tiles of 32 columns: the rows of y are read again for each."""
-    (row, *rest) = tuning._GEMMS["injection_blend"]["sm90"]
+    row, rows = tuning.gemm("injection_blend", "sm90", 2, True), tuning._GEMMS["injection_blend"]["sm90"]
     slow = tuning.GemmLaunch(2, row.BLOCK_M, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)
-    monkeypatch.setitem(tuning._GEMMS["injection_blend"], "sm90", (slow, *rest))
+    monkeypatch.setitem(tuning._GEMMS["injection_blend"], "sm90", (slow, *rows))
     found = of_record("W5")
     assert any(line.startswith("W5, a step") and line.endswith("WORSE") for line in found), found
 

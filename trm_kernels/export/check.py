@@ -84,8 +84,7 @@ def calls_of(case: Case, settings: str) -> Iterator[tuple[Shape, torch.dtype, La
     for op, row in tuning.gemm_candidates(settings):  # beside what the table takes
         if op != case.name:
             continue
-        for (rows, *widths), dtype in wanted[: len(case.bench) * len(case.dtypes)]:
-            shape = (min(rows, row.max_rows), *widths)
+        for shape, dtype in wanted[: len(case.bench) * len(case.dtypes)]:
             if dtype.itemsize == row.element_size:
                 with tuning.using(op, row):
                     found = launches_of(case, shape, dtype, settings)

@@ -4,8 +4,7 @@ The recursion runs on "meta" tensors while its launches are recorded, at a few s
 in numbers only, and each of them is one term: a constant times some of the sizes, or times how many blocks
 cover some of them. A plan holds these terms instead of the numbers, so that a program with a plan can run the
 recursion at any size without Python: the library that CMakeLists.txt builds. Kernels, their settings and
-their order are recorded, not written down again. Where the settings differ by the number of rows, B T, a
-call has a plan for each range of it.
+their order are recorded, not written down again.
 
 Sizes    B batch, T tokens, P tokens before them in the cache, S = P + T, C tokens the cache has room for
 Calls    forward   from the initial state
@@ -13,6 +12,9 @@ Calls    forward   from the initial state
          extend    some tokens, their keys and values added to a cache
          decode    one token a sequence, all keys in one part; decode-long: in more parts, see
          ops/attention/decode_attention.py
+
+Settings differ with the rows B T of the products, so a call has a plan for each range of them in which they
+stay the same (`row_limits`).
 
 Products run by Triton throughout, where Python may choose torch.mm: its library would have to be on every
 machine as well. The price is the difference between the two, at large widths and for few rows.
@@ -221,7 +223,7 @@ class CopyStep:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The steps of one call over up to max_rows rows, B T, and the bytes of each work buffer."""
+    """The steps of one call up to some rows B T, and the bytes of each work buffer."""
 
     call: str
     max_rows: int
@@ -337,40 +339,36 @@ def record_call(variant: Variant, call: str, arch: str, sizes: Sizes) -> Recorde
 
 # Sizes at which a call is recorded: some large, so that no number of blocks is 1 at all of them; odd, so
 # that what comes out as a multiple of 16 always is one. One row alone is not among them: it has strides of
-# its own. Some have more than 1024 rows and some fewer, for the ranges of the settings table.
+# its own.
 _PROBES = {
-    "forward": [
-        sizes_of(*s)
-        for s in (
-            *((1, 5), (3, 37), (1, 1019), (61, 13)),
-            *((2, 4099), (37, 263), (131, 19), (7, 1031)),
-        )
-    ],
+    "forward": [sizes_of(*s) for s in ((1, 5), (3, 37), (2, 4099), (37, 263), (131, 19), (7, 1031))],
     "extend": [
         sizes_of(*s)
         for s in (
-            *((1, 5, 2, 9), (3, 37, 11, 101), (1, 1019, 301, 1777), (61, 13, 2003, 3001)),
-            *((2, 4099, 77, 5003), (37, 263, 301, 997), (131, 19, 2003, 3001), (7, 1031, 5, 1039)),
+            (1, 5, 2, 9),
+            (3, 37, 11, 101),
+            (2, 4099, 77, 5003),
+            (37, 263, 301, 997),
+            (131, 19, 2003, 3001),
+            (7, 1031, 5, 1039),
         )
     ],
     "decode": [
         sizes_of(*s)
-        for s in (
-            *((5, 1, 4, 9), (131, 1, 36, 101), (517, 1, 221, 997), (41, 1, 0, 3001)),
-            *((4099, 1, 130, 1361), (1031, 1, 36, 101), (2053, 1, 221, 997), (1543, 1, 0, 3001)),
-        )
+        for s in ((5, 1, 4, 9), (131, 1, 36, 101), (4099, 1, 130, 1361), (517, 1, 221, 997), (41, 1, 0, 3001))
     ],
     "decode-long": [
         sizes_of(*s)
         for s in (
-            *((5, 1, 300, 901), (131, 1, 517, 533), (517, 1, 4001, 4999), (41, 1, 20011, 30011)),
-            *((4099, 1, 1029, 1361), (1031, 1, 517, 533), (2053, 1, 4001, 4999), (1543, 1, 9011, 9911)),
+            (5, 1, 300, 901),
+            (131, 1, 517, 533),
+            (4099, 1, 1029, 1361),
+            (517, 1, 4001, 4999),
+            (41, 1, 20011, 30011),
         )
     ],
 }
 _PROBES["resume"] = _PROBES["forward"]
-_ENOUGH = 4  # sizes of which a plan is made: fewer may fit terms that are wrong elsewhere
-_MAX_ROWS = 2**63 - 1  # as the library counts them
 
 
 def decode_keys(variant: Variant, arch: str) -> int:
@@ -379,22 +377,19 @@ def decode_keys(variant: Variant, arch: str) -> int:
     return tuning.lookup_decode(arch, variant.head_width, size).keys
 
 
-def plans(variant: Variant, call: str, arch: str) -> list[LaunchPlan]:
-    """The plans of a call with the settings of `arch`, fewest rows first."""
-    limits = [0, *tuning.row_limits(arch), _MAX_ROWS]
-    return [_plan(variant, call, arch, *limits[i : i + 2]) for i in range(len(limits) - 1)]
+def row_limits(variant: Variant, arch: str) -> tuple[int, ...]:
+    """The max_rows of a call's plans, ascending; the last one's is beyond any call."""
+    return tuning.row_limits(arch, DTYPES[variant.dtype].itemsize)
 
 
-def plan_for(made: Iterable[LaunchPlan], sizes: Sizes) -> LaunchPlan:
-    """The first of a call's plans that serves as many rows."""
-    return next(one for one in made if one.max_rows >= sizes.B * sizes.T)
+def plan(variant: Variant, call: str, arch: str, max_rows: int = tuning.ANY_ROWS) -> LaunchPlan:
+    """The plan of a call up to so many rows, one of row_limits, with the settings of `arch` for them.
 
-
-def _plan(variant: Variant, call: str, arch: str, beyond: int, max_rows: int) -> LaunchPlan:
-    """The plan for more than `beyond` rows."""
-    probes = [sizes for sizes in _PROBES[call] if beyond < sizes.B * sizes.T <= max_rows]
-    assert len(probes) >= _ENOUGH, f"{call} is recorded at too few sizes of {beyond + 1} to {max_rows} rows"
-    recordings = [record_call(variant, call, arch, sizes) for sizes in probes]
+    It is recorded as if all of the sizes had that many: what it holds are terms, which know no range.
+    """
+    probes = _PROBES[call]
+    with tuning.as_for_rows(max_rows):
+        recordings = [record_call(variant, call, arch, sizes) for sizes in probes]
     lowered = [_Lowered(recording) for recording in recordings]
     work = [term(sizes, probes) for sizes in zip(*(each.work_bytes for each in lowered), strict=True)]
     steps = [_merge(step, probes) for step in zip(*(each.steps for each in lowered), strict=True)]

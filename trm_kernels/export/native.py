@@ -27,9 +27,11 @@ from trm_kernels.export.launch_plan import (
     Variant,
     compiled,
     decode_keys,
-    plans,
+    plan,
+    row_limits,
 )
 from trm_kernels.modules.trm import TRM
+from trm_kernels.runtime import tuning
 
 _ONE = Term(1)
 
@@ -127,6 +129,11 @@ def _array(kind: str, name: str, items: Iterable[str], linkage: str = "static ")
     return f"{linkage}const {kind} {name}[] = {{\n{lines}}};\n"
 
 
+def _c_rows(max_rows: int) -> str:
+    """A limit as C writes it; a call's sizes are checked each, their product may be beyond ANY_ROWS."""
+    return "INT64_MAX" if max_rows == tuning.ANY_ROWS else str(max_rows)
+
+
 def _mask(names: Sequence[str]) -> int:
     return sum(1 << Sizes._fields.index(name) for name in names)
 
@@ -146,10 +153,8 @@ def _program(variant: Variant, arch: str, plans: Sequence[LaunchPlan], tables: _
         of_call = f"{name}_{each.call.replace('-', '_')}_{each.max_rows}"
         text += _array("trm_step", f"steps_{of_call}", map(tables.step, each.steps))
         text += _array("uint16_t", f"work_{of_call}", (str(tables.term(size)) for size in each.work))
-        of_plans.append(
-            f'{{"{each.call}", {each.max_rows}, steps_{of_call}, work_{of_call}, '
-            f"{len(each.steps)}, {len(each.work)}}}"
-        )
+        arrays = f"steps_{of_call}, work_{of_call}, {len(each.steps)}, {len(each.work)}"
+        of_plans.append(f'{{"{each.call}", {_c_rows(each.max_rows)}, {arrays}}}')
     text += _array("trm_plan", f"plans_{name}", of_plans)
     weights = weights_of(variant)
     text += _array(
@@ -170,12 +175,16 @@ def _program(variant: Variant, arch: str, plans: Sequence[LaunchPlan], tables: _
     )
 
 
+def plans_of(variant: Variant, arch: str) -> list[LaunchPlan]:
+    """All plans of a variant, those of a call by ascending rows: the first that serves is taken."""
+    limits = row_limits(variant, arch)
+    return [plan(variant, call, arch, max_rows) for call in variant.calls for max_rows in limits]
+
+
 def source_of_arch(variants: Sequence[Variant], arch: str) -> str:
     """C source with the plans and kernels of all variants for one GPU, such as "sm90"."""
     tables = _Tables(arch)
-    programs = "".join(
-        _program(v, arch, [one for call in v.calls for one in plans(v, call, arch)], tables) for v in variants
-    )
+    programs = "".join(_program(v, arch, plans_of(v, arch), tables) for v in variants)
     kernels = sorted(tables.kernels.values(), key=lambda item: item[0])
     for _, kernel in kernels:
         if found := kernel.complaints(255):

@@ -237,21 +237,10 @@ def _residual_candidate(v: Tensor, w: Tensor, candidate: str | None) -> str:
 
 def count_tiles(v: Tensor, w: Tensor, candidate: str | None) -> int:
     """Sums of squares a row."""
-    return _count_tiles(v, w, candidate, v.shape[0])
-
-
-def _count_tiles(v: Tensor, w: Tensor, candidate: str | None, M: int) -> int:
     if _residual_candidate(v, w, candidate) == "mm":
         return 1
-    gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w), M)
+    gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w), v.shape[0])
     return int(triton.cdiv(w.shape[0], gemm.BLOCK_N))
-
-
-def _on_one_side(M: int, arch: str) -> int:
-    """M or, where it is a symbol, a number on the same side of each limit: what is traced holds there."""
-    if isinstance(M, int):
-        return M
-    return next((limit for limit in tuning.row_limits(arch) if limit >= M), 2**31)
 
 
 def fill_linear_residual(
@@ -326,9 +315,10 @@ def _linear_residual_fwd(
     v: Tensor, w: Tensor, r: Tensor, row_scale: Tensor | None, candidate: str | None
 ) -> tuple[Tensor, Tensor]:
     h = v.new_empty(v.shape[0], w.shape[0])
-    tiles = _count_tiles(v, w, candidate, _on_one_side(v.shape[0], arch_of(v)))
-    squares = v.new_empty(v.shape[0], tiles, dtype=torch.float32)
-    fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
+    # the number of sums is seen outside: it must not depend on that of rows, which may not be known yet
+    with tuning.as_for_rows(tuning.ANY_ROWS):
+        squares = v.new_empty(v.shape[0], count_tiles(v, w, candidate), dtype=torch.float32)
+        fill_linear_residual(h, squares, v, w, r, row_scale, candidate)
     return h, squares
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _UNTIMED = "nothing yet: chosen by registers and spills, not by time"
-_ANY_ROWS = 2**31
+ANY_ROWS = 2**31
 _MODEL = "nothing yet: chosen by `python -m bench static --cost`, which predicts from machine code"
 
 
@@ -48,13 +48,13 @@ class GemmLaunch:
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    max_rows: int = _ANY_ROWS  # serves products of up to so many rows, M
     GROUP_M: int = 8  # row tiles that follow each other while the weight's columns are in L2
     parts: int = 1  # of a tile's columns, one after the other in the epilogue: fewer registers (swiglu_mlp)
     joins_weights: bool = False  # gate and up as one product of twice the columns (linear_swiglu)
     # serves where gate and up (linear_swiglu) or the row scale's gradient (swiglu_mlp) are written as well
     writes_more: bool = True
     maxnreg: int | None = None  # registers a thread, where a few less let a second block in
+    max_rows: int = ANY_ROWS  # serves products of up to so many rows, M
     measured_on: str = _UNTIMED
 
     @property
@@ -224,20 +224,6 @@ _JOINED = GemmLaunch(
     writes_more=False,  # it would spill
     measured_on=_MODEL,
 )
-# Few rows fill few multiprocessors with large tiles (bench/NOTES.md, and why no sum is split)
-_FEW_ROWS = 1024
-_FEW = GemmLaunch(  # one sum
-    2,
-    BLOCK_M=64,
-    BLOCK_N=64,
-    BLOCK_K=64,
-    num_warps=4,
-    num_stages=5,
-    max_rows=_FEW_ROWS,
-    measured_on=_MODEL,
-)
-_FEW_TWO = replace(_FEW, num_stages=4)  # two
-_FEW_JOINED = replace(_FEW_TWO, joins_weights=True)
 _IN_PARTS = GemmLaunch(
     2,
     BLOCK_M=128,
@@ -250,23 +236,60 @@ _IN_PARTS = GemmLaunch(
     maxnreg=128,
     measured_on=_MODEL,
 )
+# Few rows make few large tiles: they keep a few multiprocessors busy and leave the others idle. Small tiles,
+# loaded further ahead. Sums in parts (split K) are left out: predicted, the launch that adds the parts up
+# takes what they save. The limits are the same for all ops, as a launch plan is made for each.
+FEW, SOME = 256, 2048
+_MMA_FEW = GemmLaunch(2, 64, 32, 64, num_warps=4, num_stages=4, max_rows=FEW, measured_on=_MODEL)
+_MMA_SOME = GemmLaunch(2, 64, 64, 64, num_warps=4, num_stages=3, max_rows=SOME, measured_on=_MODEL)
+_WGMMA_FEW = GemmLaunch(2, 64, 32, 128, num_warps=4, num_stages=4, max_rows=FEW, measured_on=_MODEL)
+_WGMMA_SOME = replace(_MMA_SOME, num_stages=4)
+_JOINED_FEW = replace(_MMA_FEW, joins_weights=True)
+_JOINED_SOME = replace(_MMA_SOME, joins_weights=True)
+# Predicted for mma: two blocks share a multiprocessor, within its registers and 99 KB (RTX 4090), so that the
+# tensor cores have something to do while one of them loads or writes
+_MMA_JOINED = replace(_JOINED_SOME, max_rows=ANY_ROWS, writes_more=False)  # it would spill on sm80
+_MMA_IN_PARTS = GemmLaunch(
+    2, 128, 64, 64, num_warps=8, num_stages=3, parts=2, writes_more=False, maxnreg=128, measured_on=_MODEL
+)
+_MMA_WIDE = {
+    "sm80": GemmLaunch(2, 128, 128, 32, num_warps=8, num_stages=4, maxnreg=128, measured_on=_MODEL),
+    "sm89": GemmLaunch(2, 128, 64, 64, num_warps=8, num_stages=3, measured_on=_MODEL),
+}
+# one block, whose wgmma of 256 columns reads the rows of v half as often as two of 128
+_WGMMA_WIDE = GemmLaunch(2, 128, 256, 64, num_warps=8, num_stages=3, measured_on=_MODEL)
 # the first row that serves is taken; those after it are candidates beside it, which `using` takes
 _GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
     "linear_swiglu": {
         "any": _SMALL,
-        "sm80": _NARROW,
-        "sm89": _NARROW,
-        "sm90": (_FEW_JOINED, _JOINED, *_NARROW),
+        "sm80": (_JOINED_FEW, _MMA_JOINED, *_NARROW),
+        "sm89": (_JOINED_FEW, _MMA_JOINED, *_NARROW),
+        "sm90": (_JOINED_FEW, _JOINED_SOME, _JOINED, *_NARROW),
     },
     "swiglu_mlp": {
         "any": _SMALL,
-        "sm80": _NARROW,
-        "sm89": _NARROW,
-        "sm90": (_FEW_TWO, _IN_PARTS, *_NARROW),
+        "sm80": (_MMA_FEW, _MMA_IN_PARTS, *_NARROW),
+        "sm89": (_MMA_FEW, _MMA_IN_PARTS, *_NARROW),
+        "sm90": (_WGMMA_FEW, _IN_PARTS, *_NARROW),
     },
-    "linear_residual": {"any": _SMALL, "sm80": _WIDE, "sm89": _WIDE, "sm90": (_FEW, *_WIDE)},
-    "injection_in": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_FEW_TWO, *_NARROW)},
-    "injection_blend": {"any": _SMALL, "sm80": _NARROW, "sm89": _NARROW, "sm90": (_FEW, *_NARROW)},
+    "linear_residual": {
+        "any": _SMALL,
+        "sm80": (_MMA_FEW, _MMA_SOME, _MMA_WIDE["sm80"], *_WIDE),
+        "sm89": (_MMA_FEW, _MMA_SOME, _MMA_WIDE["sm89"], *_WIDE),
+        "sm90": (_WGMMA_FEW, _WGMMA_SOME, _WGMMA_WIDE, *_WIDE),
+    },
+    "injection_in": {
+        "any": _SMALL,
+        "sm80": (_MMA_FEW, _MMA_SOME, *_NARROW),
+        "sm89": (_MMA_FEW, _MMA_SOME, *_NARROW),
+        "sm90": (_WGMMA_FEW, _WGMMA_SOME, *_NARROW),
+    },
+    "injection_blend": {
+        "any": _SMALL,
+        "sm80": (_MMA_SOME, *_NARROW),
+        "sm89": (_MMA_SOME, *_NARROW),
+        "sm90": (replace(_WGMMA_SOME, max_rows=FEW), *_NARROW),
+    },
 }
 
 # op -> arch -> settings of the kernel beside torch.mm, and of gradients that no product needs
@@ -440,30 +463,45 @@ def lookup(op: str, arch: str, block_d: int) -> RowLaunch:
 
 
 def gemm(
-    op: str, arch: str, element_size: int, is_aligned: bool, M: int, writes_more: bool = False
+    op: str, arch: str, element_size: int, is_aligned: bool, M: int | None = None, writes_more: bool = False
 ) -> GemmLaunch:
-    """The settings of the product in `op` of M rows of elements of that many bytes on `arch`.
+    """The settings of the product in `op` for elements of that many bytes on `arch`.
 
     Rows that are not aligned take "any" everywhere: they are loaded an element at a time, through registers,
-    and those of a large tile do not fit. Where M is a symbol (torch.compile, torch.export) it counts as
-    large: what is traced does not launch, and a comparison would tie the program to one range of M.
-    writes_more: what not every row serves, see GemmLaunch.
+    and those of a large tile do not fit. M: the product's rows; None, or a number that torch.compile does not
+    know yet, for settings that serve any. writes_more: what not every row serves, see GemmLaunch.
     """
-    rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
-    if is_aligned and op in (instead := _instead.get()):
-        rows = (instead[op], *rows)
-    M = M if isinstance(M, int) else _ANY_ROWS
-    return next(
+    if M is not None:
+        M = _as_for_rows.get() or M
+    serve = [
         row
-        for row in rows
-        if row.element_size == element_size and row.max_rows >= M and (row.writes_more or not writes_more)
+        for row in _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
+        if row.max_rows == ANY_ROWS or (type(M) is int and row.max_rows >= M)
+    ]
+    if is_aligned and op in (instead := _instead.get()):
+        serve = [instead[op], *serve]
+    return next(
+        row for row in serve if row.element_size == element_size and (row.writes_more or not writes_more)
     )
 
 
-def row_limits(arch: str) -> list[int]:
-    """The numbers of rows, ascending, beyond which some product takes other settings on `arch`."""
-    limits = {row.max_rows for _, row in gemm_candidates(arch)}
-    return sorted(limits - {_ANY_ROWS})
+_as_for_rows: ContextVar[int] = ContextVar("trm_kernels_as_for_rows", default=0)
+
+
+@contextmanager
+def as_for_rows(M: int) -> Iterator[None]:
+    """Settings are those of M rows, however many there are: one plan serves all sizes up to `row_limits`."""
+    token = _as_for_rows.set(M)
+    try:
+        yield
+    finally:
+        _as_for_rows.reset(token)
+
+
+def row_limits(arch: str, element_size: int) -> tuple[int, ...]:
+    """Up to how many rows the settings of the products on `arch` stay the same; the last has no end."""
+    limits = {row.max_rows for _, row in gemm_candidates(arch) if row.element_size == element_size}
+    return tuple(sorted(limits))
 
 
 _instead: ContextVar[dict[str, Any]] = ContextVar("trm_kernels_instead", default={})  # noqa: B039
@@ -516,7 +554,8 @@ def find_attention(
     kernel: str, arch: str, head_width: int, element_size: int, keys: int
 ) -> AttentionLaunch | None:
     """The settings of an attention kernel on `arch`, or None where it has no tile that serves."""
-    for row in ATTENTION[kernel].get(arch, ATTENTION[kernel]["any"]):
+    rows = ATTENTION[kernel].get(arch, ATTENTION[kernel]["any"])
+    for row in rows:
         is_wide_enough = head_width <= row.max_head_width and element_size <= row.element_size
         is_aligned = head_width % row.multiple_of == 0
         if is_wide_enough and is_aligned and (row.max_keys is None or keys <= row.max_keys):

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from bench.measure.counting import Counting
 from tests.trm_kernels.ops.test_ops import (
@@ -66,7 +68,9 @@ def test_the_tiles_of_each_arch_compute_the_same(name, dtype, arch, monkeypatch)
         pytest.skip("tiles of another arch may not fit the device at hand")
     for op in ("linear_swiglu", "swiglu_mlp", "linear_residual", "injection_in", "injection_blend"):
         monkeypatch.setattr(f"trm_kernels.ops.{op}.arch_of", lambda t: arch)
-    check_closeness(BY_NAME[name], (144, 80, 160), dtype)
+    for M in tuning.row_limits(arch, dtype.itemsize):
+        with tuning.as_for_rows(M):
+            check_closeness(BY_NAME[name], (144, 80, 160), dtype)
 
 
 @pytest.mark.kernels
@@ -270,8 +274,42 @@ def test_every_choice_has_its_settings():
         assert chosen == ("fused" if aligned and size == 2 and is_narrow else "mm")
         for asked in tuning.CANDIDATES:
             assert tuning.choose(op, arch, size, width, aligned, asked) == asked
-        for M in (1, 1024, 10**6):
-            assert tuning.gemm(op, arch, size, aligned, M).element_size == size
+        assert tuning.gemm(op, arch, size, aligned).element_size == size
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90"])
+def test_few_rows_take_small_tiles(arch):
+    """Large tiles would keep few multiprocessors busy."""
+    assert tuning.row_limits(arch, 2) == (256, 2048, tuning.ANY_ROWS)
+    assert tuning.row_limits(arch, 4) == tuning.row_limits("sm999", 2) == (tuning.ANY_ROWS,)
+    for op in tuning._GEMMS:
+        rows = [tuning.gemm(op, arch, 2, True, M) for M in (97, 776, 2049)]
+        tiles = [row.BLOCK_M * row.BLOCK_N for row in rows]
+        assert tiles[0] <= tiles[1] <= tiles[2], op
+        if op in ("linear_swiglu", "linear_residual"):
+            assert tiles[0] < tiles[2], op
+        assert tuning.gemm(op, arch, 2, True, 256) == tuning.gemm(op, arch, 2, True, 1)
+        assert tuning.gemm(op, arch, 2, True) == tuning.gemm(op, arch, 2, True, 2049)
+        with tuning.as_for_rows(256):
+            assert tuning.gemm(op, arch, 2, True, 10**6) == tuning.gemm(op, arch, 2, True, 256)
+
+
+def test_sums_of_squares_are_as_many_for_few_rows_as_for_many():
+    """What torch.compile was told of an unknown number of rows holds for each."""
+    w = torch.empty(256, 64, dtype=torch.bfloat16, device="meta")
+    for M in (1, 300, 3000):
+        v, r = w.new_empty(M, 64), w.new_empty(M, 256)
+        with record("sm90"):
+            assert linear_residual(v, w, r)[1].shape == (M, 1)
+
+
+def test_rows_whose_number_is_not_known_take_what_serves_any():
+    """A comparison would bind a program that torch.export made for any number of rows to some of them."""
+    shapes = ShapeEnv()
+    M = FakeTensorMode(shape_env=shapes).from_tensor(torch.empty(97, 16), static_shapes=False).shape[0]
+    assert isinstance(M, torch.SymInt)
+    assert tuning.gemm("linear_swiglu", "sm90", 2, True, M) == tuning.gemm("linear_swiglu", "sm90", 2, True)
+    assert not shapes.guards
 
 
 def test_rows_that_are_not_aligned_take_small_tiles():
@@ -279,48 +317,7 @@ def test_rows_that_are_not_aligned_take_small_tiles():
     assert are_aligned(wide, wide[:, :32])
     for narrow in (wide[:, :33], wide[:, 8:24][:, 1:], torch.empty(4, 24)):
         assert not are_aligned(wide, narrow)
-    small = tuning.gemm("linear_swiglu", "sm12345", 2, True, 5)
-    assert tuning.gemm("linear_swiglu", "sm90", 2, False, 5) == small
-
-
-PRODUCTS_OF = {
-    "linear_swiglu": lambda v, w: linear_swiglu(v, torch.cat((w, w)), candidate="fused"),
-    "linear_residual": lambda v, w: linear_residual(v, w, v, candidate="fused"),
-    "injection_in": lambda v, w: injection_in(v, w, candidate="fused"),
-    "injection_blend": lambda v, w: injection_blend(v, v, w, candidate="fused"),
-}
-
-
-@pytest.mark.parametrize("op", PRODUCTS_OF)
-def test_few_rows_are_spread_over_more_programs(op):
-    """A puzzle alone: 97 rows in tiles of 128 would leave most of the multiprocessors without work."""
-    pytest.importorskip("triton")
-    programs = {}
-    for M in (97, 1024, 1025):
-        v, w = (torch.empty(rows, 512, dtype=torch.bfloat16, device="meta") for rows in (M, 512))
-        with record("sm90") as launches, torch.no_grad():
-            PRODUCTS_OF[op](v, w)
-        programs[M] = launches[0].grid[0]
-    assert programs[97] >= 2 * 8 and programs[1024] > programs[1025]
-
-
-def test_the_width_of_a_sum_of_squares_holds_on_one_side_of_a_limit():
-    """What was traced for few rows is not run on many, whose rows have fewer sums; and does not pin M."""
-    pytest.importorskip("triton")
-
-    class Residual(torch.nn.Module):
-        def forward(self, v: Tensor, w: Tensor) -> Tensor:
-            return linear_residual(v, w, v, candidate="fused")[1]
-
-    w = torch.empty(512, 512, dtype=torch.bfloat16, device="meta")
-    for M, tiles, served in ((97, 8, 500), (4097, 4, 9000)):
-        v = torch.empty(M, 512, dtype=torch.bfloat16, device="meta")
-        dynamic = {"v": {0: torch.export.Dim.DYNAMIC}, "w": {}}
-        with record("sm90"):
-            module = torch.export.export(Residual(), (v, w), dynamic_shapes=dynamic).module()
-            assert module(v.new_empty(served, 512), w).shape == (served, tiles)
-            with pytest.raises((RuntimeError, AssertionError)):
-                module(v.new_empty(M + 5000 if M == 97 else 97, 512), w)
+    assert tuning.gemm("linear_swiglu", "sm90", 2, False) == tuning.gemm("linear_swiglu", "sm12345", 2, True)
 
 
 @pytest.mark.parametrize(
