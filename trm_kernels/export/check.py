@@ -81,15 +81,20 @@ def calls_of(case: Case, settings: str) -> Iterator[tuple[Shape, torch.dtype, La
                 again = [launches_of(case, shape, dtype, settings) for shape, dtype in wanted]
             for (shape, dtype), calls in zip(wanted, again, strict=True):
                 yield from ((shape, dtype, call) for call in calls)
-    for op, row in tuning.gemm_candidates(settings):  # beside what the table takes
-        if op != case.name:
-            continue
+    for op, row in _candidates(case, settings):  # beside what the table takes
         for shape, dtype in wanted[: len(case.bench) * len(case.dtypes)]:
             if dtype.itemsize == row.element_size:
                 with tuning.using(op, row):
                     found = launches_of(case, shape, dtype, settings)
                 for call in found:
                     yield shape, dtype, call
+
+
+def _candidates(case: Case, settings: str) -> Iterator[tuple[str, Any]]:
+    """(op, row) of the table that this case compiles, whether or not it is the first that serves."""
+    if case.name in ("rope_attention", "rope_attention_causal"):  # heads of 64, and of 128
+        yield from tuning.attention_candidates(settings)
+    yield from ((op, row) for op, row in tuning.gemm_candidates(settings) if op == case.name)
 
 
 def jobs(arch: str, cases: Iterable[Case]) -> Iterator[Job]:

@@ -315,7 +315,16 @@ _DKV_32_BITS = (
     AttentionLaunch(64, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
     AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=2, element_size=4),
 )
-# kernel -> arch -> settings, the first that serves. A kernel without a tile on some arch has no row there.
+
+
+def _few_warps(max_head_width: int, BLOCK_M: int, BLOCK_N: int) -> AttentionLaunch:
+    """Predicted for Hopper: two blocks of four warps fill each other's waits, which one of eight cannot."""
+    sizes = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 4, "num_stages": 2}
+    return AttentionLaunch(max_head_width, **sizes, multiple_of=16, measured_on=_MODEL)
+
+
+# kernel -> arch -> settings, the first that serves; `using` takes those behind it. A kernel without a tile on
+# some arch has no row there.
 ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
     "rope_attention_fwd": {
         "any": (
@@ -326,6 +335,8 @@ ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
             AttentionLaunch(128, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2, element_size=4),
         ),
         "sm90": (
+            _few_warps(64, 128, 64),
+            _few_warps(128, 64, 64),
             AttentionLaunch(64, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
             AttentionLaunch(128, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
             AttentionLaunch(64, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=2, element_size=4),
@@ -341,6 +352,8 @@ ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
             AttentionLaunch(128, BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2, element_size=4),
         ),
         "sm90": (
+            _few_warps(64, 64, 64),
+            _few_warps(128, 64, 64),
             AttentionLaunch(64, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
             AttentionLaunch(128, BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2, multiple_of=16),
             AttentionLaunch(127, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
@@ -358,6 +371,8 @@ ATTENTION: dict[str, dict[str, tuple[AttentionLaunch, ...]]] = {
             *_DKV_32_BITS,
         ),
         "sm90": (
+            _few_warps(64, 64, 64),
+            _few_warps(128, 32, 64),
             AttentionLaunch(64, BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2),
             AttentionLaunch(128, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2, multiple_of=16),
             AttentionLaunch(127, BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2),  # 64 spill on Triton 3.6
@@ -508,8 +523,8 @@ _instead: ContextVar[dict[str, Any]] = ContextVar("trm_kernels_instead", default
 
 
 @contextmanager
-def using(op: str, row: GemmLaunch | OneLaunch) -> Iterator[None]:
-    """Where it serves, take this row for `op`, or for "one_launch": to compare it, or to check it."""
+def using(op: str, row: GemmLaunch | AttentionLaunch | OneLaunch) -> Iterator[None]:
+    """Take this row, where it serves, for a product, a kernel of attention or "one_launch": to compare it."""
     token = _instead.set(_instead.get() | {op: row})
     try:
         yield
@@ -521,6 +536,13 @@ def one_launch_candidates(arch: str) -> list[OneLaunch]:
     """The rows on `arch` behind one that is taken."""
     rows = ONE_LAUNCH.get(arch, ONE_LAUNCH["any"])
     return [row for row in rows if one_launch(arch, row.element_size, row.max_rows) != row]
+
+
+def attention_candidates(arch: str) -> Iterator[tuple[str, AttentionLaunch]]:
+    """(kernel, row) of all settings of attention on `arch`, those behind one that is taken included."""
+    for kernel, of_kernel in ATTENTION.items():
+        for row in of_kernel.get(arch, of_kernel["any"]):
+            yield kernel, row
 
 
 def gemm_candidates(arch: str) -> Iterator[tuple[str, GemmLaunch]]:
@@ -553,14 +575,18 @@ def choose(
 def find_attention(
     kernel: str, arch: str, head_width: int, element_size: int, keys: int
 ) -> AttentionLaunch | None:
-    """The settings of an attention kernel on `arch`, or None where it has no tile that serves."""
+    """The table's settings of an attention kernel on `arch`, or None where it has no tile that serves.
+
+    Says whether there is a kernel, also while torch.compile traces. A launch asks `attention`.
+    """
     rows = ATTENTION[kernel].get(arch, ATTENTION[kernel]["any"])
-    for row in rows:
-        is_wide_enough = head_width <= row.max_head_width and element_size <= row.element_size
-        is_aligned = head_width % row.multiple_of == 0
-        if is_wide_enough and is_aligned and (row.max_keys is None or keys <= row.max_keys):
-            return row
-    return None
+    return next((row for row in rows if _attends(row, head_width, element_size, keys)), None)
+
+
+def _attends(row: AttentionLaunch, head_width: int, element_size: int, keys: int) -> bool:
+    is_wide_enough = head_width <= row.max_head_width and element_size <= row.element_size
+    is_aligned = head_width % row.multiple_of == 0
+    return is_wide_enough and is_aligned and (row.max_keys is None or keys <= row.max_keys)
 
 
 def lookup_attention(
@@ -575,6 +601,14 @@ def lookup_attention(
             "launch settings. The implementations 'sdpa' and 'reference' take any width."
         )
     return row
+
+
+def attention(kernel: str, arch: str, head_width: int, element_size: int, keys: int) -> AttentionLaunch:
+    """The row of `using` where it serves, else the table's: for a launch. Errors: as lookup_attention."""
+    instead = _instead.get().get(kernel)
+    if instead is not None and _attends(instead, head_width, element_size, keys):
+        return instead
+    return lookup_attention(kernel, arch, head_width, element_size, keys)
 
 
 def lookup_decode(arch: str, head_width: int, element_size: int) -> DecodeLaunch:

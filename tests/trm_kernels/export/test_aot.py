@@ -94,7 +94,7 @@ def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
 
         monkeypatch.setattr(tuning, name, found)
 
-    for name in ("lookup", "gemm", "tile", "find_attention"):
+    for name in ("lookup", "gemm", "tile", "attention"):
         watch(name)
     watch("lookup_decode", "decode_attention")
     watch("one_launch", "one_launch")

@@ -137,6 +137,20 @@ def two_kernels(monkeypatch):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("kernel", ["rope_attention_fwd", "rope_attention_bwd_dq", "rope_attention_bwd_dkv"])
+@pytest.mark.parametrize("is_wide", [False, True], ids=["64", "128"])
+def test_every_tile_of_hopper_attends(kernel, is_wide, two_kernels):
+    """In part of a tile and in several, of queries and of keys: the row taken, and those behind it."""
+    if not interpreting():
+        pytest.skip("tiles of another arch may not fit the device at hand")
+    for row in tuning.ATTENTION[kernel]["sm90"]:
+        if row.element_size == 2 and is_wide == (row.max_head_width > 64):
+            problem = Problem(1, 130, 2, 1, row.max_head_width // 2 * 2, causal=True)
+            with tuning.using(kernel, row):
+                as_close_as_eager(problem.attend, [problem.qkv(torch.bfloat16, 0)])
+
+
+@pytest.mark.kernels
 @EACH
 @EACH_DTYPE
 @pytest.mark.parametrize("seed", range(3))

@@ -75,7 +75,7 @@ def fill_rope_attention(
     """Fills o and lse, the base-2 logarithm of the softmax's sums."""
     B, T, H, K = q.shape
     S = k.shape[1]
-    row = tuning.lookup_attention("rope_attention_fwd", arch_of(q), int(K), q.element_size(), S)
+    row = tuning.attention("rope_attention_fwd", arch_of(q), int(K), q.element_size(), S)
     launch(
         rope_attention_fwd_kernel,
         (triton.cdiv(T, row.BLOCK_M) * B * H,),
@@ -141,7 +141,7 @@ def _fill_dq(
     q, k, v = qkv
     B, T, H, K = q.shape
     S = k.shape[1]
-    row = tuning.lookup_attention("rope_attention_bwd_dq", arch_of(q), int(K), q.element_size(), S)
+    row = tuning.attention("rope_attention_bwd_dq", arch_of(q), int(K), q.element_size(), S)
     launch(
         rope_attention_bwd_dq_kernel,
         (triton.cdiv(T, row.BLOCK_M) * B * H,),
@@ -179,7 +179,7 @@ def _fill_dkv(
     (dk, dv), (q, k, v) = dkv, qkv
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
-    row = tuning.lookup_attention("rope_attention_bwd_dkv", arch_of(q), int(K), q.element_size(), S)
+    row = tuning.attention("rope_attention_bwd_dkv", arch_of(q), int(K), q.element_size(), S)
     launch(
         rope_attention_bwd_dkv_kernel,
         (triton.cdiv(S, row.BLOCK_N) * B * G,),
@@ -228,7 +228,7 @@ def rope_attention_bwd_tile(
     B, T, H, K = q.shape
     S = k.shape[1]
     grads, (dq, dk, dv) = _empty_gradients(q, k, is_fused)
-    row = tuning.lookup_attention("rope_attention_bwd_tile", arch_of(q), int(K), q.element_size(), max(T, S))
+    row = tuning.attention("rope_attention_bwd_tile", arch_of(q), int(K), q.element_size(), max(T, S))
     launch(
         rope_attention_bwd_tile_kernel,
         (B * H,),
