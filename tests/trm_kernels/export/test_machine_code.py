@@ -6,6 +6,7 @@ import torch
 from trm_kernels import linear_residual, rope_attention
 from trm_kernels.export.compile import Compiled, compile_for
 from trm_kernels.export.machine_code import copies_without_fence, parsed, unguarded_writes
+from trm_kernels.runtime import tuning
 from trm_kernels.runtime.launch import record
 
 MULTIPLY = ["WARPGROUP.ARRIVE", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0"]
@@ -67,7 +68,10 @@ def test_a_product_of_two_warpgroups_has_its_barrier():
 
 def test_a_kernel_whose_writes_were_not_read_by_hand_is_refused():
     settings = {"positions": None, "num_heads": 8, "causal": True, "implementation": "triton"}
-    kernel = compiled(rope_attention, (2, 256, 1536), **settings)[-1]
+    rows = tuning.ATTENTION["rope_attention_fwd"]["sm90"]
+    (of_two_warpgroups,) = (row for row in rows if row.num_warps == 8 and row.max_head_width == 64)
+    with tuning.using("rope_attention_fwd", of_two_warpgroups):
+        kernel = compiled(rope_attention, (2, 256, 1536), **settings)[-1]
     assert kernel.unguarded_writes and not kernel.complaints(255)
     renamed = Compiled(**{**vars(kernel), "name": "another"})
     assert any("that wgmma may still read" in complaint for complaint in renamed.complaints(255))
