@@ -18,7 +18,8 @@ class Arm:
     """One way to learn.
 
     learns   "recursion" (after the last layer), "untied" (n + 1 layers in its place), "LoRA on the last
-             layer", "LoRA on all layers", or "nothing": the base as it is
+             layer", "LoRA on all layers", the same "in bfloat16" (while it is trained, not while it is
+             measured), or "nothing": the base as it is
     n        recursion steps; sampling: HybridConfig's recursion_sampling
     norm     HybridConfig's trm_input_norm
     rank     LoRA's
@@ -57,6 +58,7 @@ ARMS: dict[str, Arm] = {
         _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
     ),
     "LoRA on all layers, 400 steps": replace(_LORA_ALL, plan=replace(_LORA_ALL.plan, steps=400)),
+    "LoRA on all layers, same steps": replace(_LORA_ALL, learns="LoRA on all layers, in bfloat16"),
 }
 
 
@@ -67,9 +69,10 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
         return Model(base, base, LAST)
     if arm.learns == "LoRA on the last layer":
         return with_lora(base, arm.rank)
-    if arm.learns == "LoRA on all layers":  # two matrices of each
+    if arm.learns.startswith("LoRA on all layers"):  # two matrices of each
         everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
-        return Model(get_peft_model(base, everywhere), base, layer=0)
+        trained_in = torch.bfloat16 if arm.learns.endswith("bfloat16") else torch.float32
+        return Model(get_peft_model(base, everywhere), base, layer=0, trained_in=trained_in)
     made = with_recursion(base, seed, arm.n, arm.sampling, arm.norm)
     if arm.learns == "untied":
         config, injection = made.whole.config, base.model.layers[LAST - 1].trm

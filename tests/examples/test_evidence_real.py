@@ -46,6 +46,7 @@ KINDS = (
     "n = 1, fillers",
     "LoRA on the last layer, text kept",
     "LoRA on all layers, 400 steps",
+    "LoRA on all layers, same steps",
 )
 
 
@@ -116,7 +117,7 @@ def test_arms_have_the_sizes_that_they_are_named_for():
 
     recursion = parameters("n = 8")
     assert recursion == parameters("n = 1") == 122_496
-    for name in ("LoRA on the last layer", "LoRA on all layers, 400 steps"):
+    for name in ("LoRA on the last layer", "LoRA on all layers, 400 steps", "LoRA on all layers, same steps"):
         assert parameters(name) == pytest.approx(recursion, rel=0.07)
     assert parameters("untied, same FLOPs") > 3 * recursion
 
@@ -159,3 +160,22 @@ def test_the_documents_tables_are_those_of_its_results():
     assert tables.rewritten(text, Lines(command.PUBLISHED)) == text
     for name in tables.TABLES:
         assert f"<!-- table: {name} -->" in text
+
+
+def test_bfloat16_is_for_training_alone():
+    """What is measured of LoRA on all layers is float32's, and so are its weights."""
+    same_steps = arms.model_of(arms.ARMS["LoRA on all layers, same steps"], word_base(), 0)
+    in_float32 = arms.model_of(arms.ARMS["LoRA on all layers, 400 steps"], word_base(), 0)
+    ids = torch.arange(12)[None]
+
+    def states(model, training):
+        model.whole.train(training)
+        with torch.no_grad():
+            return model.last_states(ids, None)[1]
+
+    assert torch.equal(states(same_steps, False), states(in_float32, False))
+    narrow, wide = states(same_steps, True), states(in_float32, True)
+    assert not torch.equal(narrow, wide)
+    assert torch.allclose(narrow, wide, atol=0.1)  # states are about 1; bfloat16 rounds each product by 2^-9
+    assert narrow.dtype == torch.float32
+    assert {p.dtype for p in same_steps.whole.parameters()} == {torch.float32}

@@ -7,6 +7,7 @@ the answers' tokens and those that the base finds likely there: docs/decisions/r
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +35,23 @@ class Known:
 class Model:
     """A language model of which something learns, above `layer` of the base inside.
 
-    whole   HybridModel, a PeftModel, ...: what is called
-    base    the language model inside: its layers, its norm, its head
-    layer   up to which hidden states are given; 0: none, all layers are computed
+    whole        HybridModel, a PeftModel, ...: what is called
+    base         the language model inside: its layers, its norm, its head
+    layer        up to which hidden states are given; 0: none, all layers are computed
+    draws_steps  whether each step of the training draws n
+    trained_in   the dtype of its products while it is trained (autocast); weights and all else are float32
     """
 
-    def __init__(self, whole: Any, base: Any, layer: int, draws_steps: bool = False) -> None:
+    def __init__(
+        self,
+        whole: Any,
+        base: Any,
+        layer: int,
+        draws_steps: bool = False,
+        trained_in: torch.dtype = torch.float32,
+    ) -> None:
         self.whole, self.base, self.layer, self.draws_steps = whole, base, layer, draws_steps
+        self.trained_in = trained_in
         self.head: Tensor = base.get_output_embeddings().weight
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -55,16 +66,15 @@ class Model:
         handle = self.base.model.norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
         head, self.base.lm_head = self.base.lm_head, nn.Identity()
         steps = {} if n is None else {"num_recursion_steps": n}
+        known = nullcontext() if h is None else given(self.base, self.layer, h.float())
+        narrow = self.whole.training and self.trained_in != torch.float32
         try:
-            if h is None:
+            with known, torch.autocast("cpu", self.trained_in, enabled=narrow):
                 out = self.whole(input_ids=ids, use_cache=False, **steps).logits
-            else:
-                with given(self.base, self.layer, h.float()):
-                    out = self.whole(input_ids=ids, use_cache=False, **steps).logits
         finally:
             handle.remove()
             self.base.lm_head = head
-        return found[0], out
+        return found[0].float(), out.float()
 
 
 class AnswerLoss:
