@@ -24,13 +24,17 @@ class PieceTokens(NamedTuple):
 
 
 class Loader:
-    """The tokens of all pieces from `place` on, and of all again, and again; made ahead by workers."""
+    """The tokens of all pieces from `place` on, and of all again, and again; made ahead by workers.
+
+    Its workers end when it is closed. Left to Python's collector of cycles (an error's traceback makes one),
+    a DataLoader waits 5 s for each.
+    """
 
     def __init__(self, sources: Sources, tokenize: Tokenize, workers: int, place: list[Any] | None) -> None:
         self._tokenize = tokenize
         self._is_stopped = False
         self._asked: deque[list[Piece] | None] = deque()  # None: a pass is over
-        self._answers = iter(
+        self._answers: Iterator[Any] = iter(
             DataLoader(
                 tokenize,
                 sampler=_endless(sources, place, self._asked),  # type: ignore[arg-type]  # lists of contents
@@ -43,11 +47,16 @@ class Loader:
         )
 
     def stop(self) -> None:
-        """Nobody waits for the rest."""
+        """Nobody waits for the rest; a thread that reads it ends with an error."""
         self._is_stopped = True
 
+    def close(self) -> None:
+        """End the workers. No thread reads any more."""
+        self._answers = iter(())  # drops the only reference to the DataLoader's iterator
+
     def one_pass(self) -> Iterator[PieceTokens]:
-        for answer in self._answers:
+        while True:  # a for loop would keep a second reference to the iterator
+            answer = next(self._answers)
             if self._is_stopped:
                 raise RuntimeError("nobody waits for this")
             pieces = self._asked.popleft()

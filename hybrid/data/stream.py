@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -137,12 +138,13 @@ class TokenStream:
 
     def count_rows_and_tokens(self) -> tuple[int, int]:
         """(rows, tokens in them) as count_rows."""
-        pieces = Loader(self.sources, self._tokenize, self.workers, None).one_pass()
-        if self.sources.has_labels:
-            lengths = [len(row) for (row, *_), _ in examples(pieces, self.sequence_length)]
-            return len(lengths), sum(lengths)
-        rows = sum(len(ids.tokens) for ids in pieces) // self.sequence_length
-        return rows, rows * self.sequence_length
+        with closing(Loader(self.sources, self._tokenize, self.workers, None)) as loader:
+            pieces = loader.one_pass()
+            if self.sources.has_labels:
+                lengths = [len(row) for (row, *_), _ in examples(pieces, self.sequence_length)]
+                return len(lengths), sum(lengths)
+            rows = sum(len(ids.tokens) for ids in pieces) // self.sequence_length
+            return rows, rows * self.sequence_length
 
     def count_trained(self, rows: int) -> int:
         """Of so many rows of the text, those that are trained on."""
@@ -167,6 +169,7 @@ class TokenStream:
         finally:
             loader.stop()
             pool.shutdown(wait=True, cancel_futures=True)
+            loader.close()
 
     def _rows_of(
         self, pieces: Iterator["PieceTokens"], used: int = 0, first: int = 0

@@ -1,6 +1,7 @@
 """Text of any size as a stream of rows: their order, going on from anywhere, documents that stay apart."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -270,6 +271,28 @@ def test_a_stream_that_fills_no_row(folder):
         next(stream(["a.txt"]).rows())
     with pytest.raises(ValueError, match="at least two sequences of 16 tokens in a.txt, one to hold out"):
         stream(["a.txt"], held_out=2).held_out_rows()
+
+
+def test_its_workers_end_with_it_although_an_error_is_kept(jsonl):
+    """An error's traceback keeps all that it went through, until Python collects cycles."""
+    others = set(multiprocessing.active_children())
+
+    def workers():
+        return len(set(multiprocessing.active_children()) - others)
+
+    with pytest.raises(ValueError, match="vocabulary") as kept:
+        next(stream(jsonl, vocabulary=50, workers=1).rows())
+    assert workers() == 0
+    with pytest.raises(ValueError, match="vocabulary") as kept_as_well:
+        stream(jsonl, vocabulary=50, workers=1).count_rows()
+    assert workers() == 0
+    assert kept.tb is not None and kept_as_well.tb is not None
+
+    rows = stream(jsonl, workers=1).rows()
+    next(rows)
+    assert workers() == 1
+    rows.close()
+    assert workers() == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
