@@ -22,6 +22,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -46,14 +47,14 @@ def read(folder: Path, split: str, side: int) -> tuple[Tensor, Tensor]:
             )
             for what in ("inputs", "labels")
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{part}: expected a folder of the TRM paper's layout, got {error!r}.") from error
     cells = side * side
     if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] != cells or not len(inputs):
         raise ValueError(
             f"{part}: expected inputs and labels [examples, {cells}], got {inputs.shape}, {labels.shape}."
         )
-    if inputs.min() < 1 or labels.min() < 2 or max(inputs.max(), labels.max()) > side + 1:
+    if not np.isin(inputs, range(1, side + 2)).all() or not np.isin(labels, range(2, side + 2)).all():
         raise ValueError(f"{part}: expected tokens 1..{side + 1}, and solutions without a blank; got others.")
     puzzles, solutions = ((tokens - 1).astype(np.uint8) for tokens in (inputs, labels))
     if ((puzzles != solutions) & (puzzles > 0)).any():

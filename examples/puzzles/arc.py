@@ -26,6 +26,7 @@ from puzzles.packages import Task
 Grid = NDArray[np.uint8]  # [rows, columns] colours
 Pairs = dict[str, list[tuple[Grid, Grid]]]  # a task's examples, "train" and "test"
 VOCABULARY = 12
+TESTS = "test_puzzles.json"
 _SEPARATOR = "|||"
 _TRIES = 5  # times as many variants are drawn as are wanted: a symmetric task has fewer
 
@@ -150,6 +151,34 @@ def fits(task: Task, size: tuple[int, int]) -> bool:
     return all(grid.shape[0] <= size[0] and grid.shape[1] <= size[1] for grid in grids)
 
 
+def tasks_in(folder: Path) -> dict[str, Task]:
+    """What is tested, {name: {"test": [{"input": grid, "output": grid}]}}. Errors: ValueError for others."""
+    file = folder / TESTS
+    try:
+        tasks = json.loads(file.read_text())
+        for name, task in tasks.items():
+            for pair in task["test"]:
+                for what in ("input", "output"):
+                    if not is_grid(pair[what]):
+                        raise ValueError(f"{what} of {name}, {pair[what]!r:.60}")
+            if not task["test"]:
+                raise ValueError(f"{name} without a test")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: expected tasks, each with tests of colours 0..9, got {error!r}."
+        ) from error
+    return dict(tasks)
+
+
+def is_grid(rows: Any) -> bool:
+    """Whether these are rows of as many colours."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        return False
+    return all(
+        len(row) == len(rows[0]) and all(type(cell) is int and 0 <= cell < 10 for cell in row) for row in rows
+    )
+
+
 def make(
     folder: Path,
     learned: Mapping[str, Task],
@@ -157,8 +186,11 @@ def make(
     augmentations: int,
     size: tuple[int, int],
     seed: int,
+    together: int | None = None,
 ) -> None:
     """Write both splits: to train on are all pairs of `learned` and those of `tested` that show the rule.
+
+    together   pairs of a task that are drawn into a batch together; None for all, as in the paper's code
 
     Errors: ValueError where there is nothing to train on or to test, for names in both.
     """
@@ -167,18 +199,19 @@ def make(
     random = np.random.default_rng(seed)
     names, to_train_on, test = ["<blank>"], [], []
     for task, parts in {**learned, **tested}.items():
-        shown: list[Puzzle] = []
+        shown: list[list[Puzzle]] = []
         asked: list[Puzzle] = []
         for variant, pairs in variants(parts, augmentations, size, random):
             kind = len(names)
             names.append(task if variant == AS_IT_IS and not shown else variant.name(task))
             is_tested = task in tested
             rule = pairs["train"] if is_tested else pairs["train"] + pairs["test"]
-            shown.append(Puzzle(kind, tokens_of(rule, size, random)))
+            examples, step = tokens_of(rule, size, random), together or len(rule)
+            shown.append([Puzzle(kind, examples[i : i + step]) for i in range(0, len(rule), step)])
             if is_tested:
                 asked.append(Puzzle(kind, tokens_of(pairs["test"], size, None)))
-        to_train_on.append(shown)
+        to_train_on += [list(group) for group in zip(*shown, strict=True)]
         test += [asked] if asked else []
     for split, groups in (("train", to_train_on), ("test", test)):
         write(folder, split, groups, VOCABULARY, names)
-    (folder / "test_puzzles.json").write_text(json.dumps(dict(tested)))
+    (folder / TESTS).write_text(json.dumps(dict(tested)))

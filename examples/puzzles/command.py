@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import puzzle_folder
 from safetensors import SafetensorError
 
 from puzzles import arc, evaluation, mazes, packages, pictures
-from puzzles.layout import read, what_of
+from puzzles.layout import Split, read
 from puzzles.run import Run, train, trained_model
 from puzzles.settings import PAPERS, Settings
 
@@ -22,14 +21,16 @@ _HELP = {
 
 
 # settings that not every kind of data has, and what they are unless they are given
-_USUAL = {"augmentations": 10, "side": 30, "shortest": 8, "version": "1"}
+_USUAL = {"augmentations": 10, "side": 30, "shortest": 8, "version": "1", "rules": None}
 _HAS = {
     "arc": {"augmentations", "side", "version"},
-    "arc1d": {"augmentations", "side"},
+    "arc1d": {"augmentations", "side", "rules"},
     "maze": {"side", "shortest"},
     "4x4": {"augmentations"},
     "9x9": {"augmentations"},
 }
+# a maze has walls around a start and a goal; rows of ARC-1D are drawn from 10 cells on
+_LEAST_SIDE = {"arc": 2, "arc1d": 10, "maze": 4, "4x4": 0, "9x9": 0}
 
 
 def _data(given: argparse.Namespace) -> None:
@@ -38,11 +39,10 @@ def _data(given: argparse.Namespace) -> None:
             setattr(given, name, usual)
         elif name not in _HAS[given.kind]:
             raise ValueError(f"--{name}: expected a setting of {given.kind}, which has no such thing.")
-    if min(given.train, given.test) < 1 or given.augmentations < 0 or given.seed < 0 or given.side < 2:
-        raise ValueError(
-            "expected --train and --test of at least 1, --side of at least 2, --augmentations and --seed "
-            "of at least 0."
-        )
+    least = {"train": 1, "test": 1, "rules": 1, "side": _LEAST_SIDE[given.kind], "shortest": 1}
+    for name, fewest in (least | {"augmentations": 0, "seed": 0}).items():
+        if (value := getattr(given, name)) is not None and value < fewest:
+            raise ValueError(f"--{name}: expected at least {fewest}, got {value}.")
     _MAKERS[given.kind](given)
     counts = ((split, len(read(given.folder, split).inputs)) for split in ("train", "test"))
     print(f"{given.folder}: " + ", ".join(f"{count:,} examples to {split}" for split, count in counts))
@@ -63,9 +63,16 @@ def _make_arc(given: argparse.Namespace) -> None:
 
 
 def _make_arc1d(given: argparse.Namespace) -> None:
-    tasks = list(packages.arc1d_tasks(given.train + given.test, given.seed, given.side).items())
-    learned, tested = dict(tasks[: given.train]), dict(tasks[given.train :])
-    arc.make(given.folder, learned, tested, given.augmentations, (1, given.side), given.seed)
+    """Tasks of a few examples; or, with --rules, a task a rule, with --train and --test examples."""
+    learned, together = {}, None
+    if given.rules is None:
+        tasks = list(packages.arc1d_tasks(given.train + given.test, given.seed, given.side).items())
+        learned, tested = dict(tasks[: given.train]), dict(tasks[given.train :])
+    else:
+        tested = packages.arc1d_rules(given.rules, given.train, given.test, given.seed, given.side)
+        together = 4  # a batch of all examples of one rule would teach that rule alone
+    size = (1, given.side)
+    arc.make(given.folder, learned, tested, given.augmentations, size, given.seed, together)
 
 
 def _make_maze(given: argparse.Namespace) -> None:
@@ -89,25 +96,32 @@ def _train(given: argparse.Namespace) -> None:
     chosen = {
         field.name: value for field in fields(Settings) if (value := getattr(given, field.name)) is not None
     }
-    settings = replace(PAPERS[what_of(read(given.data, "train").about)], **chosen)
-    if min(settings.batch_size, given.save_every, settings.supervision_steps) < 1 or settings.steps < 0:
-        raise ValueError(
-            "expected --batch-size, --supervision-steps, --save-every of at least 1, --steps of at least 0."
-        )
-    train(Run(given.data, settings, given.seed, given.checkpoint), given.run, given.save_every)
+    if given.save_every < 1:
+        raise ValueError(f"--save-every: expected at least 1, got {given.save_every}.")
+    if not 0 <= given.seed < 1 << 63:
+        raise ValueError(f"--seed: expected a number from 0 to below 2^63, got {given.seed}.")
+    split = read(given.data, "train")
+    settings = replace(PAPERS[split.what], **chosen)
+    checkpoint = given.checkpoint and given.checkpoint.resolve()
+    run = Run(given.data.resolve(), split.digest(), settings, given.seed, checkpoint)
+    train(run, split, given.run, given.save_every)
 
 
-def _answers(given: argparse.Namespace) -> tuple[Any, evaluation.Answers, Path]:
+def _answers(given: argparse.Namespace) -> tuple[Split, evaluation.Answers, Path]:
+    """(what was tested, the answers, its folder)."""
+    for name in ("rows", "most", "each"):
+        if (value := getattr(given, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}.")
     run = Run.read(given.run)
     data = given.data or run.data
-    split = read(data, "test")
+    split = read(data, "test").first(given.most)
     model, steps = trained_model(given.run, split), run.settings.supervision_steps
-    return split, evaluation.answered(model, split, steps, given.rows, given.most), data
+    return split, evaluation.answered(model, split, steps, given.rows), data
 
 
 def _evaluate(given: argparse.Namespace) -> None:
     split, answers, data = _answers(given)
-    shares = evaluation.report(data, split, answers)
+    shares = evaluation.report(data, split, answers, is_whole=given.most is None)
     print(f"{len(answers.right):,} examples of {data}")
     for name, share in shares.items():
         print(f"{share:7.1%}  {name}")
@@ -118,7 +132,7 @@ def _pictures(given: argparse.Namespace) -> None:
     split, answers, _ = _answers(given)
     solved, failed = (evaluation.shown(split, answers, right, given.each) for right in (True, False))
     file = given.run / "puzzles.png"
-    pictures.page(file, what_of(split.about), solved, failed)
+    pictures.page(file, split.what, solved, failed)
     print(f"{file}: {len(solved)} solved, {len(failed)} failed")
 
 
@@ -135,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--augmentations", type=int, help="of each; mazes have all 8; default 10")
     data.add_argument("--side", type=int, help="of a grid, the cells of a row; default 30")
     data.add_argument("--shortest", type=int, help="steps of a maze's path, at least; default 8")
+    data.add_argument("--rules", type=int, help="of ARC-1D: a task each, with --train and --test examples")
     data.add_argument("--version", choices=packages.VERSIONS, help="of ARC-AGI; default 1")
     data.add_argument("--seed", type=int, default=0)
 
@@ -158,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         testing.add_argument("run", type=Path)
         testing.add_argument("--data", type=Path, help="default those of the run")
         testing.add_argument("--rows", type=int, default=64, help="examples together; default 64")
-        testing.add_argument("--most", type=int, help="the first so many examples alone")
+        testing.add_argument("--most", type=int, help="the first so many tasks or puzzles alone, whole")
         if call is _pictures:
             testing.add_argument("--each", type=int, default=3, help="pictures of each; default 3")
     return parser

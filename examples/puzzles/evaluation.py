@@ -1,6 +1,5 @@
 """How many puzzles a model solves: whole, by cells, and as ARC counts"""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from puzzles.arc import found, placed
-from puzzles.layout import Split, what_of
+from puzzles import arc
+from puzzles.layout import Split, names_in
 from puzzles.model import PuzzleModel
 from puzzles.pictures import Shown
 from puzzles.training import IGNORED, all_right
@@ -27,22 +26,19 @@ class Answers(NamedTuple):
 
 
 @torch.no_grad()
-def answered(
-    model: PuzzleModel, split: Split, supervision_steps: int, rows: int, most: int | None
-) -> Answers:
-    """The answers after all supervision steps, `rows` examples together, to the first `most`."""
-    parts = list(_parts(model, split, supervision_steps, rows, most))
+def answered(model: PuzzleModel, split: Split, supervision_steps: int, rows: int) -> Answers:
+    """The answers after all supervision steps, `rows` examples together."""
+    parts = list(_parts(model, split, supervision_steps, rows))
     tokens, q, right, cells = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return Answers(tokens, q, right, float(cells.mean()))
 
 
 def _parts(
-    model: PuzzleModel, split: Split, supervision_steps: int, rows: int, most: int | None
+    model: PuzzleModel, split: Split, supervision_steps: int, rows: int
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    count, place = len(split.inputs), next(model.parameters()).device
-    end = count if most is None else min(most, count)
-    for begin in range(0, end, rows):
-        batch = split.batch(slice(begin, min(begin + rows, end))).to(place)
+    place = next(model.parameters()).device
+    for begin in range(0, len(split.inputs), rows):
+        batch = split.batch(slice(begin, begin + rows)).to(place)
         for y, _ in model.trm.supervision_steps(model.embed(batch.inputs, batch.kinds), supervision_steps):
             last = y
         logits, q = model.read(last)
@@ -52,20 +48,27 @@ def _parts(
         yield logits.argmax(-1).to(torch.uint8), q, all_right(logits, batch.labels), shares
 
 
-def report(folder: Path, split: Split, answers: Answers) -> dict[str, float]:
-    """What was found, by name; of ARC also pass@1 and pass@2, which need the folder's names and tests."""
+def report(folder: Path, split: Split, answers: Answers, is_whole: bool = True) -> dict[str, float]:
+    """What was found, by name; of ARC also pass@1 and pass@2, which need the folder's names and tests.
+
+    is_whole   a task of the folder that the split has no examples of is not solved; else it is not counted
+    """
     shares = {
         "whole puzzles right": float(answers.right.mean()),
         "cells right": answers.cells,
         "says that it is right": float((answers.q > 0).mean()),
     }
-    tests = folder / "test_puzzles.json"
-    if what_of(split.about) == "arc" and tests.exists():
-        votes = Votes(json.loads((folder / "identifiers.json").read_text()), split.grid)
+    if split.what == "arc":
+        names, tasks = names_in(folder, int(split.kinds.max()) + 1), arc.tasks_in(folder)
+        if not is_whole:
+            asked = {arc.parsed(names[kind])[0] for kind in split.kinds}
+            tasks = {name: task for name, task in tasks.items() if name in asked}
+        if not tasks:
+            raise ValueError(f"{folder}/test_puzzles.json: expected the tasks that are tested, got none.")
+        votes = Votes(names, split.grid)
         for row, (tokens, q) in enumerate(zip(answers.tokens, answers.q, strict=True)):
             sure = float(1 / (1 + np.exp(-q.astype(np.float64))))
             votes.add(split.kinds[row], split.inputs[row], tokens, sure)
-        tasks = json.loads(tests.read_text())
         shares |= {f"pass@{most}": votes.pass_at(most, tasks) for most in (1, 2)}
     return shares
 
@@ -78,7 +81,7 @@ def shown(split: Split, answers: Answers, right: bool, most: int) -> list[Shown]
         given, answer, wanted = (
             tokens[row].reshape(split.grid) for tokens in (split.inputs, answers.tokens, split.labels)
         )
-        if what_of(split.about) == "arc":  # what a model says outside of its grid does not count
-            answer = placed(found(answer), split.grid)
+        if split.what == "arc":  # what a model says outside of its grid does not count
+            answer = arc.placed(arc.found(answer), split.grid)
         made.append((given, answer, wanted))
     return made

@@ -14,11 +14,13 @@ Source   dataset/build_arc_dataset.py and puzzle_dataset.py of
          github.com/SamsungSAILMontreal/TinyRecursiveModels.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -54,6 +56,46 @@ class Split(NamedTuple):
         rows, columns = self.about.get("grid") or [math.isqrt(self.about["seq_len"])] * 2
         return rows, columns
 
+    @property
+    def what(self) -> str:
+        """Which of the paper's benchmarks it is of, "arc", "maze" or "sudoku".
+
+        Sizes alone do not tell: a maze of 4x4 has those of a Sudoku. Its token of a wall is the blank of a
+        Sudoku, which stands in puzzles and never in solutions.
+
+        Errors: ValueError where it is none of them.
+        """
+        tokens, (rows, columns) = self.about["vocab_size"], self.grid
+        if tokens == 12:
+            return "arc"
+        is_filled_in = self.inputs.min() == 1 and self.labels.min() > 1
+        if tokens == rows + 2 == columns + 2 and is_filled_in:
+            return "sudoku"
+        if tokens == 6 and all(((self.inputs == end).sum(1) == 1).all() for end in (3, 4)):
+            return "maze"
+        raise ValueError(
+            "expected ARC (12 tokens), Sudoku (blanks in puzzles, none in solutions) or mazes (6 tokens, one "
+            f"start and one goal), got others, of {tokens} tokens in {rows}x{columns} cells."
+        )
+
+    def first(self, groups: int | None) -> "Split":
+        """The first so many groups with all that is in them: tasks of ARC, puzzles of the others."""
+        if groups is None or groups >= len(self.group_indices) - 1:
+            return self
+        puzzles = self.group_indices[groups]
+        examples = self.puzzle_indices[puzzles]
+        inputs, labels, kinds = (part[:examples] for part in (self.inputs, self.labels, self.kinds))
+        indices = self.puzzle_indices[: puzzles + 1], self.group_indices[: groups + 1]
+        return Split(inputs, labels, kinds, *indices, self.about)
+
+    def digest(self) -> str:
+        """SHA-256 of all that a training reads."""
+        said = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode())
+        for array in self[:5]:
+            said.update(f"{array.dtype.str}{array.shape}".encode())
+            said.update(np.ascontiguousarray(array).data)
+        return said.hexdigest()
+
     def batch(self, rows: NDArray[Any] | slice) -> Batch:
         """Examples as the model takes them: labels that are not counted become -100."""
         inputs, labels, kinds = (
@@ -81,51 +123,109 @@ def read(folder: Path, split: str) -> Split:
     """`split` is "train" or "test". Errors: ValueError for what is no such folder."""
     part = folder / split
     try:
-        about = json.loads((part / "dataset.json").read_text())
-        sets = [
-            [np.load(part / f"{name}__{what}.npy", allow_pickle=False) for what in _ARRAYS]
-            for name in about["sets"]
-        ]
+        about = _about(json.loads((part / "dataset.json").read_text()))
+        sets = [[_array(part / f"{name}__{what}.npy") for what in _ARRAYS] for name in about["sets"]]
         arrays = [np.concatenate([one[i] for one in sets]) for i in range(3)]
-        # what points into the arrays of a set points behind those of the sets before
-        puzzles, groups = (_one_after_the_other([one[i] for one in sets]) for i in (3, 4))
-        sizes = {name: int(about[name]) for name in ("seq_len", "vocab_size", "num_puzzle_identifiers")}
-        about |= {"ignore_label_id": about["ignore_label_id"], **sizes}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, MemoryError) as error:
         raise ValueError(f"{part}: expected a folder of the TRM paper's layout, got {error!r}.") from error
     inputs, labels, kinds = arrays
-    _check(part, arrays, puzzles, groups, about)
+    _check_shapes(part, inputs, labels, about["seq_len"])
+    # what points into the arrays of a set points behind those of the sets before
+    puzzles, groups = (
+        _one_after_the_other(part, name, [one[i] for one in sets], [len(one[into]) for one in sets])
+        for i, name, into in ((3, "puzzle_indices", 0), (4, "group_indices", 2))
+    )
+    if kinds.shape != (len(puzzles) - 1,):
+        raise ValueError(f"{part}: expected puzzle_identifiers [{len(puzzles) - 1}], got {kinds.shape}.")
+    for name, numbers, limit in (
+        ("tokens", inputs, about["vocab_size"]),
+        ("tokens", labels, about["vocab_size"]),
+        ("identifiers", kinds, about["num_puzzle_identifiers"]),
+    ):
+        _check_numbers(part, name, numbers, limit)
     return Split(inputs, labels, np.repeat(kinds, np.diff(puzzles)), puzzles, groups, about)
 
 
-def _one_after_the_other(indices: list[NDArray[Any]]) -> NDArray[Any]:
-    whole = indices[0]
-    for more in indices[1:]:
-        whole = np.concatenate([whole, whole[-1] + more[1:]])
-    return whole
+def _about(about: Any) -> dict[str, Any]:
+    """dataset.json as it is. Errors: ValueError, KeyError, TypeError for what is none."""
+    sizes = [about[name] for name in ("seq_len", "vocab_size", "num_puzzle_identifiers")]
+    if not all(_is_count(size) for size in sizes):
+        raise ValueError(f"seq_len, vocab_size, num_puzzle_identifiers {sizes}")
+    ignored, sets, grid = about["ignore_label_id"], about["sets"], about.get("grid")
+    if ignored is not None and type(ignored) is not int:
+        raise ValueError(f"ignore_label_id {ignored!r}")
+    if not isinstance(sets, list) or not sets or not all(isinstance(name, str) for name in sets):
+        raise ValueError(f"sets {sets!r}")
+    side = math.isqrt(sizes[0])
+    if grid is None and side * side != sizes[0]:
+        raise ValueError(f"{sizes[0]} cells, which are no square, and no grid")
+    if grid is not None and not (
+        isinstance(grid, list)
+        and len(grid) == 2
+        and all(map(_is_count, grid))
+        and math.prod(grid) == sizes[0]
+    ):
+        raise ValueError(f"grid {grid!r} of {sizes[0]} cells")
+    return dict(about)
 
 
-def _check(
-    part: Path, arrays: list[NDArray[Any]], puzzles: NDArray[Any], groups: NDArray[Any], about: dict[str, Any]
-) -> None:
-    (inputs, labels, kinds), cells = arrays, about["seq_len"]
+def _is_count(number: Any) -> bool:
+    return type(number) is int and number > 0
+
+
+def _array(file: Path) -> NDArray[Any]:
+    """Errors: those of np.load, and ValueError for several arrays in one file."""
+    array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or not array.ndim:
+        raise ValueError(f"{file.name} without an array")
+    return array
+
+
+def _are_whole(array: NDArray[Any]) -> bool:
+    return array.dtype.kind in "iu"
+
+
+def _one_after_the_other(
+    part: Path, name: str, indices: list[NDArray[Any]], ends: list[int]
+) -> NDArray[np.int64]:
+    """Indices of all sets as one. Errors: ValueError where a set's do not rise from 0 to its end."""
+    whole = [np.zeros(1, np.int64)]
+    for one, end in zip(indices, ends, strict=True):
+        is_list = _are_whole(one) and one.ndim == 1 and len(one) > 1
+        rising = one.astype(np.int64) if is_list else np.zeros(1)  # unsigned: no difference is below 0
+        if not is_list or rising[0] or rising[-1] != end or (np.diff(rising) < 1).any():
+            raise ValueError(f"{part}: expected {name} that rise from 0 to {end}, got others.")
+        whole.append(whole[-1][-1] + rising[1:])
+    return np.concatenate(whole)
+
+
+def _check_shapes(part: Path, inputs: NDArray[Any], labels: NDArray[Any], cells: int) -> None:
     if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] != cells or not len(inputs):
         raise ValueError(
             f"{part}: expected inputs and labels [examples, {cells}], got {inputs.shape}, {labels.shape}."
         )
-    if min(inputs.min(), labels.min()) < 0 or max(inputs.max(), labels.max()) >= about["vocab_size"]:
-        raise ValueError(f"{part}: expected tokens 0..{about['vocab_size'] - 1}, got others.")
-    if kinds.min() < 0 or kinds.max() >= about["num_puzzle_identifiers"]:
+
+
+def _check_numbers(part: Path, name: str, numbers: NDArray[Any], limit: int) -> None:
+    if not _are_whole(numbers):
+        raise ValueError(f"{part}: expected {name} as integers, got {numbers.dtype}.")
+    if numbers.min() < 0 or numbers.max() >= limit:
         raise ValueError(
-            f"{part}: expected identifiers 0..{about['num_puzzle_identifiers'] - 1}, got others."
+            f"{part}: expected {name} 0..{limit - 1}, got some of {numbers.min()}..{numbers.max()}."
         )
-    for name, indices, end in (("puzzle", puzzles, len(inputs)), ("group", groups, len(kinds))):
-        if indices[0] != 0 or indices[-1] != end or (np.diff(indices) < 1).any():
-            raise ValueError(f"{part}: expected {name}_indices that rise from 0 to {end}, got others.")
-    if len(puzzles) != len(kinds) + 1:
-        raise ValueError(f"{part}: expected {len(kinds)} puzzles, got {len(puzzles) - 1}.")
-    if math.prod(about.get("grid") or [math.isqrt(cells)] * 2) != cells:
-        raise ValueError(f"{part}: expected a square grid, or its rows and columns, got {cells} cells.")
+
+
+def names_in(folder: Path, count: int) -> list[str]:
+    """The names of kinds of puzzles. Errors: ValueError where there are fewer than `count`."""
+    file = folder / "identifiers.json"
+    try:
+        names = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: expected names of kinds of puzzles, got {error!r}.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) < count:
+        had = len(names) if isinstance(names, list) else type(names).__name__
+        raise ValueError(f"{file}: expected {count} names of kinds of puzzles or more, got {had}.")
+    return names
 
 
 def write(
@@ -168,10 +268,3 @@ def write(
         json.dumps(about | ({"grid": [rows, columns]} if rows != columns else {}))
     )
     (folder / "identifiers.json").write_text(json.dumps(list(names)))
-
-
-def what_of(about: dict[str, Any]) -> str:
-    """Which of the paper's benchmarks a folder holds, "arc", "maze" or "sudoku": its sizes tell."""
-    if about["vocab_size"] == 12:
-        return "arc"
-    return "sudoku" if about["seq_len"] == (about["vocab_size"] - 2) ** 2 else "maze"

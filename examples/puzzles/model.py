@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,15 +86,26 @@ class PuzzleModel(nn.Module):
 _THEIRS = {"trm.layers": "L_level.layers", "trm.y_init": "H_init", "trm.z_init": "L_init"}
 
 
-def save(model: PuzzleModel, file: Path) -> None:
-    """`inner.` and L_level.layers..., H_init, L_init, embed_tokens.embedding_weight, lm_head.weight, ..."""
+def save(model: PuzzleModel, file: Path, step: int = 0) -> None:
+    """`inner.` and L_level.layers..., H_init, L_init, embed_tokens.embedding_weight, lm_head.weight, ...
+
+    The training step that the weights are of stands in the file's metadata.
+    """
     tensors = {
         "inner." + re.sub("|".join(_THEIRS), lambda ours: _THEIRS[ours[0]], name): tensor
         for name, tensor in model.state_dict().items()
     }
     beside = file.with_name(f"{file.name}.part")  # renamed when whole: a killed run leaves the old weights
-    save_file(tensors, beside)
+    save_file(tensors, beside, metadata={"step": str(step)})
     beside.replace(file)
+
+
+def step_of(file: Path) -> int | None:
+    """The step that `save` was told; None where there is no such file."""
+    if not file.exists():
+        return None
+    with safe_open(file, "pt") as opened:
+        return int((opened.metadata() or {}).get("step", -1))
 
 
 def load(model: PuzzleModel, file: Path) -> None:

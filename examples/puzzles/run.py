@@ -1,6 +1,6 @@
 """A run in a folder: trained, killed, gone on with; what is lost are the steps since its last state
 
-    RUN/run.json              the data's folder, the seed and all settings
+    RUN/run.json              the data's folder and digest, the seed and all settings
     RUN/state.safetensors     all that a step reads, and the losses so far
     RUN/weights.safetensors   the average of the weights, under the names of the TRM paper's code
     RUN/losses.png
@@ -19,36 +19,40 @@ import numpy as np
 import torch
 
 from puzzles import pictures
-from puzzles.layout import Split, read
-from puzzles.model import PuzzleModel, Sizes, load, save
+from puzzles.layout import Split
+from puzzles.model import PuzzleModel, Sizes, load, save, step_of
 from puzzles.settings import Settings, depth_at
 from puzzles.training import Training
 
 STATE, WEIGHTS, ABOUT = "state.safetensors", "weights.safetensors", "run.json"
-_MAY_CHANGE = "steps"  # a run may be made longer
+_MAY_CHANGE = ("steps", "data")  # a run may be made longer, and its data moved
 
 
 @dataclass(frozen=True)
 class Run:
     """What makes a run what it is."""
 
-    data: Path
+    data: Path  # absolute, as `checkpoint`
+    digest: str  # of what is trained on, see Split.digest
     settings: Settings
     seed: int = 0
     checkpoint: Path | None = None  # weights to begin with
 
     def as_json(self) -> dict[str, Any]:
         begins = None if self.checkpoint is None else str(self.checkpoint)
-        return {"data": str(self.data), "seed": self.seed, "checkpoint": begins, **asdict(self.settings)}
+        about = {"data": str(self.data), "digest": self.digest, "seed": self.seed, "checkpoint": begins}
+        return about | asdict(self.settings)
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Errors: ValueError for a folder without a run."""
         try:
             about = json.loads((folder / ABOUT).read_text())
-            data, seed, begins = (about.pop(name) for name in ("data", "seed", "checkpoint"))
-            return cls(Path(data), Settings(**about), seed, begins and Path(begins))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            data, digest, seed, begins = (
+                about.pop(name) for name in ("data", "digest", "seed", "checkpoint")
+            )
+            return cls(Path(data), digest, Settings(**about), seed, begins and Path(begins))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: expected a run (python -m puzzles train), got {error!r}.") from error
 
 
@@ -69,21 +73,18 @@ def trained_model(folder: Path, split: Split) -> PuzzleModel:
     return model.to(device()).eval()
 
 
-def train(run: Run, folder: Path, save_every: int) -> None:
-    """Begins, or goes on from the last state. Errors: ValueError for a folder with another run."""
-    depth_at(run.settings, 0)  # what is wrong with a curriculum is said before anything is made
-    split = read(run.data, "train")
+def train(run: Run, split: Split, folder: Path, save_every: int) -> None:
+    """Begins, or goes on from the last state. The folder is written to when nothing is left to be refused.
+
+    Errors: ValueError for a folder with another run, settings that make none, weights that do not fit.
+    """
+    _check(run, folder)
+    training = _ready(run, split, folder)
     _claim(run, folder)
-    torch.manual_seed(run.seed)
-    model = make_model(split, run.settings)
-    if run.checkpoint is not None:
-        load(model, run.checkpoint)
-    model.to(device())
-    sizes = np.resize(np.arange(len(split.inputs)), run.settings.batch_size)  # a folder may have fewer
-    training = Training(model, run.settings, split.batch(sizes).to(device()))
     if (folder / STATE).exists():
-        training.load(folder / STATE)
         print(f"goes on after step {training.step}", flush=True)
+        if step_of(folder / WEIGHTS) != training.step:  # it was killed between the two files
+            _write_weights(training, folder)
     elif run.settings.steps == 0:  # a checkpoint that is only to be tested
         _write(training, folder)
     began, cpu, first = time.perf_counter(), time.process_time(), training.step
@@ -102,23 +103,57 @@ def train(run: Run, folder: Path, save_every: int) -> None:
     print(f"{done} steps in {spent:.0f} s of CPU time, {operations:,.0f} billion operations in all")
 
 
+def _ready(run: Run, split: Split, folder: Path) -> Training:
+    """Where the run begins, or where its last state was."""
+    depth_at(run.settings, 0)  # says what is wrong with a curriculum
+    torch.manual_seed(run.seed)
+    model, is_begun = make_model(split, run.settings), (folder / STATE).exists()
+    if run.checkpoint is not None and not is_begun:
+        load(model, run.checkpoint)
+    model.to(device())
+    sizes = np.resize(np.arange(len(split.inputs)), run.settings.batch_size)  # a folder may have fewer
+    training = Training(model, run.settings, split.batch(sizes).to(device()))
+    if is_begun:
+        training.load(folder / STATE)
+    return training
+
+
 def _write(training: Training, folder: Path) -> None:
+    """The state last: in a run that was killed, weights may be of a later step, but never of an earlier."""
+    _write_weights(training, folder)
     training.save(folder / STATE)
-    save(training.average, folder / WEIGHTS)
+
+
+def _write_weights(training: Training, folder: Path) -> None:
+    save(training.average, folder / WEIGHTS, training.step)
     losses = [float(loss) for loss in training.losses]
     pictures.losses(folder / "losses.png", range(1, len(losses) + 1), losses)
 
 
+def _check(run: Run, folder: Path) -> None:
+    """Errors: ValueError for a folder with another run, or with more steps, or a state of no known run."""
+    if not (folder / ABOUT).exists():
+        if (folder / STATE).exists():
+            raise ValueError(f"{folder}: expected {ABOUT} beside {STATE}, got none.")
+        return
+    there, wanted = Run.read(folder).as_json(), run.as_json()
+    if there["digest"] != wanted["digest"]:
+        raise ValueError(
+            f"{folder}: expected the puzzles that the run there is trained on, got others in {run.data}."
+        )
+    if other := {
+        name: there[name] for name in wanted if there[name] != wanted[name] and name not in _MAY_CHANGE
+    }:
+        raise ValueError(f"{folder}: expected the settings of the run that is there, {other}, got others.")
+    if wanted["steps"] < there["steps"]:
+        raise ValueError(
+            f"{folder}: expected at least the {there['steps']} steps of the run that is there (--steps), "
+            f"got {wanted['steps']}."
+        )
+
+
 def _claim(run: Run, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = run.as_json()
-    if (folder / ABOUT).exists():
-        there = Run.read(folder).as_json()
-        other = {name: there[name] for name in wanted if there[name] != wanted[name] and name != _MAY_CHANGE}
-        if other:
-            raise ValueError(
-                f"{folder}: expected the settings of the run that is there, {other}, got others."
-            )
     beside = folder / f"{ABOUT}.part"
-    beside.write_text(json.dumps(wanted, indent=1))
+    beside.write_text(json.dumps(run.as_json(), indent=1))
     beside.replace(folder / ABOUT)

