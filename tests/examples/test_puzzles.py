@@ -370,7 +370,9 @@ def test_arckits_tasks(tmp_path):
     assert [len(tasks) for tasks in packages.arc_tasks("1")] == [400, 400]
 
 
-@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
+@pytest.mark.skipif(
+    find_spec("reasoning_gym") is None, reason="no reasoning-gym: its pycosat wants a C compiler"
+)
 def test_reasoning_gyms_mazes_and_arc_1d(tmp_path):
     run_of(f"data maze {tmp_path / 'maze'} --train 3 --test 2 --side 7 --shortest 5")
     test = layout.read(tmp_path / "maze", "test")
