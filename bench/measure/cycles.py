@@ -98,8 +98,10 @@ def kernel_cost(kernel: Compiled, stages: int) -> KernelCost | None:
     code = instructions(kernel.cubin)
     if not any(is_product(now) for now in code):
         return None
+    bodies = [body for body in loops(code) if any(is_product(code[i]) for i in body)]
+    # the shortest of what multiplies most, for waits for a descriptor's copy jump back from the end
     inside = max(
-        (body for body in loops(code) if any(is_product(code[i]) for i in body)), key=len, default=range(0)
+        bodies, key=lambda body: (sum(is_product(code[i]) for i in body), -len(body)), default=range(0)
     )
     loop = [code[i] for i in inside]
     rest = [now for i, now in enumerate(code) if i not in inside and now.name != "NOP"]
@@ -125,8 +127,21 @@ def cycles_of(code: Iterable[Instruction], kernel: Compiled) -> Cycles:
     """Of a block that runs these instructions once, in all its warps."""
     total = Cycles(0.0, 0.0, 0.0, 0.0)
     for now in code:
-        total = total.plus(_of_a_warp(now, MULTIPROCESSORS[kernel.arch]), kernel.num_warps)
+        if now.name in ("UTMALDG", "UTMASTG"):  # one thread copies for all warps
+            total = total.plus(Cycles(0.0, _bytes_of_a_factor(kernel) / 128, 0.25, 0.0), 1)
+        else:
+            total = total.plus(_of_a_warp(now, MULTIPROCESSORS[kernel.arch]), kernel.num_warps)
     return total
+
+
+_DESCRIPTOR = re.compile(r"tensordesc<\D+(\d+)\[(\d+), *(\d+)\]")
+
+
+def _bytes_of_a_factor(kernel: Compiled) -> float:
+    """Of a tile that is copied by its descriptor: the mean of both factors', as the listing does not say."""
+    found = [_DESCRIPTOR.match(kind) for kind in kernel.signature]
+    tiles = [int(m[1]) * int(m[2]) * int(m[3]) / 8 for m in found if m]
+    return sum(tiles[:2]) / 2
 
 
 _WGMMA = re.compile(r"HGMMA\.64x(\d+)x(\d+)\S* R\d+, (R\d+)?")

@@ -27,7 +27,7 @@ from bench.peers import solvers
 from bench.peers.workloads import WORKLOADS, Workload
 from trm_kernels.export.compile import compile_for
 from trm_kernels.recursion.one_launch.kernel import one_launch_kernel
-from trm_kernels.runtime.launch import LAUNCHERS, Launch, record
+from trm_kernels.runtime.launch import LAUNCHERS, Launch, record, tensors_of
 
 GAP = 1.5e-6  # seconds between two kernels of a graph
 LEAST = 2.5e-6  # of a library's product or attention, however small
@@ -172,7 +172,7 @@ def of_launch(call: Launch, card: str) -> Predicted:
     arch = ARCHS[card]
     kernel = compile_for(call, arch)
     cost = kernel_cost(kernel, call.meta.get("num_stages", 1))
-    pointers = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in _tensors(call)}
+    pointers = {(t.untyped_storage()._cdata, t.storage_offset(), t.shape): t for t in tensors_of(call.args)}
     moved = float(sum(map(_nbytes, pointers.values())))
     programs = prod(call.grid)
     if cost is None:
@@ -184,10 +184,6 @@ def of_launch(call: Launch, card: str) -> Predicted:
     tile = "x".join(str(call.meta[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "KEYS") if n in call.meta)
     label = f"{kernel.name.strip('_')}, {programs} programs of {tile}, {rounds:g} times around"
     return Predicted(kernel.name, 1, _seconds(compute, moved, card), _flops(call), cost, waves, label)
-
-
-def _tensors(call: Launch) -> Iterator[Tensor]:
-    return (t for t in call.args if isinstance(t, Tensor))
 
 
 def _named(call: Launch) -> dict[str, Any]:
@@ -239,7 +235,7 @@ def step(workload: Workload, card: str, solver: solvers.Solver) -> list[Predicte
             key: Any = (what + of_dw, event.summed > 1536)
             one = Predicted(f"PyTorch: {what}{of_dw}", 1, of_library(event, card, causal), event.flops)
         else:
-            sizes = tuple((tuple(t.shape), t.stride()) for t in _tensors(event))
+            sizes = tuple((tuple(t.shape), t.stride()) for t in tensors_of(event.args))
             exact = event.kernel, event.grid, sizes, tuple(event.meta.items())
             if exact not in known:
                 known[exact] = of_launch(event, card)

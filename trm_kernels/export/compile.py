@@ -178,6 +178,7 @@ def _main_loop(asm: dict[str, str], arch: str, settings: Any, strides_are_aligne
     ptx, text = asm["ptx"], asm["ttgir"]
     loops = [body for _, body in re.findall(r"^( *)[^\n]* = scf\.for ([^\n]*\n.*?)^\1}", text, re.M | re.S)]
     loop = "".join(body for body in loops if "dot " in body)
+    by_descriptors = "async_tma_copy_global_to_local" in loop  # by one thread, whatever the tile
     tiles = _READ_OF_A_TILE.findall(loop or text)
     sizes = [int(rows) * int(columns) * int(bits) // 8 for _, rows, columns, bits in tiles]
     smallest = min((size // (32 * settings.num_warps) for size in sizes), default=0)
@@ -199,7 +200,7 @@ def _main_loop(asm: dict[str, str], arch: str, settings: Any, strides_are_aligne
         min(copies, default=0),
         min(loads, default=0) if any(how == "tt.load" for how, *_ in tiles) else 0,
         wants_wgmma=arch == "sm90" and is_narrow and all(int(rows) >= 64 for rows, _ in factors),
-        wants_copies=strides_are_aligned and bool(loop),
+        wants_copies=strides_are_aligned and bool(loop) and not by_descriptors,
         wanted_width=min(16, smallest) if strides_are_aligned else 0,
     )
 

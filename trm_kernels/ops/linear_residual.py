@@ -29,6 +29,7 @@ from trm_kernels.runtime.gemm_common import (
     check_dtypes,
     check_row_scale,
     grid,
+    halves_of_columns,
     input_precision,
     rows_of,
     runs_candidate,
@@ -136,6 +137,55 @@ def _linear_residual_fwd_kernel(
     if squares_ptr is not None:
         h = h.to(tl.float32)  # as rounded: the norm is that of the rows that are stored
         tl.store(squares_ptr + offs_m * stride_squaresm + tile_n, tl.sum(h * h, axis=1), mask=in_m)
+
+
+@triton.jit
+def _linear_residual_by_descriptors_kernel(
+    v_desc,  # of [M, K], a tile at a time
+    w_desc,  # of [N, K]
+    r_desc,  # of [M, N], half of a tile's columns at a time
+    row_scale_ptr,  # [M] float32, or None
+    h_desc,  # of [M, N], out, as r
+    squares_ptr,  # [M, tiles of N] float32, out, or None
+    M,
+    N,
+    K,
+    stride_squaresm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # as the kernel above; what lies outside of a tensor is read as 0 and not written
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m, first_n = (tile_m * BLOCK_M).to(tl.int32), (tile_n * BLOCK_N).to(tl.int32)
+    h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        v = v_desc.load([first_m, k])
+        w = w_desc.load([first_n, k])
+        h = tl.dot(v, tl.trans(w), h)
+
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = offs_m < M
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=in_m, other=0.0)
+    else:
+        row_scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    left, right = halves_of_columns(h)  # one after the other: half the registers and the shared memory
+    squares = _add_by_descriptors(left, r_desc, row_scale, h_desc, first_m, first_n)
+    squares += _add_by_descriptors(right, r_desc, row_scale, h_desc, first_m, first_n + BLOCK_N // 2)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + offs_m * stride_squaresm + tile_n, squares, mask=in_m)
+
+
+@triton.jit
+def _add_by_descriptors(h, r_desc, row_scale, h_desc, first_m, first_n):
+    """Writes h + s r; the sums of squares of its rows."""
+    h += r_desc.load([first_m, first_n]).to(tl.float32) * row_scale[:, None]
+    h = h.to(h_desc.dtype)
+    h_desc.store([first_m, first_n], h)
+    h = h.to(tl.float32)  # as rounded
+    return tl.sum(h * h, axis=1)
 
 
 @triton.jit
@@ -288,6 +338,9 @@ def fill_linear(
     M, K = v.shape
     N = w.shape[0]
     gemm = tuning.gemm("linear_residual", arch_of(v), v.element_size(), are_aligned(v, w), M)
+    if gemm.by_descriptors and M:
+        _launch_by_descriptors(h, v, w, r, row_scale, squares, gemm)
+        return
     launch(
         _linear_residual_fwd_kernel,
         grid(M, N, gemm),
@@ -306,6 +359,43 @@ def fill_linear(
         h.stride(0),
         0 if squares is None else squares.stride(0),
         PRECISION=input_precision(),
+        **gemm.meta,
+    )
+
+
+def _launch_by_descriptors(
+    h: Tensor,
+    v: Tensor,
+    w: Tensor,
+    r: Tensor | None,
+    row_scale: Tensor | None,
+    squares: Tensor | None,
+    gemm: tuning.GemmLaunch,
+) -> None:
+    """Errors: ValueError where a descriptor cannot say how r lies, or the GPU knows none."""
+    arch = arch_of(v)
+    if r is None or not are_aligned(r, h) or (arch != "any" and int(arch[2:]) < 90):
+        raise ValueError(
+            "linear_residual: settings by descriptors expected a GPU from sm90 on, and an r whose rows, like "
+            f"those of h, begin at multiples of 16 elements, got {arch} and r "
+            f"{None if r is None else (tuple(r.shape), r.stride())}."
+        )
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (M, K), N, halves = v.shape, w.shape[0], [gemm.BLOCK_M, gemm.BLOCK_N // 2]
+    launch(
+        _linear_residual_by_descriptors_kernel,
+        grid(M, N, gemm),
+        TensorDescriptor.from_tensor(v, [gemm.BLOCK_M, gemm.BLOCK_K]),
+        TensorDescriptor.from_tensor(w, [gemm.BLOCK_N, gemm.BLOCK_K]),
+        TensorDescriptor.from_tensor(r, halves),
+        row_scale,
+        TensorDescriptor.from_tensor(h, halves),
+        squares,
+        M,
+        N,
+        K,
+        0 if squares is None else squares.stride(0),
         **gemm.meta,
     )
 

@@ -51,7 +51,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Args:
         kernel: A function with `triton.jit`.
         grid: Programs along each axis.
-        args: The kernel's arguments; at least one tensor.
+        args: The kernel's arguments; at least one tensor, or Triton's descriptor of one.
         meta: Its constants, and Triton's options.
     """
     recording = _recording.get()
@@ -59,10 +59,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         recording.launches.append(Launch(kernel, grid, args, meta))
         return
     assert all(n <= limit for n, limit in zip(grid, _GRID_LIMITS, strict=False)), f"grid too large: {grid}"
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = next(tensors_of(args)).device
     # Triton starts kernels on the current device, which need not be the one that holds the tensors
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **meta)
+
+
+def tensors_of(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors among a launch's arguments, those that a descriptor stands for included."""
+    return (t for t in (getattr(a, "base", a) for a in args) if isinstance(t, Tensor))
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class GemmLaunch:
     # serves where gate and up (linear_swiglu) or the row scale's gradient (swiglu_mlp) are written as well
     writes_more: bool = True
     maxnreg: int | None = None  # registers a thread, where a few less let a second block in
+    by_descriptors: bool = False  # tiles are copied by their descriptors (TMA), on sm90 (linear_residual)
     max_rows: int = ANY_ROWS  # serves products of up to so many rows, M
     measured_on: str = _UNTIMED
 
@@ -258,6 +259,7 @@ _MMA_WIDE = {
 }
 # one block, whose wgmma of 256 columns reads the rows of v half as often as two of 128
 _WGMMA_WIDE = GemmLaunch(2, 128, 256, 64, num_warps=8, num_stages=3, measured_on=_MODEL)
+_WGMMA_BY_DESCRIPTORS = replace(_WGMMA_WIDE, by_descriptors=True)
 # the first row that serves is taken; those after it are candidates beside it, which `using` takes
 _GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
     "linear_swiglu": {
@@ -276,7 +278,7 @@ _GEMMS: dict[str, dict[str, tuple[GemmLaunch, ...]]] = {
         "any": _SMALL,
         "sm80": (_MMA_FEW, _MMA_SOME, _MMA_WIDE["sm80"], *_WIDE),
         "sm89": (_MMA_FEW, _MMA_SOME, _MMA_WIDE["sm89"], *_WIDE),
-        "sm90": (_WGMMA_FEW, _WGMMA_SOME, _WGMMA_WIDE, *_WIDE),
+        "sm90": (_WGMMA_FEW, _WGMMA_SOME, _WGMMA_WIDE, _WGMMA_BY_DESCRIPTORS, *_WIDE),
     },
     "injection_in": {
         "any": _SMALL,

@@ -24,6 +24,7 @@ from trm_kernels.export.launch_plan import (
 )
 from trm_kernels.export.native import read_variants
 from trm_kernels.export.warmup import module_of
+from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.launch import record
 from trm_kernels.runtime.precision import wide
@@ -93,6 +94,13 @@ def test_a_plan_says_at_every_size_what_is_launched(call, arch):
         lowered = _Lowered(record_call(TINY, call, arch, sizes))
         assert list(as_planned(made.steps, sizes)) == list(as_recorded(lowered))
         assert sum(size.at(sizes) for size in made.work) <= sum(lowered.work_bytes)
+
+
+def test_a_plan_has_no_descriptors():
+    """The library passes addresses and numbers."""
+    row = replace(tuning.gemm("linear_residual", "sm90", 2, True), by_descriptors=True)
+    with tuning.using("linear_residual", row), pytest.raises(ValueError, match="got sm90 and r None"):
+        record_call(TINY, "forward", "sm90", sizes_of(1, 128))
 
 
 @pytest.mark.parametrize("variant", read_variants(DECLARED), ids=lambda variant: variant.name)

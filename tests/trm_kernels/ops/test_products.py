@@ -27,6 +27,7 @@ from trm_kernels import (
     rstd_from_squares,
     swiglu_mlp,
 )
+from trm_kernels.ops import linear_residual as linear_residual_file
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.backend import backend, interpreting
 from trm_kernels.runtime.gemm_common import add_weight_gradient, are_aligned, tile_of_program
@@ -93,6 +94,45 @@ def test_forms_of_a_product_compute_the_same(name, dtype, parts):
             assert torch.equal(found[1][what], want), what
     with tuning.using(op, other), tuning.using("linear_swiglu", other):
         check_closeness(BY_NAME[name], (35, 48, 80), dtype)
+
+
+BY_DESCRIPTORS = tuning.GemmLaunch(2, 32, 64, 32, num_warps=4, num_stages=2, by_descriptors=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [0, 1, 70])
+@pytest.mark.parametrize("is_scaled", [False, True], ids=["plain", "scaled"])
+def test_descriptors_compute_what_pointers_do(is_scaled, M, dtype, monkeypatch):
+    """In part of a tile of rows, of columns and of the summed axis: the same sums in one order."""
+    if not interpreting() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("there are no descriptors before sm90")
+    g = torch.Generator().manual_seed(0)
+    v, w, r = (torch.randn(n, k, generator=g).to(DEVICE, dtype) for n, k in ((M, 80), (144, 80), (M, 144)))
+    row_scale = torch.rand(M, generator=g).to(DEVICE) if is_scaled else None
+    launched = []
+    by_descriptors = linear_residual_file._launch_by_descriptors
+    monkeypatch.setattr(
+        linear_residual_file, "_launch_by_descriptors", lambda *a: launched.append(by_descriptors(*a))
+    )
+    found = []
+    for row in (replace(BY_DESCRIPTORS, by_descriptors=False), BY_DESCRIPTORS):
+        assert not launched
+        with tuning.using("linear_residual", row), backend("triton"):
+            found.append(linear_residual(v, w, r, row_scale, candidate="fused"))
+    assert len(launched) == (M > 0)
+    (h, squares), (same_h, same_squares) = found
+    assert torch.equal(h, same_h)
+    torch.testing.assert_close(squares, same_squares)  # added half by half
+
+
+@pytest.mark.parametrize(("arch", "width", "says"), [("sm89", 64, "got sm89"), ("sm90", 72, "(72, 1)")])
+def test_descriptors_are_refused_where_there_are_none(arch, width, says):
+    """On other GPUs, and of rows that begin anywhere: no other settings are taken in silence."""
+    v, w = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (128, width))
+    r = v.new_empty(128, width)
+    with record(arch), tuning.using("linear_residual", BY_DESCRIPTORS), pytest.raises(ValueError, match=says):
+        linear_residual(v, w, r, candidate="fused")
 
 
 @pytest.mark.kernels
