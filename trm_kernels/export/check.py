@@ -2,11 +2,12 @@
 
     python -m trm_kernels.aot --arch 80 89 90 [--out DIR] [--write FILE]
 
-prints one line for every kernel of every case under every row of the settings table, and ends with exit code
-1 when one spills, takes more registers than its case allows or more shared memory than a block of that GPU
-has, or when its main loop misses the GPU's tensor cores or its 16-byte asynchronous copies. Under "main loop"
-the table says what multiplies, and the fewest bytes that come at a time from global memory: copied ahead into
-shared memory, or loaded through registers while the multiplication waits.
+prints one line for every kernel of every case under every row of the settings table, and once more for those
+that multiply float32, in TF32. It ends with exit code 1 when one spills, takes more registers than its case
+allows or more shared memory than a block of that GPU has, or when its main loop misses the GPU's tensor cores
+or its 16-byte asynchronous copies; the latter not in TF32. Under "main loop" the table says what multiplies,
+and the fewest bytes that come at a time from global memory: copied ahead into shared memory, or loaded through
+registers while the multiplication waits.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +55,26 @@ class Job:
     settings: str
     kernel: Compiled
     number: int = 1  # among those of one name that the case starts there: rope rotates, and rotates back
+    tf32: bool = False  # multiplies float32 in TF32
+
+    @property
+    def kind(self) -> str:
+        """Of the numbers that are multiplied."""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
     @property
     def label(self) -> str:
         """Its name within the case and the arch."""
-        size, kind = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        size = "x".join(map(str, self.shape))
         any_arch = "" if self.settings == self.kernel.arch else f"-{self.settings}"
         number = "" if self.number == 1 else f"-{self.number}"
-        return f"{self.kernel.name.strip('_')}{number}-{size}-{kind}{any_arch}"
+        return f"{self.kernel.name.strip('_')}{number}-{size}-{self.kind}{any_arch}"
 
     @property
     def complaints(self) -> list[str]:
-        """What keeps it from running, or from running well."""
-        return self.kernel.complaints(self.case.max_registers)
+        """What keeps it from running, or from running well: in TF32 the former alone."""
+        find = self.kernel.excesses if self.tf32 else self.kernel.complaints
+        return find(self.case.max_registers)
 
 
 def calls_of(case: Case, settings: str) -> Iterator[tuple[Shape, torch.dtype, Launch]]:
@@ -97,18 +106,33 @@ def _candidates(case: Case, settings: str) -> Iterator[tuple[str, Any]]:
     yield from ((op, row) for op, row in tuning.gemm_candidates(settings) if op == case.name)
 
 
-def jobs(arch: str, cases: Iterable[Case]) -> Iterator[Job]:
-    """Every kernel of the cases, compiled for `arch`: under its own settings, and under those named "any"."""
+def jobs(arch: str, cases: Iterable[Case], tf32: bool = False) -> Iterator[Job]:
+    """Every kernel of the cases, compiled for `arch`: under its own settings, and under those named "any".
+
+    tf32: Those that multiply float32 instead, in TF32 and under its own settings.
+    """
     for case in cases:
         seen = set()
         named: Counter[tuple[Any, ...]] = Counter()
-        for settings in (arch, "any"):
-            for shape, dtype, call in calls_of(case, settings):
-                kernel = compile_for(call, arch)
-                if id(kernel) not in seen:
-                    seen.add(id(kernel))
-                    named[name := (kernel.name, shape, dtype, settings)] += 1
-                    yield Job(case, shape, dtype, settings, kernel, named[name])
+        for settings, shape, dtype, call in (_in_tf32 if tf32 else _as_they_are)(case, arch):
+            kernel = compile_for(call, arch)
+            if id(kernel) not in seen:
+                seen.add(id(kernel))
+                named[name := (kernel.name, shape, dtype, settings)] += 1
+                yield Job(case, shape, dtype, settings, kernel, named[name], tf32)
+
+
+def _as_they_are(case: Case, arch: str) -> Iterator[tuple[str, Shape, torch.dtype, Launch]]:
+    for settings in (arch, "any"):
+        for shape, dtype, call in calls_of(case, settings):
+            yield settings, shape, dtype, call
+
+
+def _in_tf32(case: Case, arch: str) -> Iterator[tuple[str, Shape, torch.dtype, Launch]]:
+    of_float32 = replace(case, dtypes=tuple(dtype for dtype in case.dtypes if dtype == torch.float32))
+    for shape, dtype, call in calls_of(of_float32, arch):
+        if "PRECISION" in call.meta:
+            yield arch, shape, dtype, replace(call, meta=call.meta | {"PRECISION": "tf32"})
 
 
 def _write(out: Path, job: Job) -> None:
@@ -151,12 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{'registers':>9}{'stack':>7}{'shared':>8}  {'main loop'}"
     )
     for arch in (f"sm{number}" for number in chosen.arch):
-        for job in jobs(arch, CASES):
+        for job in chain(jobs(arch, CASES), jobs(arch, CASES, tf32=True)):
             found.append(job)
-            size, kind = "x".join(map(str, job.shape)), str(job.dtype).removeprefix("torch.")
-            kernel = job.kernel
+            size, kernel = "x".join(map(str, job.shape)), job.kernel
             print(
-                f"{kernel.name:<34}{job.case.name:<24}{size:<17}{kind:<10}{arch:<6}{job.settings:<9}"
+                f"{kernel.name:<34}{job.case.name:<24}{size:<17}{job.kind:<10}{arch:<6}{job.settings:<9}"
                 f"{kernel.registers:>9}{kernel.stack:>7}{kernel.shared:>8}  {str(kernel.main_loop or ''):<32}"
                 f"{'; '.join(job.complaints)}".rstrip(),
                 flush=True,

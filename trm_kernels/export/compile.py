@@ -79,6 +79,10 @@ class Compiled:
 
     def complaints(self, max_registers: int) -> list[str]:
         """What keeps it from running, or from running well, on its GPU."""
+        return self.excesses(max_registers) + (self.main_loop.complaints() if self.main_loop else [])
+
+    def excesses(self, max_registers: int) -> list[str]:
+        """What keeps it from running, or makes it spill."""
         limit = SHARED_LIMIT[self.arch]
         found = []
         if self.stack:
@@ -89,7 +93,7 @@ class Compiled:
             found.append(f"takes {self.shared} bytes of shared memory of {limit}")
         if self.unguarded_writes and self.name not in _WRITES_ELSEWHERE:
             found.append(f"writes {self.unguarded_writes} times to shared memory that wgmma may still read")
-        return found + (self.main_loop.complaints() if self.main_loop else [])
+        return found
 
 
 def compile_for(call: Launch, arch: str) -> Compiled:

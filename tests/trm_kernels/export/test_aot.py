@@ -31,17 +31,23 @@ ARCHS = ("sm80", "sm89", "sm90")
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # every width and dtype with everything on, a minute an arch; those of three widths are compiled below as well
 COMPILES_LONG = ("rope_attention-padded",)
+# a product, and attention; the other kernels in TF32 are compiled by night
+BY_DAY_IN_TF32 = ("linear_residual", "rope_attention_causal")
 
 
-def each_on(*archs, by_night=()):
-    """The cases on each of `archs`; those that take long, and all on those `by_night`, are slow."""
+def each_on(*archs, by_night=(), by_day=None):
+    """The cases on each of `archs`. Slow: on those `by_night`, all but `by_day` or those that take long."""
+
+    def is_long(case):
+        return case.name in COMPILES_LONG if by_day is None else case.name not in by_day
+
     return pytest.mark.parametrize(
         ("arch", "case"),
         [
             pytest.param(
                 arch,
                 case,
-                marks=pytest.mark.slow if arch in by_night or case.name in COMPILES_LONG else (),
+                marks=pytest.mark.slow if is_long(case) or arch in by_night else (),
                 id=f"{arch}-{case.name}",
             )
             for arch in archs
@@ -50,9 +56,9 @@ def each_on(*archs, by_night=()):
     )
 
 
-def compiled(arch, case):
+def compiled(arch, case, tf32=False):
     """What its kernels use, and what they used as is on record; limits are kept."""
-    found = list(jobs(arch, [case]))
+    found = list(jobs(arch, [case], tf32))
     for job in found:
         assert not job.complaints, f"{job.label} on {arch} {' and '.join(job.complaints)}"
         assert job.kernel.registers > 0
@@ -60,7 +66,9 @@ def compiled(arch, case):
     known = json.loads(RESOURCES.read_text())
     if known["triton"] != triton.__version__:
         pytest.skip(f"on record are the kernels of Triton {known['triton']}, this is {triton.__version__}")
-    return check.resources(found)["kernels"][arch][case.name], known["kernels"][arch].get(case.name)
+    of_case = known["kernels"][arch].get(case.name, {})
+    known = {label: row for label, row in of_case.items() if ("-tf32" in label) == tf32}
+    return check.resources(found)["kernels"].get(arch, {}).get(case.name, {}), known
 
 
 @each_on(*ARCHS, by_night=("sm80", "sm89"))
@@ -69,6 +77,14 @@ def test_kernels_keep_within_their_limits_and_to_what_is_on_record(arch, case):
     used, known = compiled(arch, case)
     found = changes(known, used, f"{case.name} on {arch}")
     assert not found, "\n".join(found)  # of each kernel registers [0], stack [1] and shared memory [2]
+
+
+@each_on(*ARCHS, by_night=("sm80", "sm89"), by_day=BY_DAY_IN_TF32)
+def test_kernels_in_tf32_keep_within_their_limits_and_to_what_is_on_record(arch, case):
+    """What float32 takes where PyTorch may multiply in TF32."""
+    used, known = compiled(arch, case, tf32=True)
+    found = changes(known, used, f"{case.name} on {arch}")
+    assert not found, "\n".join(found)
 
 
 @each_on("sm80", "sm89")
