@@ -1,5 +1,6 @@
 """What holds for every test: fresh memory is NaN, the backend is `auto`, the interpreter can be trusted."""
 
+import gc
 import warnings
 
 import pytest
@@ -13,6 +14,16 @@ if interpreting():
 
     mend()
     quicken()
+
+
+gc.disable()  # what is imported stays
+
+
+def pytest_collection_finish():
+    """From here on the garbage collector looks at what tests make, not at all that is imported each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
