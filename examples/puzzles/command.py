@@ -196,3 +196,5 @@ def main(arguments: list[str] | None = None) -> None:
         given.call(given)
     except (ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
+    except MemoryError as error:
+        parser.error(f"expected numbers that fit into memory, got: {error}")

@@ -61,9 +61,14 @@ def device() -> torch.device:
 
 
 def make_model(split: Split, settings: Settings) -> PuzzleModel:
-    """A new model for these puzzles."""
-    names = ("seq_len", "vocab_size", "num_puzzle_identifiers")
-    return PuzzleModel(Sizes(*(split.about[name] for name in names)), settings)
+    """A new model for these puzzles. Errors: ValueError for one that is too large for the memory."""
+    sizes = Sizes(*(split.about[name] for name in ("seq_len", "vocab_size", "num_puzzle_identifiers")))
+    try:
+        return PuzzleModel(sizes, settings)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # PyTorch's allocator raises the first
+        raise ValueError(
+            f"expected a model that fits into memory, got {sizes} of width {settings.hidden_size}."
+        ) from error
 
 
 def trained_model(folder: Path, split: Split) -> PuzzleModel:

@@ -156,6 +156,14 @@ def test_a_maze_of_4x4_is_no_sudoku(tmp_path):
         _ = layout.read(tmp_path / "none", "train").what
 
 
+def test_more_kinds_of_puzzles_than_memory_has_room_for_are_one_line(folder, tmp_path, refused):
+    file = folder / "train" / "dataset.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_puzzle_identifiers": 1 << 44}))
+    said = refused(f"train {folder} {tmp_path / 'run'} {SMALL} --steps 1")
+    assert "expected a model that fits into memory, got Sizes(cells=9, vocabulary=12, kinds=" in said
+    assert not (tmp_path / "run").exists()
+
+
 # Settings
 
 
@@ -167,12 +175,14 @@ def test_a_maze_of_4x4_is_no_sudoku(tmp_path):
         ("--hidden-size 0", "--hidden-size: expected at least 1"),
         ("--supervision-steps 0", "--supervision-steps: expected at least 1"),
         ("--learning-rate nan", "--learning-rate: expected a number of at least 0, got nan"),
+        (f"--hidden-size {1 << 40} --num-heads 1", "expected a model that fits into memory, got Sizes"),
+        (f"--batch-size {1 << 50}", "expected numbers that fit into memory"),
         ("--ema 1", "--ema: expected a number from 0 to below 1"),
         ("--save-every 0", "--save-every: expected at least 1"),
         ("--seed -1", "--seed: expected a number from 0"),
         ("--hidden-size 15 --num-heads 2", "expected"),
         ("--checkpoint no-such-file.safetensors", "no-such-file.safetensors"),
-        ("--checkpoint {other}", "load_reference_state_dict: layers"),
+        ("--checkpoint {other}", "load_reference_state_dict: "),
         ("--recursion-curriculum 1:9", "expected"),
     ],
 )
