@@ -49,7 +49,7 @@ FIRST_TESTS = (
     "tests/trm_kernels/recursion/test_injection.py",
     "tests/trm_kernels/test_on_device.py",
 )
-DRY_TESTS = ("tests/test_floors.py",)  # quick ones
+DRY_TESTS = ("tests/test_house_map.py",)  # quick ones
 _DRY_PEERS = ("ours", "eager", "TRM paper's eager")
 
 

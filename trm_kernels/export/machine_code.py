@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -46,6 +47,7 @@ def cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@lru_cache(maxsize=4)  # what compiles a kernel asks for it, and then what counts its cycles
 def instructions(cubin: bytes) -> list[Instruction]:
     """The listing of a compiled kernel, in the order of its addresses."""
     return parsed(cuobjdump(cubin, "-sass"))
