@@ -388,7 +388,6 @@ class _AdaptiveBlock:
             return True
         going = which.nonzero()[:, 0]
         if len(going) in (0, len(which)):
-            self.going = going if len(going) == 0 else None
             return len(going) > 0
         of_sequences = which.view(self.B, self.T)
         sequences = of_sequences.any(dim=1).nonzero()[:, 0]
