@@ -6,8 +6,8 @@ prints one line for every kernel of every case under every row of the settings t
 that multiply float32, in TF32. It ends with exit code 1 when one spills, takes more registers than its case
 allows or more shared memory than a block of that GPU has, or when its main loop misses the GPU's tensor cores
 or its 16-byte asynchronous copies; the latter not in TF32. Under "main loop" the table says what multiplies,
-and the fewest bytes that come at a time from global memory: copied ahead into shared memory, or loaded through
-registers while the multiplication waits.
+and the fewest bytes that come at a time from global memory: copied ahead into shared memory, or loaded
+through registers while the multiplication waits.
 """
 
 import argparse
