@@ -1,5 +1,7 @@
 """The gate over what is predicted from machine code: it passes, and it fails when a kernel gets slower."""
 
+from dataclasses import replace
+
 import pytest
 import triton
 
@@ -68,6 +70,29 @@ def test_instructions_count_for_their_units(monkeypatch):
     assert cost.loop == Cycles(tensor=2 * (32 + 64), shared=8 * 4 + 2 * (32 + 32), issue=5 * 2, special=8 * 2)
     assert cost.rest == Cycles(tensor=0, shared=8 * (4 + 1), issue=4 * 2, special=0)
     assert cost.waits, "products and exponentials in one loop"
+
+
+BY_DESCRIPTORS = """
+        /*0000*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR20], R24 ;
+        /*0020*/               @P0 BRA 0x60 ;
+        /*0030*/               @P1 BRA 0x0 ;
+        /*0040*/                   UTMASTG.2D [UR4], [UR8] ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R2 ;
+        /*0070*/               @P0 BRA 0x60 ;
+        /*0080*/                   BRA 0x10 ;
+"""
+
+
+def test_a_descriptors_copy_counts_once_for_all_warps(monkeypatch):
+    """And a wait that stands at the kernel's end, and jumps back from there, is not in the loop."""
+    monkeypatch.setattr(cycles, "instructions", lambda cubin: parsed(BY_DESCRIPTORS))
+    tiles = "tensordesc<bf16[128, 64]>", "tensordesc<bf16[64, 64]>", "tensordesc<bf16[128, 32]>"
+    cost = cycles.kernel_cost(replace(a_kernel(), signature=tiles), 3)
+    copied = (128 + 64) / 2 * 64 * 2 / 128  # the mean of both factors
+    assert cost.loop == Cycles(tensor=2 * 32, shared=copied + 2 * 32, issue=0.25 + 3 * 2, special=0)
+    assert cost.rest.shared == copied
 
 
 @pytest.mark.parametrize(
