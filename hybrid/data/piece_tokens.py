@@ -33,7 +33,7 @@ class Loader:
     def __init__(self, sources: Sources, tokenize: Tokenize, workers: int, place: list[Any] | None) -> None:
         self._tokenize = tokenize
         self._is_stopped = False
-        self._asked: deque[list[Piece] | None] = deque()  # None: a pass is over
+        self._asked: deque[list[Piece] | Exception | None] = deque()  # None: a pass is over
         self._answers: Iterator[Any] = iter(
             DataLoader(
                 tokenize,
@@ -60,6 +60,8 @@ class Loader:
             if self._is_stopped:
                 raise RuntimeError("nobody waits for this")
             pieces = self._asked.popleft()
+            if isinstance(pieces, Exception):
+                raise pieces
             if pieces is None:
                 return
             yield from _closed(pieces, answer, self._tokenize)
@@ -72,13 +74,21 @@ def tokens_of(sources: Sources, tokenize: Tokenize) -> Iterator[PieceTokens]:
 
 
 def _endless(
-    sources: Sources, place: list[Any] | None, asked: deque[list[Piece] | None]
+    sources: Sources, place: list[Any] | None, asked: deque[list[Piece] | Exception | None]
 ) -> Iterator[list[Any]]:
-    """The contents of chunks from `place` on, and again and again; what they are of goes into `asked`."""
+    """The contents of chunks from `place` on, and again and again; what they are of goes into `asked`.
+
+    So does an error of reading. Raised through the DataLoader it would keep its iterator, and so its workers.
+    """
     while True:
-        for chunk in _chunked(sources.read(place)):
-            asked.append(chunk)
-            yield [piece.content for piece in chunk]
+        try:
+            for chunk in _chunked(sources.read(place)):
+                asked.append(chunk)
+                yield [piece.content for piece in chunk]
+        except Exception as error:
+            asked.append(error)
+            yield []
+            return
         asked.append(None)
         yield []
         place = None

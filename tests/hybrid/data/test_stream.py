@@ -273,7 +273,7 @@ def test_a_stream_that_fills_no_row(folder):
         stream(["a.txt"], held_out=2).held_out_rows()
 
 
-def test_its_workers_end_with_it_although_an_error_is_kept(jsonl):
+def test_its_workers_end_with_it_although_an_error_is_kept(jsonl, folder):
     """An error's traceback keeps all that it went through, until Python collects cycles."""
     others = set(multiprocessing.active_children())
 
@@ -286,7 +286,11 @@ def test_its_workers_end_with_it_although_an_error_is_kept(jsonl):
     with pytest.raises(ValueError, match="vocabulary") as kept_as_well:
         stream(jsonl, vocabulary=50, workers=1).count_rows()
     assert workers() == 0
-    assert kept.tb is not None and kept_as_well.tb is not None
+    (folder / "broken.jsonl").write_text('{"text": "good"}\nnone\n')
+    with pytest.raises(ValueError, match="broken.jsonl") as kept_of_reading:
+        next(stream(["broken.jsonl"], workers=1).rows())
+    assert workers() == 0
+    assert kept.tb is not None and kept_as_well.tb is not None and kept_of_reading.tb is not None
 
     rows = stream(jsonl, workers=1).rows()
     next(rows)
