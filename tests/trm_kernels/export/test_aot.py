@@ -28,6 +28,8 @@ if interpreting():
 
 RESOURCES = Path(__file__).parents[3] / "bench" / "results" / "static" / "resources.json"
 ARCHS = ("sm80", "sm89", "sm90")
+# compiled by day; where nothing is cached all dtypes for all GPUs take minutes
+BY_DAY = {"sm80": (torch.bfloat16,), "sm89": (torch.bfloat16,), "sm90": (torch.bfloat16, torch.float32)}
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 # every width and dtype with everything on, a minute an arch; those of three widths are compiled below as well
 COMPILES_LONG = ("rope_attention-padded",)
@@ -71,7 +73,7 @@ def compiled(arch, case, tf32=False):
     return check.resources(found)["kernels"].get(arch, {}).get(case.name, {}), known
 
 
-@each_on(*ARCHS, by_night=("sm80", "sm89"))
+@each_on(*ARCHS, by_night=ARCHS)
 def test_kernels_keep_within_their_limits_and_to_what_is_on_record(arch, case):
     """A change of registers or shared memory shows in review: `make resources` writes the file anew."""
     used, known = compiled(arch, case)
@@ -87,10 +89,10 @@ def test_kernels_in_tf32_keep_within_their_limits_and_to_what_is_on_record(arch,
     assert not found, "\n".join(found)
 
 
-@each_on("sm80", "sm89")
-def test_kernels_in_bfloat16_keep_to_what_is_on_record(arch, case):
-    """Where nothing is cached, compiling all dtypes for all GPUs takes minutes: the rest is done by night."""
-    used, known = compiled(arch, replace(case, dtypes=(torch.bfloat16,)))
+@each_on(*ARCHS)
+def test_kernels_of_the_common_dtypes_keep_to_what_is_on_record(arch, case):
+    by_day = tuple(dtype for dtype in case.dtypes if dtype in BY_DAY[arch])
+    used, known = compiled(arch, replace(case, dtypes=by_day))
     both = used.keys() & known.keys()  # a kernel that serves other dtypes too goes by the name of the first
     assert both
     found = changes({name: known[name] for name in both}, {name: used[name] for name in both}, case.name)
