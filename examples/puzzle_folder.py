@@ -62,6 +62,12 @@ def read(folder: Path, split: str, side: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(puzzles), torch.from_numpy(solutions)
 
 
+def check_empty(folder: Path) -> None:
+    """Errors: ValueError for a folder with something in it, which a run may have been trained on."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new folder or an empty one, got one with something in it.")
+
+
 def write(folder: Path, split: str, puzzles: Grids, solutions: Grids, variants: int) -> None:
     """A split, of groups of `variants` puzzles one after the other."""
     part, (count, side, _) = folder / split, puzzles.shape
@@ -153,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     try:
+        check_empty(given.folder)
         make(given.folder, given.puzzle, given.train, given.test, given.augmentations, given.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -29,6 +29,7 @@ _HAS = {
     "4x4": {"augmentations"},
     "9x9": {"augmentations"},
 }
+_TRAIN, _TEST = 1000, 100  # tasks or puzzles, unless they are given; of ARC-AGI as many as there are
 # a maze has walls around a start and a goal; rows of ARC-1D are drawn from 10 cells on
 _LEAST_SIDE = {"arc": 2, "arc1d": 10, "maze": 4, "4x4": 0, "9x9": 0}
 
@@ -39,10 +40,14 @@ def _data(given: argparse.Namespace) -> None:
             setattr(given, name, usual)
         elif name not in _HAS[given.kind]:
             raise ValueError(f"--{name}: expected a setting of {given.kind}, which has no such thing.")
+    for name, usual in (("train", _TRAIN), ("test", _TEST)):
+        if getattr(given, name) is None and given.kind != "arc":  # which has a number of tasks of its own
+            setattr(given, name, usual)
     least = {"train": 1, "test": 1, "rules": 1, "side": _LEAST_SIDE[given.kind], "shortest": 1}
     for name, fewest in (least | {"augmentations": 0, "seed": 0}).items():
         if (value := getattr(given, name)) is not None and value < fewest:
             raise ValueError(f"--{name}: expected at least {fewest}, got {value}.")
+    puzzle_folder.check_empty(given.folder)
     _MAKERS[given.kind](given)
     counts = ((split, len(read(given.folder, split).inputs)) for split in ("train", "test"))
     print(f"{given.folder}: " + ", ".join(f"{count:,} examples to {split}" for split, count in counts))
@@ -55,9 +60,16 @@ def _make_arc(given: argparse.Namespace) -> None:
         {name: task for name, task in tasks.items() if arc.fits(task, size)}
         for tasks in packages.arc_tasks(given.version)
     ]
+    asked = (("train", given.train, _TRAIN), ("test", given.test, _TEST))
+    for (name, count, _), tasks in zip(asked, sets, strict=True):
+        if count is not None and count > len(tasks):
+            raise ValueError(
+                f"--{name}: expected at most {len(tasks)}, the tasks with grids of up to "
+                f"{given.side}x{given.side}, got {count}."
+            )
     learned, tested = (
-        dict(list(tasks.items())[:count])
-        for tasks, count in zip(sets, (given.train, given.test), strict=True)
+        dict(list(tasks.items())[: count or usual])
+        for (_, count, usual), tasks in zip(asked, sets, strict=True)
     )
     arc.make(given.folder, learned, tested, given.augmentations, size, given.seed)
 
@@ -144,8 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(call=_data)
     data.add_argument("kind", choices=_MAKERS)
     data.add_argument("folder", type=Path)
-    data.add_argument("--train", type=int, default=1000, help="tasks or puzzles; default 1000")
-    data.add_argument("--test", type=int, default=100, help="tasks or puzzles; default 100")
+    data.add_argument("--train", type=int, help=f"tasks or puzzles; default {_TRAIN}, or all of ARC")
+    data.add_argument("--test", type=int, help=f"tasks or puzzles; default {_TEST}")
     data.add_argument("--augmentations", type=int, help="of each; mazes have all 8; default 10")
     data.add_argument("--side", type=int, help="of a grid, the cells of a row; default 30")
     data.add_argument("--shortest", type=int, help="steps of a maze's path, at least; default 8")

