@@ -12,12 +12,22 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHARED = ("torch", "torch._dynamo", "torch.distributed.tensor", "accelerate", "pandas", "PIL.Image")
+# torch, and what transformers and peft import where they find it
+SHARED = (
+    "torch",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "accelerate",
+    "pandas",
+    "PIL.Image",
+    "datasets",
+)
+FOUND = ("torchao", "bitsandbytes", "networkx")
 OURS = ("transformers", "hybrid", "trm_kernels", "peft")  # not even by way of the shared
 
 _SERVER = f"""
-import importlib, json, os, sys, tempfile
-for name in {SHARED}:
+import importlib, importlib.util, json, os, sys, tempfile
+for name in {SHARED} + tuple(filter(importlib.util.find_spec, {FOUND})):
     importlib.import_module(name)
 from tests.support import forked
 assert not any(name.split(".")[0] in {OURS} for name in sys.modules)
