@@ -73,7 +73,7 @@ class AttentionInputs(NamedTuple):
 def room_in(cache: EvaluationCache | None, *what: Any) -> CacheRoom | None:
     """Where a cache lets a call write; None where it cannot."""
     find = getattr(cache, "room", None)
-    return find(*what) if find else None
+    return None if find is None else find(*what)  # torch 2.11 does not trace whether a method is true
 
 
 def check_key_mask(key_mask: Tensor | None, x: Tensor, room: CacheRoom | None = None) -> None:
