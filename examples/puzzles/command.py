@@ -112,10 +112,12 @@ def _train(given: argparse.Namespace) -> None:
         raise ValueError(f"--save-every: expected at least 1, got {given.save_every}.")
     if not 0 <= given.seed < 1 << 63:
         raise ValueError(f"--seed: expected a number from 0 to below 2^63, got {given.seed}.")
+    if given.run.resolve() == given.data.resolve():
+        raise ValueError(f"{given.run}: expected a folder of the run's own, got that of its puzzles.")
     split = read(given.data, "train")
     settings = replace(PAPERS[split.what], **chosen)
     checkpoint = given.checkpoint and given.checkpoint.resolve()
-    run = Run(given.data.resolve(), split.digest(), settings, given.seed, checkpoint)
+    run = Run(given.data.resolve(), split.digest(), split.kind, settings, given.seed, checkpoint)
     train(run, split, given.run, given.save_every)
 
 
@@ -126,9 +128,22 @@ def _answers(given: argparse.Namespace) -> tuple[Split, evaluation.Answers, Path
             raise ValueError(f"--{name}: expected at least 1, got {value}.")
     run = Run.read(given.run)
     data = given.data or run.data
-    split = read(data, "test").first(given.most)
+    split = _tested(run, data).first(given.most)
     model, steps = trained_model(given.run, split), run.settings.supervision_steps
     return split, evaluation.answered(model, split, steps, given.rows), data
+
+
+def _tested(run: Run, data: Path) -> Split:
+    """What is to test in `data`. Errors: ValueError for puzzles that the run cannot know."""
+    split = read(data, "test")
+    if split.kind != run.puzzles:
+        raise ValueError(f"{data}: expected puzzles like those of the run, {run.puzzles}; got {split.kind}.")
+    if split.what == "arc" and read(data, "train").digest() != run.digest:
+        raise ValueError(
+            f"{data}: expected the folder that the run is trained on, for it learned an embedding of each "
+            "task; got other tasks."
+        )
+    return split
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -78,6 +78,12 @@ class Split(NamedTuple):
             f"start and one goal), got others, of {tokens} tokens in {rows}x{columns} cells."
         )
 
+    @property
+    def kind(self) -> str:
+        """What a run's puzzles have in common, such as "maze of 6x6 cells". Errors: as `what`."""
+        rows, columns = self.grid
+        return f"{self.what} of {rows}x{columns} cells"
+
     def first(self, groups: int | None) -> "Split":
         """The first so many groups with all that is in them: tasks of ARC, puzzles of the others."""
         if groups is None or groups >= len(self.group_indices) - 1:

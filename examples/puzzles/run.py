@@ -34,13 +34,15 @@ class Run:
 
     data: Path  # absolute, as `checkpoint`
     digest: str  # of what is trained on, see Split.digest
+    puzzles: str  # see Split.kind
     settings: Settings
     seed: int = 0
     checkpoint: Path | None = None  # weights to begin with
 
     def as_json(self) -> dict[str, Any]:
         begins = None if self.checkpoint is None else str(self.checkpoint)
-        about = {"data": str(self.data), "digest": self.digest, "seed": self.seed, "checkpoint": begins}
+        about: dict[str, Any] = {"data": str(self.data), "digest": self.digest, "puzzles": self.puzzles}
+        about |= {"seed": self.seed, "checkpoint": begins}
         return about | asdict(self.settings)
 
     @classmethod
@@ -48,10 +50,10 @@ class Run:
         """Errors: ValueError for a folder without a run."""
         try:
             about = json.loads((folder / ABOUT).read_text())
-            data, digest, seed, begins = (
-                about.pop(name) for name in ("data", "digest", "seed", "checkpoint")
+            data, digest, puzzles, seed, begins = (
+                about.pop(name) for name in ("data", "digest", "puzzles", "seed", "checkpoint")
             )
-            return cls(Path(data), digest, Settings(**about), seed, begins and Path(begins))
+            return cls(Path(data), digest, puzzles, Settings(**about), seed, begins and Path(begins))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: expected a run (python -m puzzles train), got {error!r}.") from error
 

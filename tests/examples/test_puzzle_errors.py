@@ -275,6 +275,35 @@ def test_no_folder_is_written_over(make, folder, tmp_path, monkeypatch, capsys):
 # Runs
 
 
+@pytest.mark.parametrize("call", ["evaluate", "pictures"])
+def test_puzzles_that_a_run_cannot_know_are_not_tested(call, folder, tmp_path, refused):
+    maze = np.array([[1, 1, 1, 1], [1, 3, 2, 1], [1, 1, 4, 1], [1, 1, 1, 1]], np.uint8)
+    filled = np.array([[2, 3, 4, 5], [4, 5, 2, 3], [3, 2, 5, 4], [5, 4, 3, 2]], np.uint8)
+    pairs = {"maze": (maze, mazes.solved(maze)), "sudoku": (np.where(filled == 2, 1, filled), filled)}
+    pairs["larger"] = tuple(np.pad(part, 1, constant_values=1) for part in pairs["maze"])
+    for name, example in pairs.items():  # all of as many tokens and kinds: the weights would fit
+        for split in ("train", "test"):
+            layout.write(tmp_path / name, split, [[Puzzle(0, [example])]], 6)
+    run_of(f"train {tmp_path / 'maze'} {tmp_path / 'run'} {SMALL} --steps 0")
+    for other, kind in (("sudoku", "sudoku of 4x4 cells"), ("larger", "maze of 6x6 cells")):
+        said = refused(f"{call} {tmp_path / 'run'} --data {tmp_path / other}")
+        assert f"expected puzzles like those of the run, maze of 4x4 cells; got {kind}" in said
+    assert not {"evaluation.json", "puzzles.png"} & {file.name for file in (tmp_path / "run").iterdir()}
+
+    arc.make(tmp_path / "other", {}, {"c": TASKS["b"], "d": TASKS["a"]}, augmentations=2, size=(3, 3), seed=1)
+    run_of(f"train {folder} {tmp_path / 'arc-run'} {SMALL} --steps 0")
+    said = refused(f"{call} {tmp_path / 'arc-run'} --data {tmp_path / 'other'}")
+    assert "expected the folder that the run is trained on" in said
+    shutil.copytree(folder, tmp_path / "moved")
+    run_of(f"{call} {tmp_path / 'arc-run'} --data {tmp_path / 'moved'}")
+
+
+def test_a_run_is_not_written_among_its_puzzles(folder, refused):
+    before = set(folder.rglob("*"))
+    assert "expected a folder of the run's own" in refused(f"train {folder} {folder} {SMALL} --steps 0")
+    assert set(folder.rglob("*")) == before
+
+
 def test_a_task_is_counted_with_all_its_variants_or_not_at_all(folder, tmp_path, capsys):
     run_of(f"train {folder} {tmp_path / 'run'} {SMALL} --steps 0")
     # two tests of the first task in three variants, then one of the second
