@@ -52,11 +52,12 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. No thread reads any more."""
-        self._answers = iter(())  # drops the only reference to the DataLoader's iterator
+        # PyTorch has no public name for it, and without workers nothing to end
+        if (end := getattr(self._answers, "_shutdown_workers", None)) is not None:
+            end()
 
     def one_pass(self) -> Iterator[PieceTokens]:
-        while True:  # a for loop would keep a second reference to the iterator
-            answer = next(self._answers)
+        for answer in self._answers:
             if self._is_stopped:
                 raise RuntimeError("nobody waits for this")
             pieces = self._asked.popleft()
@@ -78,7 +79,7 @@ def _endless(
 ) -> Iterator[list[Any]]:
     """The contents of chunks from `place` on, and again and again; what they are of goes into `asked`.
 
-    So does an error of reading. Raised through the DataLoader it would keep its iterator, and so its workers.
+    So does an error of reading: raised while a DataLoader begins, it would leave workers that nobody can end.
     """
     while True:
         try:
