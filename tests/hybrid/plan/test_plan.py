@@ -22,6 +22,7 @@ from hybrid.plan.table import Wishes, as_json, lines, plan
 from hybrid.plan.work import cost, from_scratch, speed, work
 from hybrid.training.phases import enter
 from tests.hybrid.cli.test_cli import refused
+from tests.support.pinned import on_record_with
 from tests.support.real_training import _TRM, CASES
 from tests.support.tiny import FAMILIES, tiny_base, tiny_config
 from trm_kernels.recursion.saved_bytes import SAVES
@@ -292,6 +293,7 @@ def test_a_plan_that_cannot_be(words, message, capsys):
     assert message in refused(capsys, "plan", *words)
 
 
+@on_record_with("transformers")
 def test_the_guide_that_is_kept_is_the_guide_as_computed(capsys):
     assert main(["plan", "--guide"]) == 0
     with open(f"{ROOT}/docs/guide-checked.md", encoding="utf-8") as file:
