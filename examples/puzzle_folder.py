@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Grids = NDArray[np.uint8]  # [count, side, side], 0 a blank
+# what reading a folder raises that is none, or that is broken
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile)
 _KINDS = {"4x4": ("mini_sudoku", 2), "9x9": ("sudoku", 3)}  # reasoning-gym's name; rows of a box
 
 
@@ -47,19 +49,23 @@ def read(folder: Path, split: str, side: int) -> tuple[Tensor, Tensor]:
             )
             for what in ("inputs", "labels")
         )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{part}: expected a folder of the TRM paper's layout, got {error!r}.") from error
-    cells = side * side
-    if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] != cells or not len(inputs):
-        raise ValueError(
-            f"{part}: expected inputs and labels [examples, {cells}], got {inputs.shape}, {labels.shape}."
-        )
+    check_shapes(part, inputs, labels, side * side)
     if not np.isin(inputs, range(1, side + 2)).all() or not np.isin(labels, range(2, side + 2)).all():
         raise ValueError(f"{part}: expected tokens 1..{side + 1}, and solutions without a blank; got others.")
     puzzles, solutions = ((tokens - 1).astype(np.uint8) for tokens in (inputs, labels))
     if ((puzzles != solutions) & (puzzles > 0)).any():
         raise ValueError(f"{part}: expected solutions that keep what is given, got others.")
     return torch.from_numpy(puzzles), torch.from_numpy(solutions)
+
+
+def check_shapes(part: Path, inputs: NDArray[Any], labels: NDArray[Any], cells: int) -> None:
+    """Errors: ValueError for what is not [examples, cells] both, or no example."""
+    if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] != cells or not len(inputs):
+        raise ValueError(
+            f"{part}: expected inputs and labels [examples, {cells}], got {inputs.shape}, {labels.shape}."
+        )
 
 
 def check_empty(folder: Path) -> None:

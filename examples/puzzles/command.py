@@ -29,7 +29,7 @@ _HAS = {
     "4x4": {"augmentations"},
     "9x9": {"augmentations"},
 }
-_TRAIN, _TEST = 1000, 100  # tasks or puzzles, unless they are given; of ARC-AGI as many as there are
+_COUNTS = {"train": 1000, "test": 100}  # tasks or puzzles, unless they are given; of ARC-AGI at most all
 # a maze has walls around a start and a goal; rows of ARC-1D are drawn from 10 cells on
 _LEAST_SIDE = {"arc": 2, "arc1d": 10, "maze": 4, "4x4": 0, "9x9": 0}
 
@@ -40,7 +40,7 @@ def _data(given: argparse.Namespace) -> None:
             setattr(given, name, usual)
         elif name not in _HAS[given.kind]:
             raise ValueError(f"--{name}: expected a setting of {given.kind}, which has no such thing.")
-    for name, usual in (("train", _TRAIN), ("test", _TEST)):
+    for name, usual in _COUNTS.items():
         if getattr(given, name) is None and given.kind != "arc":  # which has a number of tasks of its own
             setattr(given, name, usual)
     least = {"train": 1, "test": 1, "rules": 1, "side": _LEAST_SIDE[given.kind], "shortest": 1}
@@ -60,16 +60,15 @@ def _make_arc(given: argparse.Namespace) -> None:
         {name: task for name, task in tasks.items() if arc.fits(task, size)}
         for tasks in packages.arc_tasks(given.version)
     ]
-    asked = (("train", given.train, _TRAIN), ("test", given.test, _TEST))
-    for (name, count, _), tasks in zip(asked, sets, strict=True):
-        if count is not None and count > len(tasks):
+    for name, tasks in zip(_COUNTS, sets, strict=True):
+        if (count := getattr(given, name)) is not None and count > len(tasks):
             raise ValueError(
                 f"--{name}: expected at most {len(tasks)}, the tasks with grids of up to "
                 f"{given.side}x{given.side}, got {count}."
             )
     learned, tested = (
-        dict(list(tasks.items())[: count or usual])
-        for (_, count, usual), tasks in zip(asked, sets, strict=True)
+        dict(list(tasks.items())[: getattr(given, name) or _COUNTS[name]])
+        for name, tasks in zip(_COUNTS, sets, strict=True)
     )
     arc.make(given.folder, learned, tested, given.augmentations, size, given.seed)
 
@@ -171,8 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(call=_data)
     data.add_argument("kind", choices=_MAKERS)
     data.add_argument("folder", type=Path)
-    data.add_argument("--train", type=int, help=f"tasks or puzzles; default {_TRAIN}, or all of ARC")
-    data.add_argument("--test", type=int, help=f"tasks or puzzles; default {_TEST}")
+    for name, usual in _COUNTS.items():
+        data.add_argument(
+            f"--{name}", type=int, help=f"tasks or puzzles; default {usual}, of arc at most all"
+        )
     data.add_argument("--augmentations", type=int, help="of each; mazes have all 8; default 10")
     data.add_argument("--side", type=int, help="of a grid, the cells of a row; default 30")
     data.add_argument("--shortest", type=int, help="steps of a maze's path, at least; default 8")

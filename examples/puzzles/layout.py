@@ -20,11 +20,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from puzzle_folder import UNREADABLE, check_shapes
 
 from puzzles.training import IGNORED, Batch
 
@@ -132,10 +132,10 @@ def read(folder: Path, split: str) -> Split:
         about = _about(json.loads((part / "dataset.json").read_text()))
         sets = [[_array(part / f"{name}__{what}.npy") for what in _ARRAYS] for name in about["sets"]]
         arrays = [np.concatenate([one[i] for one in sets]) for i in range(3)]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, MemoryError) as error:
+    except (*UNREADABLE, MemoryError) as error:
         raise ValueError(f"{part}: expected a folder of the TRM paper's layout, got {error!r}.") from error
     inputs, labels, kinds = arrays
-    _check_shapes(part, inputs, labels, about["seq_len"])
+    check_shapes(part, inputs, labels, about["seq_len"])
     # what points into the arrays of a set points behind those of the sets before
     puzzles, groups = (
         _one_after_the_other(part, name, [one[i] for one in sets], [len(one[into]) for one in sets])
@@ -203,13 +203,6 @@ def _one_after_the_other(
             raise ValueError(f"{part}: expected {name} that rise from 0 to {end}, got others.")
         whole.append(whole[-1][-1] + rising[1:])
     return np.concatenate(whole)
-
-
-def _check_shapes(part: Path, inputs: NDArray[Any], labels: NDArray[Any], cells: int) -> None:
-    if inputs.ndim != 2 or inputs.shape != labels.shape or inputs.shape[1] != cells or not len(inputs):
-        raise ValueError(
-            f"{part}: expected inputs and labels [examples, {cells}], got {inputs.shape}, {labels.shape}."
-        )
 
 
 def _check_numbers(part: Path, name: str, numbers: NDArray[Any], limit: int) -> None:

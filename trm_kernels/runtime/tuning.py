@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
+_Row = TypeVar("_Row")
 _UNTIMED = "nothing yet: chosen by registers and spills, not by time"
 ANY_ROWS = 2**31
 _MODEL = "nothing yet: chosen by `python -m bench static --cost`, which predicts from machine code"
@@ -490,13 +492,12 @@ def gemm(
     """
     if M is not None:
         M = _as_for_rows.get() or M
-    serve = [
-        row
-        for row in _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
-        if row.max_rows == ANY_ROWS or (type(M) is int and row.max_rows >= M)
-    ]
+    rows = _GEMMS[op].get(arch if is_aligned else "any", _GEMMS[op]["any"])
+    serve: Iterator[GemmLaunch] = (
+        row for row in rows if row.max_rows == ANY_ROWS or (type(M) is int and row.max_rows >= M)
+    )
     if is_aligned and op in (instead := _instead.get()):
-        serve = [instead[op], *serve]
+        serve = chain([instead[op]], serve)
     return next(
         row for row in serve if row.element_size == element_size and (row.writes_more or not writes_more)
     )
@@ -542,16 +543,18 @@ def one_launch_candidates(arch: str) -> list[OneLaunch]:
 
 def attention_candidates(arch: str) -> Iterator[tuple[str, AttentionLaunch]]:
     """(kernel, row) of all settings of attention on `arch`, those behind one that is taken included."""
-    for kernel, of_kernel in ATTENTION.items():
-        for row in of_kernel.get(arch, of_kernel["any"]):
-            yield kernel, row
+    return _rows_of(ATTENTION, arch)
 
 
 def gemm_candidates(arch: str) -> Iterator[tuple[str, GemmLaunch]]:
     """(op, row) of all products' settings on `arch`, those behind one that is taken included."""
-    for op, of_op in _GEMMS.items():
-        for row in of_op.get(arch, of_op["any"]):
-            yield op, row
+    return _rows_of(_GEMMS, arch)
+
+
+def _rows_of(table: dict[str, dict[str, tuple[_Row, ...]]], arch: str) -> Iterator[tuple[str, _Row]]:
+    for name, of_archs in table.items():
+        for row in of_archs.get(arch, of_archs["any"]):
+            yield name, row
 
 
 def tile(op: str, arch: str) -> TileLaunch:
