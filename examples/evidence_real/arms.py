@@ -73,7 +73,9 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
         everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
         trained_in = torch.bfloat16 if arm.learns.endswith("bfloat16") else torch.float32
         return Model(get_peft_model(base, everywhere), base, layer=0, trained_in=trained_in)
-    made = with_recursion(base, seed, arm.n, arm.sampling, arm.norm)
+    made = with_recursion(
+        base, seed, num_recursion_steps=arm.n, recursion_sampling=arm.sampling, trm_input_norm=arm.norm
+    )
     if arm.learns == "untied":
         config, injection = made.whole.config, base.model.layers[LAST - 1].trm
         injection.recursion = UntiedStack(64, 4, 168, arm.n, config.trm_rms_norm_eps, config.trm_attention)

@@ -70,7 +70,7 @@ class Cache:
 
     def _parts(self, name: str) -> dict[str, Part]:
         questions = {part: encode(self.tokenizer, texts) for part, texts in parts_of(TASKS[name]).items()}
-        return {part: self._part(f"{name}-{part}", some) for part, some in questions.items()}
+        return {part: self.part(f"{name}-{part}", some) for part, some in questions.items()}
 
     def _ordinary(self) -> dict[str, Part]:
         from pydoc_data.topics import topics
@@ -79,7 +79,7 @@ class Cache:
         cut = len(prose) * 9 // 10
         sources = "\n".join(Path(file).read_text("utf-8") for file in split_sources(500_000, 60_000)[1])
         of = {"kept": prose[:cut], "help texts": prose[cut:], "Python sources": sources}
-        return {name: self._part(name, self._rows(name, text)) for name, text in of.items()}
+        return {name: self.part(name, self._rows(name, text)) for name, text in of.items()}
 
     def _rows(self, name: str, text: str) -> Questions:
         length = _ROW[name] + 1
@@ -88,7 +88,8 @@ class Cache:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: _ROWS[name]]
         return Questions(rows[chosen, :-1].contiguous(), rows[chosen, 1:].contiguous())
 
-    def _part(self, name: str, questions: Questions) -> Part:
+    def part(self, name: str, questions: Questions) -> Part:
+        """Questions, and what comes out of LAYERS for them."""
         digest = hashlib.sha256(questions.ids.numpy().tobytes() + questions.asked.numpy().tobytes())
         path = self.folder / f"{name.replace(' ', '-')}-{digest.hexdigest()[:12]}.safetensors"
         if not path.exists():

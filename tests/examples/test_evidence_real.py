@@ -1,14 +1,16 @@
 """The evidence on a real base, with a tiny one: every arm runs, a run that is there stays, tables say all."""
 
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
-from evidence_real import arms, cached, command, measures, tables, tasks
+from evidence_real import ablations, arms, cached, command, measures, tables, tasks
 from evidence_real.results import Lines, Run
 
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.questions import NOTHING, encode
+from hybrid.demo.real.training import TrainingPlan
 from tests.support.tiny_words import word_base, word_tokenizer
 
 
@@ -179,3 +181,44 @@ def test_bfloat16_is_for_training_alone():
     assert torch.allclose(narrow, wide, atol=0.1)  # states are about 1; bfloat16 rounds each product by 2^-9
     assert narrow.dtype == torch.float32
     assert {p.dtype for p in same_steps.whole.parameters()} == {torch.float32}
+
+
+def test_levers_run_once_and_their_table_shows_every_seed(tiny, tmp_path, capsys, monkeypatch):
+    few = TrainingPlan(steps=2, batch_size=4)
+    levers = {
+        "as it is": ablations.Lever({"num_recursion_steps": 1}, few),
+        "a gate": ablations.Lever({"blending_strategy": "gated"}, few, gate=-3.0),
+        "two points": ablations.Lever({"injection_layers": [1, 2]}, few),
+    }
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: ablations -->\n<!-- end -->\n")
+    for name, value in {"LEVERS": levers, "GAMES": 4, "N": (1, 2), "DOCUMENT": page}.items():
+        monkeypatch.setattr(ablations, name, value)
+    monkeypatch.setattr(ablations, "PUBLISHED", tmp_path / "published" / "ablations.jsonl")
+    given = [*tiny[:4], "--seeds", "1"]
+    assert ablations.main([*given, "--publish"]) == 0
+    assert capsys.readouterr().out.count("seed 1: ") == 3
+    path = tmp_path / "out" / "ablations.jsonl"
+    result = Lines(path).of("words", "two points")[1]
+    assert [len(moves) for moves in result["by_n"].values()] == [24, 24] and result["steps"] == 2
+    made = path.read_bytes()
+    assert ablations.main(given) == 0 and path.read_bytes() == made, "what is there is not run again"
+    rows = page.read_text().splitlines()[3:6]
+    assert [row.split("|")[1].strip() for row in rows] == list(levers)
+    for row, found in zip(rows, Lines(path).runs.values(), strict=True):
+        first = statistics.mean(found["result"]["by_n"]["2"][:16])
+        assert f" {first:.3f} | - {first:.3f} - - - |" in row, "the mean over the seeds, and each of them"
+
+
+def test_a_lever_changes_what_it_says():
+    def trained(name):
+        base = word_base()
+        lever = ablations.LEVERS[name]
+        at = {"injection_layers": [2]}
+        return ablations.model_of(replace(lever, settings=at | lever.settings), base, 0).trained()
+
+    gated = trained("a gate that opens from .05")
+    (bias,) = (parameter for name, parameter in gated.items() if name.endswith("gate_bias"))
+    assert torch.sigmoid(bias).item() == pytest.approx(0.047, abs=1e-3)
+    usual, zero = trained("as it is"), trained("y and z from zero")
+    assert {name.rpartition(".")[2] for name in usual.keys() - zero.keys()} == {"y_init", "z_init"}

@@ -12,34 +12,29 @@ from hybrid.model.injection import decoder_layers
 _MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def with_recursion(
-    base: Any, seed: int, n: int = 8, sampling: str = "uniform", input_norm: bool = True
-) -> Model:
+def with_recursion(base: Any, seed: int, **settings: Any) -> Model:
     """A TRM of one layer of width 64 after the last layer of `base`, which is changed and frozen.
 
     Args:
         base: A causal language model.
         seed: Of the numbers of recursion steps; the initial weights are torch's.
-        n: Recursion steps.
-        sampling: HybridConfig's recursion_sampling.
-        input_norm: HybridConfig's trm_input_norm.
+        settings: Of HybridConfig, in the place of those chosen here.
     """
-    last = len(decoder_layers(base))
-    config = HybridConfig(
-        injection_layers=[last],
-        trm_hidden_size=64,
-        trm_num_heads=4,
-        trm_num_layers=1,
-        trm_intermediate_size=168,
-        trm_attention="sdpa",
-        trm_input_norm=input_norm,
-        num_recursion_steps=n,
-        recursion_sampling=sampling,
-        recursion_seed=seed,
-        injection_strength=32.0,
-    )
+    chosen: dict[str, Any] = {
+        "injection_layers": [len(decoder_layers(base))],
+        "trm_hidden_size": 64,
+        "trm_num_heads": 4,
+        "trm_num_layers": 1,
+        "trm_intermediate_size": 168,
+        "trm_attention": "sdpa",
+        "num_recursion_steps": 8,
+        "recursion_sampling": "uniform",
+        "injection_strength": 32.0,
+    }
+    config = HybridConfig(recursion_seed=seed, **chosen | settings)
     hybrid = HybridModel(llm_model=base, config=config).freeze_base()
-    return Model(hybrid, base, last, draws_steps=sampling == "uniform")
+    draws_steps = config.recursion_sampling == "uniform"
+    return Model(hybrid, base, config.injection_layers[0], draws_steps=draws_steps)
 
 
 def with_lora(base: Any, rank: int = 12) -> Model:
