@@ -167,16 +167,17 @@ def refuse_others_files(folder: Path) -> None:
         read_metrics(folder)
         if taken:
             raise ValueError(
-                f"train: expected an output folder without a run, got {taken[0].name} in {folder}, of the "
-                "run in it. To go on with that run, give the command that began it with --resume behind it "
-                "(in Python train(..., resume=True)); for a new one, choose another folder."
+                f"train: expected an output folder without a run, got {folder}, where an earlier run has "
+                f"saved {taken[0].name}. To go on with that run, give the command that began it with "
+                "--resume behind it (in Python train(..., resume=True)); for a new one, choose another "
+                "folder."
             )
         return
     taken += [path for name in (METRICS, CURVE) if (path := folder / name).exists()]
     if taken:
         raise ValueError(
-            f"train: expected an output folder without a run, got {taken[0].name} in {folder}, which no run "
-            "in it wrote. Choose another folder."
+            f"train: expected an output folder without a run, got {folder}, where {taken[0].name} is that no "
+            "run wrote. Choose another folder."
         )
 
 

@@ -325,7 +325,10 @@ def test_there_must_be_a_run_to_resume(tmp_path):
 
 def test_a_new_run_does_not_touch_an_old_one(tmp_path):
     train(phase_1(), Counting(), settings_for(tmp_path))
-    message = "expected an output folder without a run, got checkpoint-000020 .* with --resume behind it"
+    message = (
+        "expected an output folder without a run, got .*, where an earlier run has saved checkpoint-000020"
+        ".* with --resume behind it"
+    )
     with pytest.raises(ValueError, match=message):
         train(phase_1(), Counting(), settings_for(tmp_path))
     assert run_state.latest(tmp_path) == tmp_path / "checkpoint-000020"
