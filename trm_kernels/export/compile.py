@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from trm_kernels.export.machine_code import copies_without_fence, cuobjdump, instructions, unguarded_writes
+from trm_kernels.export.machine_code import (
+    Instruction,
+    copies_without_fence,
+    cuobjdump,
+    instructions,
+    unguarded_writes,
+)
 from trm_kernels.runtime.launch import Launch
 
 # Kernels whose unguarded writes were read by hand, sm_90, Triton 3.6.0 and 3.7.1: they write beside what the
@@ -74,8 +80,20 @@ class Compiled:
     cubin: bytes
     main_loop: MainLoop | None = None  # of a kernel that multiplies matrices
     parameters: tuple[str, ...] = ()  # as the assembler text declares them: "u64", "u32", "f32"
-    unguarded_writes: int = 0  # of shared memory, behind wgmma: export/machine_code.py
-    lacks_fence: bool = False  # wgmma reads copies that no fence orders before it
+    multiplies_by_wgmma: bool = False  # which takes a listing to judge: export/machine_code.py
+
+    @property
+    def unguarded_writes(self) -> int:
+        """Writes to shared memory that wgmma of another warpgroup (four warps) may still read."""
+        return len(unguarded_writes(self._code())) if self.num_warps > 4 else 0
+
+    @property
+    def lacks_fence(self) -> bool:
+        """Whether wgmma reads copies that no fence orders before it."""
+        return copies_without_fence(self._code())
+
+    def _code(self) -> list[Instruction]:
+        return instructions(self.cubin) if self.multiplies_by_wgmma else []
 
     def complaints(self, max_registers: int) -> list[str]:
         """What keeps it from running, or from running well, on its GPU."""
@@ -91,8 +109,8 @@ class Compiled:
             found.append(f"takes {self.registers} registers of {max_registers}")
         if self.shared > limit:
             found.append(f"takes {self.shared} bytes of shared memory of {limit}")
-        if self.unguarded_writes and self.name not in _WRITES_ELSEWHERE:
-            found.append(f"writes {self.unguarded_writes} times to shared memory that wgmma may still read")
+        if self.name not in _WRITES_ELSEWHERE and (writes := self.unguarded_writes):
+            found.append(f"writes {writes} times to shared memory that wgmma may still read")
         return found
 
 
@@ -142,8 +160,6 @@ def _compile(
     built = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=dict(options))
     cubin = built.asm["cubin"]
     registers, stack = _resources(cubin)
-    code = instructions(cubin) if "wgmma" in built.asm["ptx"] else []
-    has_warpgroups = built.metadata.num_warps > 4
     constants = {signature[i][0] for (i,), _ in constexprs}
     strides_are_aligned = all(
         i in aligned
@@ -161,8 +177,7 @@ def _compile(
         cubin=cubin,
         main_loop=_main_loop(built.asm, arch, built.metadata, strides_are_aligned),
         parameters=tuple(re.findall(r"\.param \.(\w+)", built.asm["ptx"].partition(".entry")[2])),
-        unguarded_writes=len(unguarded_writes(code)) if has_warpgroups else 0,
-        lacks_fence=copies_without_fence(code),
+        multiplies_by_wgmma="wgmma" in built.asm["ptx"],
     )
 
 

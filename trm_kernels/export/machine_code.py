@@ -6,17 +6,20 @@ write to those tiles. Triton 3.7.1 can leave it out: https://github.com/triton-l
 tile a write goes to cannot be read here; a write to another one needs no barrier.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _WRITES = ("STS", "STSM", "LDGSTS", "UTMALDG", "ATOMS")
 _ENDS = ("EXIT", "RET")
+_LISTING = "listing.sass"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,20 @@ def cuobjdump(cubin: bytes, option: str) -> str:
 @lru_cache(maxsize=4)  # what compiles a kernel asks for it, and then what counts its cycles
 def instructions(cubin: bytes) -> list[Instruction]:
     """The listing of a compiled kernel, in the order of its addresses."""
-    return parsed(cuobjdump(cubin, "-sass"))
+    return parsed(_listing(cubin))
+
+
+def _listing(cubin: bytes) -> str:
+    """What cuobjdump lists, kept in Triton's cache: a kernel of wgmma takes it half a second."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    kept = get_cache_manager(hashlib.sha256(cubin + triton.__version__.encode()).hexdigest())
+    if path := kept.get_file(_LISTING):
+        return Path(path).read_text()
+    listing = cuobjdump(cubin, "-sass")
+    kept.put(listing, _LISTING, binary=False)
+    return listing
 
 
 def parsed(listing: str) -> list[Instruction]:
