@@ -116,14 +116,17 @@ def test_a_process_of_the_holder_does_not_hold(tmp_path):
     """A data worker that outlives its parent keeps nobody out."""
     folder, told = tmp_path / "run", tmp_path / "told"
 
-    def act():
+    def outlive():  # it says so itself: what it inherited is given up as it begins, which may come later
+        told.with_suffix(".part").write_text(str(os.getpid()))
+        told.with_suffix(".part").rename(told)
+        time.sleep(60)
+
+    def hold():
         with run_folder.held(folder, PartialState()):
-            child = forked.start(lambda: time.sleep(60))
-            told.with_suffix(".part").write_text(str(child))
-            told.with_suffix(".part").rename(told)
+            forked.start(outlive)
             time.sleep(60)
 
-    process = forked.start(act)
+    process = forked.start(hold)
     wait_for(told)
     try:
         os.kill(process, 9)
