@@ -47,6 +47,7 @@ ARMS: dict[str, Arm] = {
     "n random, text kept": replace(_RANDOM, plan=TrainingPlan(kept=4)),
     "n random in 1..12": replace(_RANDOM, n=12),
     "n random in 1..12, text kept": replace(_RANDOM, n=12, plan=TrainingPlan(kept=4)),
+    "n random in 1..12, 1,500 steps": replace(_RANDOM, n=12, plan=TrainingPlan(steps=1500)),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
     "n = 8": Arm("recursion"),
@@ -58,7 +59,9 @@ ARMS: dict[str, Arm] = {
         _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
     ),
     "LoRA on all layers, 400 steps": replace(_LORA_ALL, plan=replace(_LORA_ALL.plan, steps=400)),
-    "LoRA on all layers, same steps": replace(_LORA_ALL, learns="LoRA on all layers, in bfloat16"),
+    "LoRA on all layers, 1,500 steps": replace(
+        _LORA_ALL, learns="LoRA on all layers, in bfloat16", plan=replace(_LORA_ALL.plan, steps=1500)
+    ),
 }
 
 
@@ -72,6 +75,8 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
     if arm.learns.startswith("LoRA on all layers"):  # two matrices of each
         everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
         trained_in = torch.bfloat16 if arm.learns.endswith("bfloat16") else torch.float32
+        if trained_in != torch.float32:  # on a CPU SDPA takes a second more to differentiate a step
+            base.set_attn_implementation("eager")
         return Model(get_peft_model(base, everywhere), base, layer=0, trained_in=trained_in)
     made = with_recursion(
         base, seed, num_recursion_steps=arm.n, recursion_sampling=arm.sampling, trm_input_norm=arm.norm

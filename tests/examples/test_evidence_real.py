@@ -48,7 +48,7 @@ KINDS = (
     "n = 1, fillers",
     "LoRA on the last layer, text kept",
     "LoRA on all layers, 400 steps",
-    "LoRA on all layers, same steps",
+    "LoRA on all layers, 1,500 steps",
 )
 
 
@@ -119,7 +119,11 @@ def test_arms_have_the_sizes_that_they_are_named_for():
 
     recursion = parameters("n = 8")
     assert recursion == parameters("n = 1") == 122_496
-    for name in ("LoRA on the last layer", "LoRA on all layers, 400 steps", "LoRA on all layers, same steps"):
+    for name in (
+        "LoRA on the last layer",
+        "LoRA on all layers, 400 steps",
+        "LoRA on all layers, 1,500 steps",
+    ):
         assert parameters(name) == pytest.approx(recursion, rel=0.07)
     assert parameters("untied, same FLOPs") > 3 * recursion
 
@@ -166,7 +170,7 @@ def test_the_documents_tables_are_those_of_its_results():
 
 def test_bfloat16_is_for_training_alone():
     """What is measured of LoRA on all layers is float32's, and so are its weights."""
-    same_steps = arms.model_of(arms.ARMS["LoRA on all layers, same steps"], word_base(), 0)
+    same_steps = arms.model_of(arms.ARMS["LoRA on all layers, 1,500 steps"], word_base(), 0)
     in_float32 = arms.model_of(arms.ARMS["LoRA on all layers, 400 steps"], word_base(), 0)
     ids = torch.arange(12)[None]
 
