@@ -2,8 +2,7 @@
 
 The process that forks must never have been one of several ranks itself: torch remembers which part it had.
 That torchrun itself starts a run, and ends both of its processes, is shown by
-test_shard.py::test_a_signal_to_one_process_ends_both_after_the_same_step and by
-test_cli.py::test_two_processes_train_as_one.
+test_shard.py::test_a_signal_to_one_process_ends_both_after_the_same_step.
 """
 
 import os

@@ -1,7 +1,6 @@
 """The command: train, resume, generate, eval, info, two processes. Bad input is one line and exit code 2."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from hybrid.config import trm_fields
 from hybrid.data.blocks import TokenBlocks
 from hybrid.model.injection import Injection
 from hybrid.training.evaluate import text_loss
+from tests.support import ranks
 from tests.support.tiny_text import FIELDS, OTHER_TEXT, TEXT, save_base, tiny_base, tiny_hybrid
 from trm_kernels.recursion import injection as injection_ops
 from trm_kernels.runtime.backend import current_backend
@@ -255,26 +255,14 @@ def test_rows_with_labels(base, texts, tmp_path, capsys):
 
 def test_two_processes_train_as_one(base, texts, tmp_path):
     """Each with half of the batch: the same data, the same n, the same averaged gradient."""
-    # what `accelerate launch` does on several GPUs; on a CPU it starts one process whatever it is told
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "hybrid",
-    ]
     # one of a step's four rows is of the kept text, and one process has none of it
     more = ["--log-every", "1", "--num-cycles", "2", "--keep", texts / "known.txt", "--keep-ratio", "0.25"]
     command = train_command(base, texts, tmp_path / "two", *more)
-    ended = subprocess.run(
-        launch + command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-    )
+
+    def run():
+        assert main([str(word) for word in command]) == 0
+
+    ended = ranks.run(run)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("step 6/6") == 1  # one of them speaks
 
