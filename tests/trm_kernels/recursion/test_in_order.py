@@ -163,9 +163,11 @@ def test_no_tokens_and_no_rows():
 @pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
 @torch.no_grad()
 def test_it_is_traced_as_one_graph():
+    """A first token and later ones, z and y: each is traced anew, so that there are few of them."""
     torch._dynamo.reset()
-    compiled = torch.compile(trm(), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(inputs())[0], trm()(inputs())[0], rtol=1e-9, atol=1e-9)
+    model, x = trm(num_recursion_steps=1), inputs()[:, :3]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], model(x)[0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
