@@ -4,7 +4,8 @@ import copy
 import inspect
 import os
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from hybrid.config import HybridConfig
@@ -22,8 +23,13 @@ def unloaded_base(config: HybridConfig) -> PreTrainedModel:
 
 
 def check_base(model: PreTrainedModel) -> None:
-    """Errors: ValueError for what is no causal language model, or carries a TRM already."""
+    """Errors: ValueError for no causal language model, one with a TRM, and too new a transformers."""
     who = type(model).__name__
+    if "past_key_values" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        raise ValueError(
+            "HybridModel: expected transformers below 5.24, which renames past_key_values in all models, got "
+            f"{transformers.__version__} (pip install 'transformers<5.24')."
+        )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
     # an encoder with a language-model head (BertLMHeadModel) generates too, but looks both ways

@@ -18,6 +18,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    GenerationMixin,
     LlamaModel,
     T5Config,
 )
@@ -474,6 +475,16 @@ def test_bases_that_are_refused():
         HybridModel(llm_model=tiny_base(), config=tiny_config(injection_layers=[4]))
     with pytest.raises(ValueError, match="expected llm_model, or a config with base_config, got neither"):
         HybridModel(tiny_config())
+
+
+def test_a_transformers_that_calls_the_cache_otherwise_is_refused(monkeypatch):
+    def prepare(self, input_ids, next_sequence_length=None, cache=None, **kwargs): ...  # as of 5.24
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepare)
+    with pytest.raises(
+        ValueError, match=r"transformers below 5\.24, .* got .* \(pip install 'transformers<5"
+    ):
+        HybridModel(llm_model=tiny_base(), config=tiny_config())
 
 
 def test_a_refused_base_is_left_as_it_was():
