@@ -393,6 +393,11 @@ class HybridConfig(PreTrainedConfig):
             return
         if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
             raise ValueError(f"HybridConfig: there is no field {name!r}; did you mean {near[0]!r}?")
+        if name.startswith("trm_"):
+            raise ValueError(
+                f"HybridConfig: there is no field {name!r}. In a saved config it is of a later version of "
+                "trm-hybrid, which may compute something else with it."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to no model: what is built into one may be changed in it."""

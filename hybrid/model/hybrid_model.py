@@ -119,9 +119,14 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
 
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
+        if llm_model is not None:
+            check_base(llm_model)
+        if not isinstance(config, HybridConfig):
+            raise ValueError(
+                f"HybridModel: expected config to be a HybridConfig, got {type(config).__name__}."
+            )
         if llm_model is None:
-            llm_model = unloaded_base(config)
-        check_base(llm_model)
+            check_base(llm_model := unloaded_base(config))
         came = AsItCame.of(llm_model)
         config = copy.deepcopy(config)
         refer_to(llm_model, config)

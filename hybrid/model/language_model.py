@@ -31,7 +31,10 @@ def check_base(model: PreTrainedModel) -> None:
             f"{transformers.__version__} (pip install 'transformers<5.24')."
         )
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"HybridModel: expected llm_model to be a model of transformers, got {who}.")
+        raise ValueError(
+            f"HybridModel: expected llm_model to be a model of transformers, got {who}. By name: "
+            "HybridModel(llm_model=..., config=...)."
+        )
     # an encoder with a language-model head (BertLMHeadModel) generates too, but looks both ways
     looks_both_ways = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder
     if model.config.is_encoder_decoder or not model.can_generate() or looks_both_ways:
@@ -44,7 +47,8 @@ def check_base(model: PreTrainedModel) -> None:
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
     if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
         raise ValueError(
-            f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already."
+            f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already. unwrap() of "
+            "the hybrid gives the language model back."
         )
 
 

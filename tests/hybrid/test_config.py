@@ -86,6 +86,7 @@ from tests.support.tiny import tiny_base, tiny_config
         ({"base_config": HybridConfig()}, "base_config to be a language model's, got a hybrid's"),
         ({"base_model_name_or_path": ["a"]}, r"to be a name, a path or None, got \['a'\]"),
         ({"num_recursions_steps": 3}, "no field 'num_recursions_steps'; did you mean 'num_recursion_steps'"),
+        ({"trm_frobnicate": 3}, "no field 'trm_frobnicate'. In a saved config it is of a later version"),
         ({"base_conifg": {}}, "no field 'base_conifg'; did you mean 'base_config'"),
     ],
 )

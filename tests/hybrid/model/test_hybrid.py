@@ -465,11 +465,15 @@ def test_bases_that_are_refused():
             HybridModel(llm_model=model, config=tiny_config(injection_layers=[1]))
     with pytest.raises(ValueError, match="to be a model of transformers, got Linear"):
         HybridModel(llm_model=torch.nn.Linear(1, 1), config=tiny_config())
+    with pytest.raises(ValueError, match=r"got HybridConfig. By name: HybridModel\(llm_model="):
+        HybridModel(tiny_base(), tiny_config())
+    with pytest.raises(ValueError, match="expected config to be a HybridConfig, got dict"):
+        HybridModel(llm_model=tiny_base(), config={"injection_layers": [1]})
     base = tiny_base()
     object.__setattr__(base.config, "hidden_size", None)
     with pytest.raises(ValueError, match="config to have hidden_size, got none in LlamaForCausalLM"):
         HybridModel(llm_model=base, config=tiny_config())
-    with pytest.raises(ValueError, match="expected a base without a TRM, got one that has"):
+    with pytest.raises(ValueError, match=r"base without a TRM, got one that has .*unwrap\(\)"):
         HybridModel(llm_model=tiny_hybrid().llm_model, config=tiny_config())
     with pytest.raises(ValueError, match=r"injection_layers in 0\.\.3 for a base of 3 layers, got \[4\]"):
         HybridModel(llm_model=tiny_base(), config=tiny_config(injection_layers=[4]))
