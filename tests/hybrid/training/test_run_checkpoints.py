@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate import PartialState
+from transformers.utils import logging
 
 from hybrid.training import checkpoints as run_state
 from hybrid.training import curve, run_folder
@@ -45,6 +46,18 @@ def resume(folder, **changes):
     settings = settings_for(folder, **changes)
     train(model, Counting(), settings, resume=True, tokenizer=character_tokenizer())
     return model
+
+
+@pytest.mark.parametrize("are_shown", [True, False])
+def test_saving_leaves_the_bars_of_transformers_as_they_were(are_shown, tmp_path):
+    were_shown = logging.is_progress_bar_enabled()
+    show = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        show[are_shown]()
+        train(phase_1(), Counting(), settings_for(tmp_path))
+        assert logging.is_progress_bar_enabled() == are_shown
+    finally:
+        show[were_shown]()
 
 
 def flip_a_bit(path, at=-3):

@@ -1,5 +1,6 @@
 """SIGTERM and SIGHUP while a run trains: the step is finished and saved; workers end with their parent."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from hybrid.data.stream import TokenStream
 from hybrid.training import checkpoints as run_state
 from hybrid.training import run_folder
 from hybrid.training.loop import train
+from hybrid.training.processes import end_with_parent
 from hybrid.training.stop_signals import StopSignals
 from tests.hybrid.training.test_train import assert_equal, lines_of, phase_1, settings_for
 from tests.support import forked
@@ -191,3 +193,23 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_last_step(stream, t
     assert forked.wait(process) == -signal.SIGTERM
     assert run_state.step_of(run_state.latest(tmp_path / "run")) >= 3
     all_end(workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="told by whom a signal is sent")
+def test_a_worker_ends_at_once_when_its_parent_says_so():
+    """As torch ends the workers of a loader: by itself, in good order, and not by the signal."""
+    context = multiprocessing.get_context("fork")
+    ready, told = context.Pipe(duplex=False)
+
+    def work():
+        end_with_parent()
+        told.send("ready")
+        time.sleep(60)
+        os._exit(7)
+
+    worker = context.Process(target=work)
+    worker.start()
+    assert ready.recv() == "ready"
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0
