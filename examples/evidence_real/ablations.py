@@ -6,7 +6,6 @@ With examples/ on the path: python -m evidence_real.ablations --base FOLDER
 import argparse
 import statistics
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ from evidence_real.cached import Cache, after
 from evidence_real.measures import Measures
 from evidence_real.results import Lines, Run
 from evidence_real.tasks import TASKS
-from hybrid.demo.marked_tables import with_tables
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.adapters import with_recursion
 from hybrid.demo.real.questions import Questions, encode
 from hybrid.demo.real.training import Known, Model, TrainingPlan, train
 from hybrid.demo.report import table
-from hybrid.saving.files import replace_file
 
 TASK = "words"
 GAMES = 128
@@ -123,15 +120,7 @@ def shown(lines: Lines) -> str:
     return table(["", "accuracy", "each seed", by, "move 17 to 24", "CPU seconds"], *rows)
 
 
-def publish(lines: Lines) -> None:
-    """Make these runs those of the document."""
-    PUBLISHED.parent.mkdir(exist_ok=True)
-    if lines.path != PUBLISHED:
-        replace_file(PUBLISHED, lines.path.read_bytes())
-    text = with_tables(
-        DOCUMENT.read_text(encoding="utf-8"), {"ablations": partial(shown, lines)}, DOCUMENT.name
-    )
-    replace_file(DOCUMENT, text.encode())
+TABLES = {"ablations": shown}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                 lines.add(run, asdict(lever), make(lever, seed, cache))
                 print(f"{name}, seed {seed}: {_accuracy(lines.of(TASK, name)[seed], N[-1]):.3f}", flush=True)
     if chosen.publish:
-        publish(lines)
+        lines.publish(DOCUMENT, TABLES)
     return 0
 
 

@@ -18,7 +18,6 @@ from evidence_real.tasks import TASKS
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.questions import Questions
 from hybrid.demo.real.training import Known, train
-from hybrid.saving.files import replace_file
 
 FOLDER = Path("build/evidence-real")
 BASE = Path("build/smollm2")
@@ -64,16 +63,6 @@ def wanted(tasks: list[str], arms: list[str], seeds: list[int]) -> Iterator[Run]
                     yield Run(task, arm, seed)
 
 
-def publish(lines: Lines) -> None:
-    """Make these results those of the document."""
-    PUBLISHED.parent.mkdir(exist_ok=True)
-    if lines.path != PUBLISHED:
-        replace_file(PUBLISHED, lines.path.read_bytes())
-    text = DOCUMENT.read_text(encoding="utf-8")
-    replace_file(DOCUMENT, tables.rewritten(text, Lines(PUBLISHED)).encode())
-    picture.draw(Lines(PUBLISHED), PUBLISHED.with_name(PICTURE))
-
-
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="make evidence-real", description=__doc__)
@@ -104,5 +93,6 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     if chosen.publish:
-        publish(lines)
+        published = lines.publish(DOCUMENT, tables.TABLES)
+        picture.draw(lines, published.with_name(PICTURE))
     return 0

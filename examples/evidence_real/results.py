@@ -1,8 +1,13 @@
 """results.jsonl: a line a run, written when it is made."""
 
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hybrid.demo.marked_tables import with_tables
+from hybrid.saving.files import replace_file
 
 
 class Run(NamedTuple):
@@ -54,3 +59,22 @@ class Lines:
     def of(self, task: str, arm: str) -> dict[int, dict[str, Any]]:
         """What came of each seed of an arm."""
         return {run.seed: line["result"] for run, line in sorted(self.runs.items()) if run[:2] == (task, arm)}
+
+    def publish(self, document: Path, made: Mapping[str, Callable[["Lines"], str]]) -> Path:
+        """Make these runs those of a page: its tables, and the file of this name in the folder beside it.
+
+        Returns: that file.
+        Errors: ValueError as with_tables.
+        """
+        published = document.with_suffix("") / self.path.name
+        replace_file(document, rewritten(document, self, made).encode())
+        published.parent.mkdir(exist_ok=True)
+        if self.path != published:
+            replace_file(published, self.path.read_bytes())
+        return published
+
+
+def rewritten(document: Path, lines: Lines, made: Mapping[str, Callable[[Lines], str]]) -> str:
+    """The page with every table in it made anew of these runs."""
+    tables = {name: partial(make, lines) for name, make in made.items()}
+    return with_tables(document.read_text(encoding="utf-8"), tables, document.name)

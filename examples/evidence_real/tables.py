@@ -15,7 +15,6 @@ from evidence_real.arms import ARMS
 from evidence_real.measures import N
 from evidence_real.results import Lines
 from evidence_real.tasks import TASKS
-from hybrid.demo.marked_tables import with_tables
 from hybrid.demo.report import table
 
 SEEDS = range(5)
@@ -139,9 +138,3 @@ TABLES: dict[str, Callable[[Lines], str]] = {
     for task in _SHOWN
     for end, make in (("", answers), ("-costs", costs), ("-by-n", by_n))
 }
-
-
-def rewritten(text: str, lines: Lines) -> str:
-    """The text with every table in it made anew. Raises ValueError as with_tables does."""
-    made = {name: partial(make, lines) for name, make in TABLES.items()}
-    return with_tables(text, made, "evidence_real")

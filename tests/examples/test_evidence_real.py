@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from evidence_real import ablations, arms, cached, command, measures, tables, tasks
-from evidence_real.results import Lines, Run
+from evidence_real.results import Lines, Run, rewritten
 
 from hybrid.demo.real import base as real_base
 from hybrid.demo.real.questions import NOTHING, encode
@@ -76,8 +76,7 @@ def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, 
         "<!-- table: words -->\nold\n<!-- end -->\n<!-- table: sentences-by-n -->\n<!-- end -->\n"
     )
     monkeypatch.setattr(command, "DOCUMENT", page)
-    monkeypatch.setattr(command, "PUBLISHED", tmp_path / "page" / command.RESULTS)
-    command.publish(lines)
+    assert command.main([*given, "--publish"]) == 0
     assert (tmp_path / "page" / command.RESULTS).read_bytes() == before
     assert "old" not in page.read_text() and " - - - -" in page.read_text(), "seeds that are missing are seen"
     lacking = [arm for arm in arms.ARMS if arm not in KINDS]
@@ -161,10 +160,12 @@ def test_letter_counting_is_held_out_by_the_first_word():
     assert {len(tasks.letter_counting(i, True, 20, " =").answers[0]) for i in range(30)} == {1}
 
 
-def test_the_documents_tables_are_those_of_its_results():
-    text = command.DOCUMENT.read_text(encoding="utf-8")
-    assert tables.rewritten(text, Lines(command.PUBLISHED)) == text
-    for name in tables.TABLES:
+@pytest.mark.parametrize("shown", [(command, tables), (ablations, ablations)], ids=["evidence", "ablations"])
+def test_the_documents_tables_are_those_of_its_results(shown):
+    of_page, of_tables = shown
+    text = of_page.DOCUMENT.read_text(encoding="utf-8")
+    assert rewritten(of_page.DOCUMENT, Lines(of_page.PUBLISHED), of_tables.TABLES) == text
+    for name in of_tables.TABLES:
         assert f"<!-- table: {name} -->" in text
 
 
@@ -197,9 +198,10 @@ def test_levers_run_once_and_their_table_shows_every_seed(tiny, tmp_path, capsys
     }
     page = tmp_path / "page.md"
     page.write_text("<!-- table: ablations -->\n<!-- end -->\n")
-    for name, value in {"LEVERS": levers, "GAMES": 4, "N": (1, 2), "DOCUMENT": page}.items():
+    published = tmp_path / "page" / "ablations.jsonl"
+    changed = {"LEVERS": levers, "GAMES": 4, "N": (1, 2), "DOCUMENT": page, "PUBLISHED": published}
+    for name, value in changed.items():
         monkeypatch.setattr(ablations, name, value)
-    monkeypatch.setattr(ablations, "PUBLISHED", tmp_path / "published" / "ablations.jsonl")
     given = [*tiny[:4], "--seeds", "1"]
     assert ablations.main([*given, "--publish"]) == 0
     assert capsys.readouterr().out.count("seed 1: ") == 3
@@ -207,6 +209,7 @@ def test_levers_run_once_and_their_table_shows_every_seed(tiny, tmp_path, capsys
     result = Lines(path).of("words", "two points")[1]
     assert [len(moves) for moves in result["by_n"].values()] == [24, 24] and result["steps"] == 2
     made = path.read_bytes()
+    assert published.read_bytes() == made
     assert ablations.main(given) == 0 and path.read_bytes() == made, "what is there is not run again"
     rows = page.read_text().splitlines()[3:6]
     assert [row.split("|")[1].strip() for row in rows] == list(levers)
