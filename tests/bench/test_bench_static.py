@@ -56,8 +56,8 @@ def test_more_bytes_are_seen(monkeypatch):
 
 def test_a_spill_is_seen():
     old = static.load("resources")["kernels"]["sm90"]["linear_swiglu"]
-    kernel, (registers, _, shared) = next(iter(old.items()))
-    new = old | {kernel: [registers - 8, 16, shared]}
+    kernel, (registers, _, shared, fingerprint) = next(iter(old.items()))
+    new = old | {kernel: [registers - 8, 16, shared, fingerprint]}
     assert static.changes(old, new) == [
         f"{kernel} [0]: {registers} -> {registers - 8}, better",
         f"{kernel} [1]: 0 -> 16, WORSE",

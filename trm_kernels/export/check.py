@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trm_kernels.export.compile import SHARED_LIMIT, Compiled, compile_for
+from trm_kernels.export.compile import SHARED_LIMIT, Compiled, Source, compiled, judges, source_of
 from trm_kernels.runtime import tuning
 from trm_kernels.runtime.launch import Launch, record
 from trm_kernels.testing.cases import CASES, Case, Shape
@@ -53,9 +53,14 @@ class Job:
     shape: Shape
     dtype: torch.dtype
     settings: str
-    kernel: Compiled
+    source: Source
     number: int = 1  # among those of one name that the case starts there: rope rotates, and rotates back
     tf32: bool = False  # multiplies float32 in TF32
+
+    @property
+    def kernel(self) -> Compiled:
+        """Compiled when it is first asked for."""
+        return compiled(self.source)
 
     @property
     def kind(self) -> str:
@@ -66,9 +71,9 @@ class Job:
     def label(self) -> str:
         """Its name within the case and the arch."""
         size = "x".join(map(str, self.shape))
-        any_arch = "" if self.settings == self.kernel.arch else f"-{self.settings}"
+        any_arch = "" if self.settings == self.source.arch else f"-{self.settings}"
         number = "" if self.number == 1 else f"-{self.number}"
-        return f"{self.kernel.name.strip('_')}{number}-{size}-{self.kind}{any_arch}"
+        return f"{self.source.name.strip('_')}{number}-{size}-{self.kind}{any_arch}"
 
     @property
     def complaints(self) -> list[str]:
@@ -107,7 +112,7 @@ def _candidates(case: Case, settings: str) -> Iterator[tuple[str, Any]]:
 
 
 def jobs(arch: str, cases: Iterable[Case], tf32: bool = False) -> Iterator[Job]:
-    """Every kernel of the cases, compiled for `arch`: under its own settings, and under those named "any".
+    """Every kernel of the cases, for `arch`: under its own settings, and under those named "any".
 
     tf32: Those that multiply float32 instead, in TF32 and under its own settings.
     """
@@ -115,11 +120,11 @@ def jobs(arch: str, cases: Iterable[Case], tf32: bool = False) -> Iterator[Job]:
         seen = set()
         named: Counter[tuple[Any, ...]] = Counter()
         for settings, shape, dtype, call in (_in_tf32 if tf32 else _as_they_are)(case, arch):
-            kernel = compile_for(call, arch)
-            if id(kernel) not in seen:
-                seen.add(id(kernel))
-                named[name := (kernel.name, shape, dtype, settings)] += 1
-                yield Job(case, shape, dtype, settings, kernel, named[name], tf32)
+            source = source_of(call, arch)
+            if source not in seen:
+                seen.add(source)
+                named[name := (source.name, shape, dtype, settings)] += 1
+                yield Job(case, shape, dtype, settings, source, named[name], tf32)
 
 
 def _as_they_are(case: Case, arch: str) -> Iterator[tuple[str, Shape, torch.dtype, Launch]]:
@@ -144,20 +149,26 @@ def _write(out: Path, job: Job) -> None:
 
 
 def resources(found: Iterable[Job]) -> dict[str, Any]:
-    """Registers and stack bytes a thread, shared bytes a block, by arch, case and kernel; the Triton."""
+    """Registers and stack bytes a thread, shared bytes a block, fingerprint, by arch, case and kernel.
+
+    With them the version of Triton, and what judged them.
+    """
     import triton
 
-    kernels: dict[str, dict[str, dict[str, list[int]]]] = {}
+    kernels: dict[str, dict[str, dict[str, list[int | str]]]] = {}
     for job in found:
-        of_case = kernels.setdefault(job.kernel.arch, {}).setdefault(job.case.name, {})
+        of_case = kernels.setdefault(job.source.arch, {}).setdefault(job.case.name, {})
         assert job.label not in of_case, f"two kernels of {job.case.name} are called {job.label}"
-        of_case[job.label] = [job.kernel.registers, job.kernel.stack, job.kernel.shared]
-    return {"triton": triton.__version__, "columns": ["registers", "stack", "shared"], "kernels": kernels}
+        used = job.kernel
+        of_case[job.label] = [used.registers, used.stack, used.shared, job.source.fingerprint]
+    columns = ["registers", "stack", "shared", "fingerprint"]
+    return {"triton": triton.__version__, "judges": judges(), "columns": columns, "kernels": kernels}
 
 
 def as_json(found: dict[str, Any]) -> str:
     """`resources` with one kernel a line, so that a change of one shows as one line."""
-    return re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", json.dumps(found, indent=1)) + "\n"
+    row = r'\[\s+(\d+),\s+(\d+),\s+(\d+),\s+("\w+")\s+\]'
+    return re.sub(row, r"[\1, \2, \3, \4]", json.dumps(found, indent=1)) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

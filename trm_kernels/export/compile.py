@@ -4,9 +4,11 @@ A kernel is compiled as Triton would just before it runs: for the types of its a
 compiled in, and what it may rely on of addresses and sizes. Source of the limits: the CUDA programming guide.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,11 +116,58 @@ class Compiled:
         return found
 
 
-def compile_for(call: Launch, arch: str) -> Compiled:
-    """Compile a recorded launch as Triton would just before running it on `arch`, such as "sm90".
+@dataclass(frozen=True)
+class Source:
+    """A kernel with all that decides its machine code on `arch`, besides the version of Triton."""
 
-    The same kernel for the same types, constants and options is compiled once a process.
-    """
+    kernel: Any
+    arch: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[tuple[int], Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.__name__)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of a hash of Triton's first text of the kernel, `arch` and the options.
+
+        The text is what Python's lines are translated into, without their numbers. It takes a twelfth of
+        the time of compiling. Of one text one version of Triton makes one machine code.
+        """
+        from triton._C.libtriton import ir
+        from triton.compiler import make_backend
+
+        backend, context = make_backend(self.target), ir.context()
+        options = backend.parse_options(dict(self.options))
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        made_of = (backend.get_codegen_implementation(options), backend.get_module_map())
+        text = self.ast.make_ir(self.target, options, *made_of, context).str_nodebug()
+        return _hash(repr((text, self.arch, sorted(self.options))).encode())
+
+    @property
+    def target(self) -> Any:
+        """The GPU, as Triton names it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", int(self.arch[2:]), 32)
+
+    @property
+    def ast(self) -> Any:
+        """What Triton compiles."""
+        from triton.compiler import ASTSource
+
+        attrs = {(i,): [["tt.divisibility", 16]] for i in self.aligned}
+        return ASTSource(self.kernel, dict(self.signature), dict(self.constexprs), attrs)
+
+
+def source_of(call: Launch, arch: str) -> Source:
+    """What Triton would compile just before it runs a recorded launch on `arch`, such as "sm90"."""
     names = call.kernel.arg_names
     options = {k: v for k, v in call.meta.items() if k not in names}
     values = dict(zip(names, call.args, strict=False)) | {k: call.meta[k] for k in names if k in call.meta}
@@ -132,7 +181,7 @@ def compile_for(call: Launch, arch: str) -> Compiled:
             constexprs[(i,)] = value
         elif not parameter.do_not_specialize and _is_multiple_of_16(value):
             aligned.append(i)
-    return _compile(
+    return Source(
         call.kernel,
         arch,
         tuple(signature.items()),
@@ -142,40 +191,38 @@ def compile_for(call: Launch, arch: str) -> Compiled:
     )
 
 
-@cache
-def _compile(
-    kernel: Any,
-    arch: str,
-    signature: tuple[tuple[str, str], ...],
-    constexprs: tuple[tuple[tuple[int], Any], ...],
-    aligned: tuple[int, ...],
-    options: tuple[tuple[str, Any], ...],
-) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compile_for(call: Launch, arch: str) -> Compiled:
+    """Compile a recorded launch as Triton would just before running it on `arch`, such as "sm90".
 
-    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, dict(signature), dict(constexprs), attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", int(arch[2:]), 32), options=dict(options))
+    The same kernel for the same types, constants and options is compiled once a process.
+    """
+    return compiled(source_of(call, arch))
+
+
+@cache
+def compiled(source: Source) -> Compiled:
+    """Compile it, or find it in Triton's cache."""
+    import triton
+
+    built = triton.compile(source.ast, target=source.target, options=dict(source.options))
     cubin = built.asm["cubin"]
     registers, stack = _resources(cubin)
-    constants = {signature[i][0] for (i,), _ in constexprs}
+    constants = {source.signature[i][0] for (i,), _ in source.constexprs}
     strides_are_aligned = all(
-        i in aligned
-        for i, (name, _) in enumerate(signature)
+        i in source.aligned
+        for i, (name, _) in enumerate(source.signature)
         if name.startswith("stride_") and name not in constants
     )
     return Compiled(
         name=built.metadata.name,
-        arch=arch,
+        arch=source.arch,
         registers=registers,
         stack=stack,
         shared=built.metadata.shared,
         num_warps=built.metadata.num_warps,
-        signature=tuple(kind for _, kind in signature),
+        signature=tuple(kind for _, kind in source.signature),
         cubin=cubin,
-        main_loop=_main_loop(built.asm, arch, built.metadata, strides_are_aligned),
+        main_loop=_main_loop(built.asm, source.arch, built.metadata, strides_are_aligned),
         parameters=tuple(re.findall(r"\.param \.(\w+)", built.asm["ptx"].partition(".entry")[2])),
         multiplies_by_wgmma="wgmma" in built.asm["ptx"],
     )
@@ -246,3 +293,13 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     used = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert used, f"cuobjdump -res-usage printed no resources: {text}"
     return int(used[1]), int(used[2])
+
+
+def judges() -> str:
+    """A hash of the code that says what is wrong with a kernel: what it let pass, it lets pass again."""
+    here = Path(__file__)
+    return _hash(here.read_bytes() + here.with_name("machine_code.py").read_bytes())
+
+
+def _hash(what: bytes) -> str:
+    return hashlib.sha256(what).hexdigest()[:12]

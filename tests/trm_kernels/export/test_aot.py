@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from triton.compiler import ASTSource
 from bench.static import changes
 from trm_kernels.export import check
 from trm_kernels.export.check import calls_of, jobs, launches_of
-from trm_kernels.export.compile import SHARED_LIMIT, Compiled, MainLoop, compile_for
+from trm_kernels.export.compile import SHARED_LIMIT, Compiled, MainLoop, compile_for, judges, source_of
 from trm_kernels.ops.add_rms_norm import _add_rms_norm_fwd_kernel
 from trm_kernels.recursion.one_launch.grid_barrier import grid_barrier
 from trm_kernels.recursion.recursion import trm_recursion
@@ -58,45 +59,86 @@ def each_on(*archs, by_night=(), by_day=None):
     )
 
 
-def compiled(arch, case, tf32=False):
-    """What its kernels use, and what they used as is on record; limits are kept."""
-    found = list(jobs(arch, [case], tf32))
+@cache
+def resources():
+    """As `make resources` wrote them down."""
+    return json.loads(RESOURCES.read_text())
+
+
+def on_record(arch, case):
+    """[registers, stack, shared, fingerprint] of its kernels by label."""
+    return resources()["kernels"][arch].get(case.name, {})
+
+
+def same_as_on_record(job):
+    """Whether the same Triton made what is on record of the same text, and the same code let it pass."""
+    known, row = resources(), on_record(job.source.arch, job.case).get(job.label)
+    made_by = (known["triton"], known["judges"])
+    return (
+        made_by == (triton.__version__, judges())
+        and row is not None
+        and row[0] <= job.case.max_registers
+        and row[3] == job.source.fingerprint
+    )
+
+
+def within_limits(arch, case, found):
+    """What `make resources` would write down; skips if another Triton made what is on record."""
     for job in found:
         assert not job.complaints, f"{job.label} on {arch} {' and '.join(job.complaints)}"
         assert job.kernel.registers > 0
         assert job.kernel.shared <= SHARED_LIMIT[arch]
-    known = json.loads(RESOURCES.read_text())
-    if known["triton"] != triton.__version__:
-        pytest.skip(f"on record are the kernels of Triton {known['triton']}, this is {triton.__version__}")
-    of_case = known["kernels"][arch].get(case.name, {})
-    known = {label: row for label, row in of_case.items() if ("-tf32" in label) == tf32}
-    return check.resources(found)["kernels"].get(arch, {}).get(case.name, {}), known
+    if (known := resources()["triton"]) != triton.__version__:
+        pytest.skip(f"on record are the kernels of Triton {known}, this is {triton.__version__}")
+    return check.resources(found)["kernels"].get(arch, {}).get(case.name, {})
 
 
 @each_on(*ARCHS, by_night=ARCHS)
 def test_kernels_keep_within_their_limits_and_to_what_is_on_record(arch, case):
     """A change of registers or shared memory shows in review: `make resources` writes the file anew."""
-    used, known = compiled(arch, case)
+    used = within_limits(arch, case, list(jobs(arch, [case])))
+    known = {label: row for label, row in on_record(arch, case).items() if "-tf32" not in label}
     found = changes(known, used, f"{case.name} on {arch}")
-    assert not found, "\n".join(found)  # of each kernel registers [0], stack [1] and shared memory [2]
+    assert not found, "\n".join(
+        found
+    )  # of each kernel registers [0], stack [1], shared memory [2], fingerprint [3]
 
 
 @each_on(*ARCHS, by_night=("sm80", "sm89"), by_day=BY_DAY_IN_TF32)
 def test_kernels_in_tf32_keep_within_their_limits_and_to_what_is_on_record(arch, case):
     """What float32 takes where PyTorch may multiply in TF32."""
-    used, known = compiled(arch, case, tf32=True)
+    used = within_limits(arch, case, list(jobs(arch, [case], tf32=True)))
+    known = {label: row for label, row in on_record(arch, case).items() if "-tf32" in label}
     found = changes(known, used, f"{case.name} on {arch}")
     assert not found, "\n".join(found)
 
 
 @each_on(*ARCHS)
 def test_kernels_of_the_common_dtypes_keep_to_what_is_on_record(arch, case):
+    """Those are compiled that changed: of one text Triton makes one kernel. By night all are compiled."""
     by_day = tuple(dtype for dtype in case.dtypes if dtype in BY_DAY[arch])
-    used, known = compiled(arch, replace(case, dtypes=by_day))
-    both = used.keys() & known.keys()  # a kernel that serves other dtypes too goes by the name of the first
-    assert both
-    found = changes({name: known[name] for name in both}, {name: used[name] for name in both}, case.name)
-    assert not found, "\n".join(found)
+    found, known = list(jobs(arch, [replace(case, dtypes=by_day)])), on_record(arch, case)
+    # a kernel that serves other dtypes too goes by the name of the first
+    assert known.keys() & {job.label for job in found}
+    used = within_limits(arch, case, [job for job in found if not same_as_on_record(job)])
+    both = used.keys() & known.keys()
+    changed = changes(
+        {name: known[name][:3] for name in both}, {name: used[name][:3] for name in both}, case.name
+    )
+    assert not changed, "\n".join(changed)
+
+
+def test_what_is_on_record_is_recognized():
+    """Else all would be compiled by day, and a change would be compared with nothing."""
+    case = next(case for case in CASES if case.name == "add_rms_norm")
+    job, other = list(jobs("sm80", [replace(case, dtypes=(torch.bfloat16,))]))[:2]
+    assert job.source.fingerprint != other.source.fingerprint
+    assert same_as_on_record(job), "make resources"
+    options = dict(job.source.options)
+    more_warps = replace(job.source, options=tuple((options | {"num_warps": 8}).items()))
+    assert not same_as_on_record(replace(job, source=more_warps))
+    assert not same_as_on_record(replace(job, source=replace(job.source, arch="sm89")))
+    assert not same_as_on_record(replace(job, case=replace(job.case, max_registers=8)))
 
 
 def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
@@ -247,8 +289,8 @@ def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, 
     (case, *_) = CASES
     small = type(case)(**{**vars(case), "bench": ((64, 512),), "shapes": (), "dtypes": (torch.bfloat16,)})
     monkeypatch.setattr(check, "CASES", (small,))
-    resources = tmp_path / "static" / "resources.json"
-    assert check.main(["--arch", "80", "90", "--out", str(tmp_path), "--write", str(resources)]) == 0
+    written = tmp_path / "static" / "resources.json"
+    assert check.main(["--arch", "80", "90", "--out", str(tmp_path), "--write", str(written)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("_add_rms_norm_bwd_kernel") == 2
     assert "every kernel keeps within its limits" in printed
@@ -258,8 +300,9 @@ def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, 
     assert facts["name"] == "_add_rms_norm_fwd_kernel"
     assert facts["signature"][0] == "*bf16"
     assert (tmp_path / "sm90" / f"add_rms_norm.{label}.cubin").read_bytes()[:4] == b"\x7fELF"
-    used = json.loads(resources.read_text())["kernels"]["sm90"]["add_rms_norm"][label]
-    assert used == [facts["registers"], facts["stack"], facts["shared"]]
+    used = json.loads(written.read_text())["kernels"]["sm90"]["add_rms_norm"][label]
+    fingerprint = source_of(launches_of(small, (64, 512), torch.bfloat16, "sm90")[0], "sm90").fingerprint
+    assert used == [facts["registers"], facts["stack"], facts["shared"], fingerprint]
 
     monkeypatch.setattr(check, "CASES", (type(case)(**{**vars(small), "max_registers": 8}),))
     assert check.main(["--arch", "80"]) == 1
