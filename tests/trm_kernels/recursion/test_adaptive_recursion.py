@@ -252,6 +252,15 @@ def test_on_the_kernels_as_on_the_reference(rule):
         torch.testing.assert_close(ours[mask], theirs[mask], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_under_torch_compile_it_runs_uncompiled():
+    torch._dynamo.reset()
+    halting = partial(make(), halting=Halting(0.1))
+    for got, want in zip(torch.compile(halting, backend="eager")(inputs()), halting(inputs()), strict=True):
+        assert torch.equal(got, want)
+    torch._dynamo.reset()  # it keeps what cannot be compiled
+
+
 def test_what_cannot_run_says_why():
     rule, x = Halting(0.1), inputs()
     with pytest.raises(ValueError, match="halting expected regime auto or per_op, got 'one_launch'"):
