@@ -84,7 +84,8 @@ def steps_taken(record: StepRecord, config: HybridConfig) -> str:
     n, fixed = config.num_recursion_steps, config.num_cycles * (config.num_recursion_steps + 1)
     return (
         f"{record.mean_steps:.2f} recursion steps a token of at most {n}, "
-        f"{record.mean_evaluations:.2f} evaluations of the block a token and injection point; without halting {fixed}"
+        f"{record.mean_evaluations:.2f} evaluations of the block a token and injection point; "
+        f"without halting {fixed}"
     )
 
 

@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
             loss = text_loss(model, blocks, arguments.batch_size)
         what = f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
         if isinstance(blocks, Examples):
-            print(f"{what}{loss.accuracy:.2%} right of {loss.tokens:,} labelled tokens in {len(blocks):,} rows")
+            labelled = f"{loss.tokens:,} labelled tokens in {len(blocks):,} rows"
+            print(f"{what}{loss.accuracy:.2%} right of {labelled}")
         else:
             print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}")
         if getattr(model, "halting", None) is not None:
