@@ -1,8 +1,6 @@
 """What comes back with a saved hybrid besides its weights, for whom, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hybrid import HybridConfig, HybridModel
+from tests.support import fresh
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
 from tests.support.tiny_text import character_tokenizer
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -137,12 +134,9 @@ def test_no_tokenizer_is_no_error(base_folder, tmp_path):
 # Tools that never import the package
 
 
-def run(script: str, *arguments, path: Path | None = ROOT) -> subprocess.CompletedProcess:
-    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": arguments[-1]}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-c", script, *map(str, arguments[:-1])]
-    return subprocess.run(command, env=environment, cwd=arguments[-1], capture_output=True, text=True)
+def of_others(code: str, modules: Path) -> str:
+    """What `code` prints where nothing has imported the package, and remote code is kept in `modules`."""
+    return fresh.python(f"import os, sys\nos.environ['HF_MODULES_CACHE'] = {str(modules)!r}\n{code}")
 
 
 @WHOLE
@@ -150,33 +144,39 @@ def test_trust_remote_code_loads_it(whole, tmp_path):
     with_tokenizer(tmp_path / "base")
     hybrid = loaded(tmp_path / "base")
     hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
-    script = """
-import sys
+    told = of_others(
+        f"""
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("one", return_tensors="pt").input_ids
+folder = {str(tmp_path / "hybrid")!r}
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = AutoTokenizer.from_pretrained(folder)("one", return_tensors="pt").input_ids
 print(config.num_recursion_steps, model(ids).logits.sum().item())
-model.save_pretrained(sys.argv[2])
-"""
-    done = run(script, tmp_path / "hybrid", tmp_path / "again", tmp_path)
-    assert done.returncode == 0, done.stderr
+model.save_pretrained({str(tmp_path / "again")!r})
+""",
+        tmp_path / "modules",
+    )
     ids = character_tokenizer()("one", return_tensors="pt").input_ids
-    assert done.stdout.split() == ["2", str(hybrid(ids).logits.sum().item())]
+    assert told.split() == ["2", str(hybrid(ids).logits.sum().item())]
+    assert list((tmp_path / "modules").rglob("modeling_trm_hybrid.py")), "the remote code was loaded"
     names = {path.name for path in (tmp_path / "hybrid").iterdir()}
     assert {path.name for path in (tmp_path / "again").iterdir()} == names, "no code was copied"
 
 
 def test_without_the_package_the_error_says_how_to_install_it(base_folder, tmp_path):
     loaded(base_folder).save_pretrained(tmp_path / "hybrid")
-    script = """
-import sys
+    told = of_others(
+        f"""
 sys.modules["hybrid"] = None
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-"""
-    done = run(script, tmp_path / "hybrid", tmp_path)
-    assert done.returncode != 0 and "pip install trm-hybrid" in done.stderr.splitlines()[-1]
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path / "hybrid")!r}, trust_remote_code=True)
+except Exception as error:
+    print(str(error).splitlines()[-1])
+""",
+        tmp_path / "modules",
+    )
+    assert "pip install trm-hybrid" in told
 
 
 def test_where_the_package_is_imported_nothing_is_asked(base_folder, tmp_path):
