@@ -25,6 +25,7 @@ from bench.peers.eager import PAPER, PLAIN, Recursion
 from hybrid import HybridModel
 from hybrid.bases import KNOWN_BASES, PRESET_BASES
 from hybrid.info import on_meta, parts
+from hybrid.model.cache_name import as_argument
 from hybrid.presets import PresetConfigs
 from trm_kernels.ops.attention.rope import Angles, rope_angles
 from trm_kernels.recursion.recursion import trm_recursion
@@ -206,7 +207,7 @@ def _launches_of_a_token(model: HybridModel) -> int:
     ids, cache = torch.zeros(1, 8, dtype=torch.long, device="meta"), None
     for first, end in ((0, 8), (8, 9), (9, 10)):
         positions = torch.arange(first, end, device="meta")[None]  # as generate() gives them
-        how = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+        how = {"position_ids": positions, "use_cache": True, **as_argument(cache)}
         with backend("auto"), _counting() as total:
             cache = model(ids[:, : end - first], **how).past_key_values
             count = total()

@@ -20,6 +20,7 @@ from bench.measure.store import Store
 from bench.measure.timing import Run, Timer, card_state, peak_bytes, ratios, spread
 from hybrid import HybridConfig, HybridModel
 from hybrid.bases import KNOWN_BASES
+from hybrid.model.cache_name import as_argument
 from hybrid.model.injection import Injection
 from hybrid.presets import PresetConfigs
 from trm_kernels.runtime.backend import backend
@@ -97,11 +98,11 @@ def decoding(model: HybridModel, peer: str, batch: int, context: int) -> Run:
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), as_peer(model, peer):
         for part in ids[:, :-1].split(512, dim=1):
-            model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(part, use_cache=True, logits_to_keep=1, **as_argument(cache))
 
     def step() -> Any:
         with torch.no_grad(), as_peer(model, peer):
-            return model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+            return model(ids[:, -1:], use_cache=True, **as_argument(cache)).logits
 
     return step
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from hybrid.model.cache_name import takes_cache
 from hybrid.model.halting import Halting
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Backbone(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._decoder, name, value)
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,

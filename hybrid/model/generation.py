@@ -10,6 +10,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from hybrid.config import HybridConfig
 from hybrid.model.cache import leave_to_base, make_room
+from hybrid.model.cache_name import CACHE_NAME, as_argument, takes_cache
 from hybrid.model.halting import TokenHalting
 from hybrid.model.masks import as_entries, visible
 from hybrid.model.settled_call import num_trm_cache_layers, recursion_steps, rule_of
@@ -30,11 +31,11 @@ class HybridGenerationMixin(GenerationMixin):
     ) -> None:
         """The base's cache, with room for the TRMs before the first mask is made from it."""
         hybrid: HybridModel = self  # type: ignore[assignment]
-        is_callers = model_kwargs.get("past_key_values") is not None
+        is_callers = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return
         if not hybrid.is_injecting:
@@ -50,6 +51,7 @@ class HybridGenerationMixin(GenerationMixin):
         num_layers = num_trm_cache_layers(hybrid, spec, rule)
         make_room(cache, self.num_base_layers, num_layers, length, rule, spec)
 
+    @takes_cache
     def create_masks_for_generate(
         self,
         config: HybridConfig,
@@ -65,8 +67,8 @@ class HybridGenerationMixin(GenerationMixin):
             config=self.llm_model.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **as_argument(past_key_values),
             **kwargs,
         )
         if not self.is_injecting:  # type: ignore[attr-defined]

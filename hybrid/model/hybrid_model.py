@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
+from hybrid.model.cache_name import CACHE_NAME, takes_cache
 from hybrid.model.generation import HybridGenerationMixin
 from hybrid.model.halting import (
     ForwardSteps,
@@ -58,7 +59,6 @@ from hybrid.model.token_halting import forward_until_settled
 from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, load_hybrid, save_hybrid
-from hybrid.serving.paged_keys import PagedKeys
 from trm_kernels import TRM
 from trm_kernels.modules.curriculum import Depth
 from trm_kernels.modules.trm import Matrix
@@ -108,7 +108,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012  transformers reads class attributes
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012  transformers reads class attributes
     _no_split_modules = ["Injection"]  # noqa: RUF012
     # none of its own, and not None: PEFT then looks for those of the language model
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012
@@ -255,6 +255,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
 
     # One forward
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -299,7 +300,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
             self, inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
         if answers > 1 and call is not None:
-            if given["past_key_values"] is not None:
+            if call.cache is not None:
                 raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
             repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
             call.answers = answers
@@ -344,11 +345,6 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
 
     def _run(self, module: nn.Module, call: InjectionCall | None, inputs: Tensor, **given: Any) -> Any:
         """`module`, which holds all of the layers, under this call."""
-        if call is not None and "cache" in given and not isinstance(call.cache, PagedKeys):
-            raise ValueError(
-                "HybridModel: got the paged cache of a manager that was made for the language model alone; "
-                "init_continuous_batching of the hybrid makes one for both."
-            )
         if call is not None:
             call.added = self._added
         before = current_call.set(call)

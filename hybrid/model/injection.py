@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hybrid.config import TRM_DTYPES, HybridConfig
 from hybrid.config_values import count_parameters
 from hybrid.model.cache import InjectionCache, keeps_steps
+from hybrid.model.cache_name import CACHE_NAME, takes_cache
 from hybrid.model.call_in_progress import CallInProgress
 from hybrid.model.masks import Visible
 from hybrid.model.trm_names import INJECTION_NAMES
@@ -153,6 +154,7 @@ class Injection(GradientCheckpointingLayer):
             nn.init.zeros_(self.gate_weight)
             nn.init.zeros_(self.gate_bias)
 
+    @takes_cache
     def forward(
         self,
         h: Tensor,
@@ -176,7 +178,7 @@ class Injection(GradientCheckpointingLayer):
         steps               with halting, is added to: the call's (steps, evaluations)
         each_cycle   h' [C B, T, D] with the answers of the C cycles that pass gradients, the last at the end
 
-        The cache comes as a keyword because gradient checkpointing takes it away by that name.
+        The cache comes as a keyword because gradient checkpointing takes it away by its name.
         """
         mask, key_mask, num_keys = visible
         update_cache: Any = self._keys_in(past_key_values, spec, halting, num_keys)
@@ -415,7 +417,7 @@ def _inject(injection: nn.Module, h: Tensor) -> Tensor:
         call.steps,
         call.answers > 1 and bool(injection.is_last),
         call.norms_x,
-        past_key_values=call.cache,
+        **{CACHE_NAME: call.cache},
     )
     if call.added is not None:
         call.added.append(_share_added(h, blended))

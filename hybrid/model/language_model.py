@@ -4,11 +4,11 @@ import copy
 import inspect
 import os
 
-import transformers
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from hybrid.config import HybridConfig
+from hybrid.model.cache_name import check_cache_name
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_reference
 
@@ -23,13 +23,9 @@ def unloaded_base(config: HybridConfig) -> PreTrainedModel:
 
 
 def check_base(model: PreTrainedModel) -> None:
-    """Errors: ValueError for no causal language model, one with a TRM, and too new a transformers."""
+    """Errors: ValueError for no causal language model, one with a TRM, and an unknown transformers."""
+    check_cache_name()
     who = type(model).__name__
-    if "past_key_values" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        raise ValueError(
-            "HybridModel: expected transformers below 5.24, which renames past_key_values in all models, got "
-            f"{transformers.__version__} (pip install 'transformers<5.24')."
-        )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"HybridModel: expected llm_model to be a model of transformers, got {who}. By name: "

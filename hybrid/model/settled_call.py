@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from hybrid.config_values import check_steps
 from hybrid.model.cache import keeps_steps, leave_to_base, make_room
+from hybrid.model.cache_name import as_argument
 from hybrid.model.halting import Halting, TokenHalting
 from hybrid.model.injection import InjectionCall, trm_evaluations
 from hybrid.model.masks import Visible, from_entries, tokens_of, visible
@@ -51,6 +52,11 @@ def settle(
         if past_key_values is not None:
             leave_to_base(past_key_values, hybrid.num_base_layers)
     else:
+        if past_key_values is not None and not isinstance(past_key_values, Cache | PagedKeys):
+            raise ValueError(
+                "HybridModel: got the paged cache of a manager that was made for the language model alone; "
+                "init_continuous_batching of the hybrid makes one for both."
+            )
         spec = _spec(hybrid, num_recursion_steps, past_key_values)
         if past_key_values is not None:
             spec = replace(spec, save="all")  # computed again, keys would be appended again
@@ -72,11 +78,8 @@ def settle(
             rule,
         )
         call.is_token = tokens_of(what, inputs.shape[1], past_key_values, hybrid.num_base_layers)
-    return call, {
-        "attention_mask": base_mask,
-        "past_key_values": None if isinstance(past_key_values, PagedKeys) else past_key_values,
-        "use_cache": use_cache,
-    }
+    of_base = past_key_values.of_base() if isinstance(past_key_values, PagedKeys) else past_key_values
+    return call, {"attention_mask": base_mask, "use_cache": use_cache} | as_argument(of_base)
 
 
 def rule_of(

@@ -137,12 +137,13 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
             raise RuntimeError(
                 "HybridModel: the injection was switched on or off while continuous batching was running."
             )
+        base = self._base
+        keys = PagedKeys(given, base)
+        given["cache"] = keys if self.injects else keys.of_base()
         if not self.injects:
             return hybrid(attention_mask=attention_mask, **given)
-        base = self._base
         return hybrid(
             attention_mask=masks(base, attention_mask, given, hybrid.dtype),
-            past_key_values=PagedKeys(given, base),
             num_recursion_steps=self.num_recursion_steps,
             halting=False,
             **given,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from trm_kernels.recursion.in_order import rounds_of
 
@@ -28,11 +29,15 @@ class PagedKeys:
     """
 
     def __init__(self, arguments: dict[str, Any], base: PreTrainedConfig) -> None:
-        self._cache = arguments["cache"]
         self._where = {name: arguments[name] for name in _INDICES}
+        self._cache = arguments["cache"]
         self._ends = arguments.get("cu_seq_lens_q")
         self._first_layer = base.num_hidden_layers
         self._heads, self._width = key_value_size(base)
+
+    def of_base(self) -> PagedAttentionCache:
+        """The same cache, as the language model is to get it."""
+        return _CacheOfForward(self._cache, self._where)
 
     def of_injection(self, index: int, evaluations: int) -> "PagedInjectionKeys":
         """Those of injection point `index`, which has so many evaluations of a TRM layer."""
@@ -71,6 +76,31 @@ class PagedKeys:
         starts = ends[torch.searchsorted(ends[1:].contiguous(), places, right=True)]
         number = places - starts  # of the token in its sequence
         return rounds_of(number)
+
+
+class _CacheOfForward(PagedAttentionCache):
+    """The paged cache in one forward of a language model that treats it as any cache, as GPT-NeoX and OPT do.
+
+    where   of the forward's tokens; a model that hands on what it is told of them says so with each update
+    """
+
+    def __init__(self, paged: PagedAttentionCache, where: dict[str, Any]) -> None:
+        vars(self).update(vars(paged))  # it is the same memory
+        self._where = where
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        kwargs = dict(self._where) if kwargs is None else kwargs
+        return super().update(key_states, value_states, layer_idx, kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: a row of many sequences, whose tokens bring their positions."""
+        return 0
 
 
 class PagedInjectionKeys:

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from hybrid import Halting, TokenHalting
+from hybrid.model.cache_name import as_argument
 from hybrid.model.injection import decoder_layers
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 
@@ -44,8 +45,8 @@ def test_positions_steps_cache_and_halting_are_those_of_the_whole_model():
 
     want, cache = hybrid(ids, use_cache=False).logits, DynamicCache(config=hybrid.llm_model.config)
     parts = [
-        hybrid.base_model(ids[:, :5], past_key_values=cache),
-        hybrid.base_model(ids[:, 5:], past_key_values=cache),
+        hybrid.base_model(ids[:, :5], **as_argument(cache)),
+        hybrid.base_model(ids[:, 5:], **as_argument(cache)),
     ]
     torch.testing.assert_close(
         head(torch.cat([p.last_hidden_state for p in parts], 1)), want, rtol=1e-5, atol=1e-5

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hybrid.model.cache import GrowingLayer, make_room
+from hybrid.model.cache_name import as_argument
 from hybrid.model.settled_call import num_trm_cache_layers
 from tests.support.tiny import LAYERS, tiny_hybrid, tokens
 
@@ -199,12 +200,12 @@ def test_a_hybrid_decodes_into_it():
     cache = hybrid(ids[:, :4], use_cache=True).past_key_values
     assert {type(layer) for layer in cache.layers[:LAYERS]} == {DynamicLayer}
     assert {type(layer) for layer in cache.layers[LAYERS:]} == {GrowingLayer}
-    hybrid(ids[:, 4:5], past_key_values=cache)
+    hybrid(ids[:, 4:5], **as_argument(cache))
     rooms = [room_of(layer) for layer in cache.layers[LAYERS:]]
     for i in range(5, 8):
-        hybrid(ids[:, i : i + 1], past_key_values=cache)
+        hybrid(ids[:, i : i + 1], **as_argument(cache))
     assert [room_of(layer) for layer in cache.layers[LAYERS:]] == rooms
-    logits = hybrid(ids[:, 8:], past_key_values=cache).logits
+    logits = hybrid(ids[:, 8:], **as_argument(cache)).logits
     torch.testing.assert_close(logits, hybrid(ids).logits[:, 8:], rtol=1e-5, atol=1e-5)
 
 
@@ -215,7 +216,7 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
         cache, loss, at = DynamicCache(config=hybrid.llm_model.config), 0, 0
         make_room(cache, LAYERS, num_trm_cache_layers(hybrid, hybrid.config.recursion_spec))
         for n in chunks:
-            loss = loss + hybrid(ids[:, at : at + n], past_key_values=cache).logits.square().sum()
+            loss = loss + hybrid(ids[:, at : at + n], **as_argument(cache)).logits.square().sum()
             at += n
         loss.backward()
         gradients.append([p.grad.clone() for p in hybrid.trm_parameters()])
@@ -231,8 +232,8 @@ def test_a_compiled_forward_with_a_dynamic_cache():
     hybrid, ids = tiny_hybrid(**brief), tokens()
     compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
     whole, cache = hybrid(ids).logits, hybrid(ids[:, :3], use_cache=True).past_key_values
-    hybrid(ids[:, 3:4], past_key_values=cache)  # now there is room
+    hybrid(ids[:, 3:4], **as_argument(cache))  # now there is room
     for at in range(4, 8):  # compiled, and for two tokens not
         model = hybrid if at in (5, 6) else compiled
-        logits = model(ids[:, at : at + 1], past_key_values=cache).logits
+        logits = model(ids[:, at : at + 1], **as_argument(cache)).logits
         torch.testing.assert_close(logits, whole[:, at : at + 1], rtol=1e-5, atol=1e-5)

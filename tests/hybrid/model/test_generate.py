@@ -8,6 +8,7 @@ import torch
 from transformers import StaticCache
 
 from hybrid import HybridModel
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -71,14 +72,15 @@ def test_a_cache_goes_on_over_two_calls():
     hybrid, ids = tiny_hybrid(), tokens(1)
     first = hybrid.generate(ids, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat((first.sequences, tokens(1, 3, seed=2)), dim=1)
-    told = hybrid.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    told = hybrid.generate(longer, **as_argument(first.past_key_values), **GREEDY)
     assert torch.equal(told, hybrid.generate(longer, **GREEDY))
 
 
 def test_a_static_cache_of_the_callers():
     hybrid, ids = tiny_hybrid(), tokens()
     cache = StaticCache(config=hybrid.config, max_cache_len=20)
-    assert torch.equal(hybrid.generate(ids, past_key_values=cache, **GREEDY), hybrid.generate(ids, **GREEDY))
+    told = hybrid.generate(ids, **as_argument(cache), **GREEDY)
+    assert torch.equal(told, hybrid.generate(ids, **GREEDY))
 
 
 # compiling unrolls the recursion, so these hybrids recurse little

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import LAYERS, VOCABULARY, WIDTH, tiny_hybrid, tokens
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
@@ -71,7 +72,7 @@ def test_a_prompt_in_chunks_and_one_that_went_on_tell_the_same(family):
     assert torch.equal(hybrid.generate(ids, prefill_chunk_size=4, **GREEDY), want)
     half = GREEDY | {"max_new_tokens": 2, "min_new_tokens": 2}
     first = hybrid.generate(ids, return_dict_in_generate=True, **half)
-    again = hybrid.generate(first.sequences, past_key_values=first.past_key_values, **half)
+    again = hybrid.generate(first.sequences, **as_argument(first.past_key_values), **half)
     assert torch.equal(again, want)
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
 from hybrid.demo.base import make_base
 from hybrid.demo.shell_game import ShellGame, accuracy_by_swaps, adaptive_by_swaps
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import VOCABULARY, awaken, tiny_hybrid, tokens
 
 N = 6
@@ -41,7 +42,7 @@ def in_parts(hybrid, ids, rule, parts, cache=None):
     told, at = [], 0
     for part in parts:
         logits, steps, output = run(
-            hybrid, ids[:, at : at + part], rule, past_key_values=cache, use_cache=True
+            hybrid, ids[:, at : at + part], rule, **as_argument(cache), use_cache=True
         )
         cache, at = output.past_key_values, at + part
         told.append((logits, steps))
@@ -158,12 +159,12 @@ def test_a_cache_filled_under_another_rule_is_refused(hybrid):
         n = 2 * N - 1 if filled == RULES[1] else N
         cache = hybrid(ids[:, :4], use_cache=True, halting=filled).past_key_values
         with pytest.raises(ValueError, match="one filled under"):
-            hybrid(ids[:, 4:], past_key_values=cache, halting=rule, num_recursion_steps=n)
+            hybrid(ids[:, 4:], **as_argument(cache), halting=rule, num_recursion_steps=n)
     cache = hybrid(ids[:, :4], use_cache=True, halting=RULES[0]).past_key_values
     with pytest.raises(ValueError, match="this num_recursion_steps"):
-        hybrid(ids[:, 4:], past_key_values=cache, halting=RULES[0], num_recursion_steps=3)
+        hybrid(ids[:, 4:], **as_argument(cache), halting=RULES[0], num_recursion_steps=3)
     cache.crop(-4)  # empty again
-    assert hybrid(ids, past_key_values=cache).logits.shape[1] == 9
+    assert hybrid(ids, **as_argument(cache)).logits.shape[1] == 9
 
 
 def test_what_cannot_be_combined_says_why(hybrid):
@@ -246,7 +247,7 @@ def test_the_record(hybrid):
 def test_a_filled_cache_copied_goes_on_under_its_rule(hybrid):
     """As prefix caching does it: one prompt, two continuations."""
     ids, rule = tokens(1), RULES[0]
-    _, _, filled = run(hybrid, ids[:, :6], rule, past_key_values=DynamicCache())
+    _, _, filled = run(hybrid, ids[:, :6], rule, **as_argument(DynamicCache()))
     for _ in range(2):
         got, _ = in_parts(hybrid, ids[:, 6:], rule, (2, 1), copy.deepcopy(filled.past_key_values))
         torch.testing.assert_close(got, run(hybrid, ids, rule)[0][:, 6:], rtol=1e-5, atol=1e-5)

@@ -18,7 +18,6 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
-    GenerationMixin,
     LlamaModel,
     T5Config,
 )
@@ -26,6 +25,7 @@ from transformers import T5ForConditionalGeneration as T5
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybrid import CombinedTRMLLM, HybridModel
+from hybrid.model.cache_name import as_argument
 from hybrid.model.injection import keep_call_in_checkpoints
 from hybrid.model.settled_call import recursion_steps
 from tests.support.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
@@ -81,7 +81,7 @@ def test_a_cache_equals_full_recomputation(family):
     first = hybrid(ids[:, :4], use_cache=True)
     parts, cache = [first.logits], first.past_key_values
     for a, b in ((4, 5), (5, 6), (6, 9)):
-        parts.append(hybrid(ids[:, a:b], past_key_values=cache).logits)
+        parts.append(hybrid(ids[:, a:b], **as_argument(cache)).logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -439,13 +439,13 @@ def test_a_cache_filled_with_another_number_is_refused():
     with pytest.raises(
         ValueError, match=r"this num_recursion_steps \(36 TRM layers\), got one filled with 48"
     ):
-        hybrid(ids[:, 4:5], past_key_values=cache)
-    got = hybrid(ids[:, 4:], past_key_values=cache, num_recursion_steps=3).logits
+        hybrid(ids[:, 4:5], **as_argument(cache))
+    got = hybrid(ids[:, 4:], **as_argument(cache), num_recursion_steps=3).logits
     torch.testing.assert_close(got, hybrid(ids, num_recursion_steps=3).logits[:, 4:], rtol=1e-5, atol=1e-5)
     with hybrid.disable_injection():
         cache = hybrid(ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="got one filled with 0"):
-        hybrid(ids[:, 4:5], past_key_values=cache)
+        hybrid(ids[:, 4:5], **as_argument(cache))
 
 
 # Bases that cannot be wrapped
@@ -479,16 +479,6 @@ def test_bases_that_are_refused():
         HybridModel(llm_model=tiny_base(), config=tiny_config(injection_layers=[4]))
     with pytest.raises(ValueError, match="expected llm_model, or a config with base_config, got neither"):
         HybridModel(tiny_config())
-
-
-def test_a_transformers_that_calls_the_cache_otherwise_is_refused(monkeypatch):
-    def prepare(self, input_ids, next_sequence_length=None, cache=None, **kwargs): ...  # as of 5.24
-
-    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepare)
-    with pytest.raises(
-        ValueError, match=r"transformers below 5\.24, .* got .* \(pip install 'transformers<5"
-    ):
-        HybridModel(llm_model=tiny_base(), config=tiny_config())
 
 
 def test_a_refused_base_is_left_as_it_was():

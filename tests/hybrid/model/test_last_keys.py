@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hybrid import Halting, HybridConfig, HybridModel, TokenHalting
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import FAMILIES, LAYERS, tiny_config, tiny_hybrid, tokens
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -28,7 +29,7 @@ def test_logits_of_chunks_are_those_of_the_whole():
     hybrid, ids = tiny_hybrid(trm_cache="last"), tokens()
     whole, cache, found = hybrid(ids).logits, DynamicCache(config=hybrid.llm_model.config), []
     for chunk in ids.split([4, 1, 1, 3], dim=1):
-        found.append(hybrid(chunk, past_key_values=cache).logits)
+        found.append(hybrid(chunk, **as_argument(cache)).logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
     assert (whole - tiny_hybrid()(ids).logits).abs().max() > 0.01
 
@@ -49,10 +50,10 @@ def test_a_cache_does_not_grow_with_the_number_of_steps():
         cache = hybrid(ids, num_recursion_steps=n).past_key_values
         assert len(cache.layers) - LAYERS == 3 * 2, "three points of two layers each"
         with pytest.raises(ValueError, match=f"one filled with {n}, for {n + 1}"):
-            hybrid(ids, past_key_values=cache, num_recursion_steps=n + 1)
+            hybrid(ids, **as_argument(cache), num_recursion_steps=n + 1)
     hybrid.config.trm_cache = "all"
     with pytest.raises(ValueError, match="expected an empty cache"):
-        hybrid(ids, past_key_values=cache)
+        hybrid(ids, **as_argument(cache))
 
 
 def test_gradients_of_checkpointed_layers_are_those_of_others():
@@ -83,7 +84,7 @@ def test_it_is_saved_and_a_config_that_does_not_say_keeps_all(tmp_path):
 @torch.no_grad()
 def test_what_it_cannot_be_combined_with_is_refused():
     hybrid, ids = tiny_hybrid(**SMALL), tokens()
-    for how in ({"cache_implementation": "static"}, {"past_key_values": StaticCache(hybrid.config, 20)}):
+    for how in ({"cache_implementation": "static"}, as_argument(StaticCache(hybrid.config, 20))):
         with pytest.raises(ValueError, match="trm_cache 'last' expected a cache that grows"):
             hybrid.generate(ids, **GREEDY, **how)
     with pytest.raises(ValueError, match="halting expected cache 'all'"):

@@ -9,6 +9,7 @@ import trm_kernels.modules.trm
 import trm_kernels.recursion.injection
 from hybrid.model import masks
 from hybrid.model.cache import make_room
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import FAMILIES, LAYERS, tiny_base, tiny_hybrid, tokens
 from trm_kernels.ops.attention import decode_attention, launchers
 from trm_kernels.ops.attention.reference import visibility
@@ -155,7 +156,7 @@ def test_a_forward_with_a_cache(kind, told):
         forms, parts, at = [], [], 0
         for n in (4, 1, 1, 3):
             given = {} if mask is None else {"attention_mask": mask[:, : at + n]}
-            output = hybrid(ids[:, at : at + n], past_key_values=cache, use_cache=True, **given)
+            output = hybrid(ids[:, at : at + n], **as_argument(cache), use_cache=True, **given)
             cache = output.past_key_values
             parts.append(output.logits)
             forms.append(form(told))
@@ -234,9 +235,9 @@ def test_masks_that_transformers_made(told):
         mask = None if rows is None else padded(rows)
         cache = StaticCache(config=hybrid.config, max_cache_len=SLOTS)
         given = {"config": hybrid.llm_model.config, "inputs_embeds": torch.zeros(2, 9, 0)}
-        made = theirs.create_masks_for_generate(**given, attention_mask=mask, past_key_values=cache)
+        made = theirs.create_masks_for_generate(**given, attention_mask=mask, **as_argument(cache))
         told.clear()
-        got = hybrid(ids, attention_mask=made, past_key_values=cache).logits
+        got = hybrid(ids, attention_mask=made, **as_argument(cache)).logits
         assert form(told) == ("past" if mask is None else "mask")
         torch.testing.assert_close(got[:, :5], want[:, :5], rtol=1e-5, atol=1e-5)
 
@@ -274,7 +275,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
         parts, at = [], 0
         for n in (4, 1, 1, 1):
             given = {} if mask is None else {"attention_mask": mask[:, : at + n].to(DEVICE)}
-            output = hybrid(ids[:, at : at + n], past_key_values=cache, use_cache=True, **given)
+            output = hybrid(ids[:, at : at + n], **as_argument(cache), use_cache=True, **given)
             cache = output.past_key_values
             parts.append(output.logits)
             at += n

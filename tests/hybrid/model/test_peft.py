@@ -7,9 +7,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hybrid import HybridModel
 from tests.support import fresh, tiny_text
@@ -85,6 +87,10 @@ def test_a_second_adapter_and_the_trms_beside_it():
     assert trained and all("modules_to_save.default" in name for name in trained)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer",
+)
 def test_transformers_own_way_to_add_an_adapter():
     hybrid = tiny_hybrid()
     hybrid.add_adapter(LoraConfig(target_modules=USUAL))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid import HybridConfig, HybridModel
 from hybrid.config import trm_fields
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import tiny_base, tiny_config, tiny_hybrid, tokens
 from trm_kernels.recursion import recursion as recursion_ops
 from trm_kernels.runtime.backend import backend, current_backend
@@ -419,11 +420,11 @@ def test_a_cache_with_a_gap_is_refused(base_alone):
     cache = hybrid(ids[:, :5], use_cache=True).past_key_values
     if base_alone == "in a block":
         with hybrid.disable_injection():
-            hybrid(ids[:, 5:8], past_key_values=cache)
+            hybrid(ids[:, 5:8], **as_argument(cache))
     else:
-        hybrid.llm_model(ids[:, 5:8], past_key_values=cache, use_cache=True)
+        hybrid.llm_model(ids[:, 5:8], use_cache=True, **as_argument(cache))
     with pytest.raises(ValueError, match=r"expected .*cache .* got one (filled )?with"):
-        hybrid(ids[:, 8:], past_key_values=cache)
+        hybrid(ids[:, 8:], **as_argument(cache))
 
 
 @pytest.mark.parametrize("save", ["step", "layer"])

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import trm_kernels as ops
 from hybrid import Halting, TokenHalting
+from hybrid.model.cache_name import as_argument
 from hybrid.training.loop import train
 from hybrid.training.phases import enter
 from hybrid.training.settings import TrainSettings
@@ -262,7 +263,7 @@ def test_with_a_cache_as_without(changes):
         whole = hybrid(ids, use_cache=False).logits
         cache, parts = None, []
         for part in ids.split((4, 1, 3, 1), dim=1):
-            output = hybrid(part, past_key_values=cache, use_cache=True)
+            output = hybrid(part, **as_argument(cache), use_cache=True)
             cache = output.past_key_values
             parts.append(output.logits)
     # bfloat16 sums in another order: a few of its steps

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from hybrid.model.cache import GrowingLayer, InjectionCache
+from hybrid.model.cache_name import as_argument
 from tests.support.tiny import tiny_hybrid, tokens
 from tests.trm_kernels.recursion.test_recursion import DEVICE
 from trm_kernels.recursion.one_launch import launchers
@@ -83,7 +84,7 @@ def test_tokens_that_read_last_keys(launches):
         cache = hybrid(ids[:, :2]).past_key_values
     hybrid.config.trm_regime = "one_launch"
     with backend("triton"):
-        told = [hybrid(token, past_key_values=cache).logits for token in ids[:, 2:].split(1, dim=1)]
+        told = [hybrid(token, **as_argument(cache)).logits for token in ids[:, 2:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(told, 1), want[:, 2:], rtol=2e-3, atol=2e-3)
     assert len(launches) == 2 * 2
     with backend("triton"), pytest.raises(RuntimeError, match="one token at a time"):
@@ -147,8 +148,8 @@ def test_a_compiled_forward_with_a_static_cache_sees_one_op():
     with torch.no_grad(), backend("triton"):
         whole = hybrid(ids, use_cache=False).logits
         cache = StaticCache(config=hybrid.config, max_cache_len=8)
-        hybrid(ids[:, :2], past_key_values=cache)
+        hybrid(ids[:, :2], **as_argument(cache))
         for at in (2, 3):
-            logits = compiled(ids[:, at : at + 1], past_key_values=cache).logits
+            logits = compiled(ids[:, at : at + 1], **as_argument(cache)).logits
             torch.testing.assert_close(logits, whole[:, at : at + 1], rtol=1e-4, atol=1e-4)
     assert {int(layer.cumulative_length) for layer in cache.layers} == {4}
