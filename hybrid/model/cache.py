@@ -240,9 +240,11 @@ def make_room(
                 "prompt's cache, or PEFT's prefix tuning): the TRMs have no keys of its tokens. It can be "
                 "used with disable_injection()."
             )
+        filled = have - num_base_layers
         raise ValueError(
             "HybridModel: expected an empty cache or one filled with this num_recursion_steps "
-            f"({num_trm_layers} TRM layers), got one filled with {have - num_base_layers}."
+            f"({num_trm_layers} TRM layers{_steps_of(num_trm_layers, num_trm_layers, spec, halting)}), "
+            f"got one filled with {filled}{_steps_of(filled, num_trm_layers, spec, halting)}."
         )
     del cache.layers[num_base_layers:]
     static = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
@@ -251,6 +253,13 @@ def make_room(
         cache.layers.append(StaticLayer(max_cache_len or max(static)) if static else GrowingLayer())
     cache.trm_halting = halting  # type: ignore[attr-defined]  # our marks
     cache.trm_steps = steps  # type: ignore[attr-defined]
+
+
+def _steps_of(layers: int, num_trm_layers: int, spec: RecursionSpec | None, halting: Halting | None) -> str:
+    """The recursion steps that fill so many layers, ", n = 3": those of `spec` fill `num_trm_layers`."""
+    if spec is None or halting is not None or layers * (spec.num_recursion_steps + 1) % num_trm_layers:
+        return ""
+    return f", n = {layers * (spec.num_recursion_steps + 1) // num_trm_layers - 1}"
 
 
 def _refuse_last(cache: Cache, steps: int | None) -> None:

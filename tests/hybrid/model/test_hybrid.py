@@ -436,9 +436,7 @@ def test_a_chosen_backend_holds_under_checkpoint_recomputation(monkeypatch):
 def test_a_cache_filled_with_another_number_is_refused():
     hybrid, ids = tiny_hybrid(), tokens()
     cache = hybrid(ids[:, :4], num_recursion_steps=3).past_key_values
-    with pytest.raises(
-        ValueError, match=r"this num_recursion_steps \(36 TRM layers\), got one filled with 48"
-    ):
+    with pytest.raises(ValueError, match=r"\(36 TRM layers, n = 2\), got one filled with 48, n = 3\."):
         hybrid(ids[:, 4:5], **as_argument(cache))
     got = hybrid(ids[:, 4:], **as_argument(cache), num_recursion_steps=3).logits
     torch.testing.assert_close(got, hybrid(ids, num_recursion_steps=3).logits[:, 4:], rtol=1e-5, atol=1e-5)
