@@ -134,12 +134,14 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits of a hash of Triton's first text of the kernel, `arch` and the options.
+        """12 hexadecimal digits of a hash of Triton's first text of the kernel, and of what else makes it.
 
         The text is what Python's lines are translated into, without their numbers. It takes a twelfth of
-        the time of compiling. Of one text one version of Triton makes one machine code.
+        the time of compiling. The rest is what Triton's own cache goes by: the assembler, the options as the
+        environment completes them, and variables that change machine code. Of the arguments' names, which
+        are no part of the text, it depends which of them are strides.
         """
-        from triton._C.libtriton import ir
+        from triton._C.libtriton import get_cache_invalidating_env_vars, ir
         from triton.compiler import make_backend
 
         backend, context = make_backend(self.target), ir.context()
@@ -148,7 +150,9 @@ class Source:
         backend.load_dialects(context)
         made_of = (backend.get_codegen_implementation(options), backend.get_module_map())
         text = self.ast.make_ir(self.target, options, *made_of, context).str_nodebug()
-        return _hash(repr((text, self.arch, sorted(self.options))).encode())
+        names = [name for name, _ in self.signature]
+        made_with = (backend.hash(), options.hash(), sorted(get_cache_invalidating_env_vars().items()))
+        return _hash(repr((text, names, made_with)).encode())
 
     @property
     def target(self) -> Any:
@@ -297,8 +301,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def judges() -> str:
     """A hash of the code that says what is wrong with a kernel: what it let pass, it lets pass again."""
-    here = Path(__file__)
-    return _hash(here.read_bytes() + here.with_name("machine_code.py").read_bytes())
+    parts = ("check.py", "compile.py", "machine_code.py")
+    return _hash(b"".join(Path(__file__).with_name(name).read_bytes() for name in parts))
 
 
 def _hash(what: bytes) -> str:

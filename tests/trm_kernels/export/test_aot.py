@@ -1,5 +1,6 @@
 """Every kernel compiles for every GPU and keeps within its limits; every op starts the kernels it should."""
 
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -139,6 +140,48 @@ def test_what_is_on_record_is_recognized():
     assert not same_as_on_record(replace(job, source=more_warps))
     assert not same_as_on_record(replace(job, source=replace(job.source, arch="sm89")))
     assert not same_as_on_record(replace(job, case=replace(job.case, max_registers=8)))
+
+
+def test_a_fingerprint_is_of_what_the_environment_says_too(monkeypatch):
+    source = source_of(forward_launch(64), "sm90")
+    want = source.fingerprint
+    assert replace(source).fingerprint == want
+    with monkeypatch.context() as other:
+        other.setattr(triton.knobs.language, "default_fp_fusion", False)
+        assert replace(source).fingerprint != want
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    assert replace(source).fingerprint != want
+
+
+def test_a_fingerprint_is_of_the_names_by_which_strides_are_known(tmp_path):
+    """They are no part of the text, and decide whether wide copies are wanted."""
+
+    def planted(stride, comment):
+        file = tmp_path / stride / "planted.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(PLANTED.format(stride=stride, comment=comment))
+        spec = importlib.util.spec_from_file_location("planted", file)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        x = torch.empty(64, device="meta")
+        return source_of(Launch(module.kernel, (1,), (x, 7), {"num_warps": 4}), "sm90").fingerprint
+
+    assert planted("stride_m", "") == planted("stride_m", "# a line more\n") != planted("row_m", "")
+
+
+PLANTED = """
+import triton, triton.language as tl
+{comment}
+@triton.jit
+def kernel(x_ptr, {stride}):
+    tl.store(x_ptr + {stride}, 0.0)
+"""
+
+
+@pytest.mark.parametrize("part", ["check.py", "compile.py", "machine_code.py"])
+def test_another_judge_is_known(monkeypatch, part):
+    before, read = judges(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == part))
+    assert judges() != before
 
 
 def test_every_row_of_the_settings_table_is_compiled(monkeypatch):
@@ -305,7 +348,9 @@ def test_the_command_prints_a_table_and_writes_the_kernels(monkeypatch, capsys, 
     assert used == [facts["registers"], facts["stack"], facts["shared"], fingerprint]
 
     monkeypatch.setattr(check, "CASES", (type(case)(**{**vars(small), "max_registers": 8}),))
-    assert check.main(["--arch", "80"]) == 1
+    before = written.read_text()
+    assert check.main(["--arch", "80", "--write", str(written)]) == 1
+    assert written.read_text() == before, "what did not pass would not be judged again"
     assert "2 kernels outside their limits" in capsys.readouterr().out
 
 
