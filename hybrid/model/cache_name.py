@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import transformers
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,9 +38,10 @@ def check_cache_name() -> None:
 def as_argument(cache: Any) -> dict[str, Any]:
     """`cache` as transformers' models and functions take it, among their keyword arguments.
 
-    What is no Cache is a paged one, of continuous batching.
+    What is no cache at all, such as tuples of older versions, goes by the name in force: there models refuse
+    it, and by another name nobody would read it.
     """
-    return {CACHE_NAME if cache is None or isinstance(cache, Cache) else _OF_PAGED: cache}
+    return {_OF_PAGED if isinstance(cache, PagedAttentionCache) else CACHE_NAME: cache}
 
 
 def takes_cache(function: Callable[P, R]) -> Callable[P, R]:

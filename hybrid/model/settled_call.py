@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hybrid.config_values import check_steps
 from hybrid.model.cache import keeps_steps, leave_to_base, make_room
@@ -52,10 +53,14 @@ def settle(
         if past_key_values is not None:
             leave_to_base(past_key_values, hybrid.num_base_layers)
     else:
-        if past_key_values is not None and not isinstance(past_key_values, Cache | PagedKeys):
+        if isinstance(past_key_values, PagedAttentionCache):
             raise ValueError(
                 "HybridModel: got the paged cache of a manager that was made for the language model alone; "
                 "init_continuous_batching of the hybrid makes one for both."
+            )
+        if past_key_values is not None and not isinstance(past_key_values, Cache | PagedKeys):
+            raise ValueError(
+                f"HybridModel: expected a Cache of transformers, got {type(past_key_values).__name__}."
             )
         spec = _spec(hybrid, num_recursion_steps, past_key_values)
         if past_key_values is not None:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from hybrid import HybridModel
 from hybrid.model import cache_name
@@ -84,6 +85,16 @@ def test_checkpoints_take_away_the_cache_of_the_trm_as_of_the_base():
     assert taken[0] is None and isinstance(taken[1], DynamicCache)
 
 
+@pytest.mark.parametrize("is_injecting", [True, False])
+def test_what_is_no_cache_is_refused_as_by_the_base(is_injecting):
+    """By a name that its base does not know it would be left out without a word."""
+    hybrid, ids = tiny_hybrid(), tokens()
+    hybrid.injection_enabled = is_injecting
+    keys = torch.zeros(2, 4, 4, 8)
+    with pytest.raises(ValueError if is_injecting else AttributeError, match="Cache.* got tuple|'tuple'"):
+        hybrid(ids, **{CACHE_NAME: ((keys, keys),) * 3})
+
+
 # What the name is on the other transformers, as far as it can be seen on this one
 
 
@@ -120,6 +131,6 @@ def test_either_name_in_force(monkeypatch, in_force):
     with pytest.warns(FutureWarning, match="Use `cache`") if is_given_up else nullcontext():
         assert forward(1, past_key_values=2, use_cache=3) == (1, 2, 3)
     assert forward(1, cache=2) == (1, 2, None), "what the newer transformers says is understood before"
-    cache, paged = DynamicCache(), object()
+    cache, paged = DynamicCache(), object.__new__(PagedAttentionCache)
     assert as_argument(cache) == {in_force: cache} and as_argument(None) == {in_force: None}
-    assert as_argument(paged) == {"cache": paged}
+    assert as_argument(paged) == {"cache": paged} and as_argument(()) == {in_force: ()}

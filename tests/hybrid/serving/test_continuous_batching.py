@@ -364,7 +364,7 @@ def test_old_paged_caches_are_refused(monkeypatch):
 def test_a_paged_cache_for_the_base_alone_is_refused():
     hybrid = tiny_hybrid()
     with pytest.raises(ValueError, match="made for the language model alone"):
-        hybrid(tokens(1, 5), use_cache=False, cache=object())
+        hybrid(tokens(1, 5), use_cache=False, cache=object.__new__(PagedAttentionCache))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
