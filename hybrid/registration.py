@@ -5,12 +5,13 @@ So it is done now where transformers is there already; else when transformers, o
 that needs it, is imported, by whomever. Trainer, which takes as long again, is told when it is imported.
 """
 
+import importlib
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # modules of this package that need none of it, with what is inside them; of `training` only these
 _LIGHT = ("cli", "extras", "lazy", "options", "registration", "training.settings", "__main__")
@@ -69,18 +70,29 @@ class _Watch(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if not self._is_time(name):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _AndThen(spec.loader, self._then)
+            spec.loader = _AndThen(spec.loader, self)
         return spec
+
+    def loads(self) -> None:
+        """It was time: who only asked whether there is such a module has loaded none."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def has_loaded(self) -> None:
+        self._then()
 
 
 class _AndThen(importlib.abc.Loader):
     """Another loader, and something after it: before, what it loads would be there in half."""
 
-    def __init__(self, loader: importlib.abc.Loader, then: Callable[[], None]) -> None:
-        self._loader, self._then = loader, then
+    def __init__(self, loader: importlib.abc.Loader, watch: _Watch) -> None:
+        self._loader, self._watch = loader, watch
+
+    def __getattr__(self, name: str) -> Any:  # `python -m` asks for the code
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -88,5 +100,6 @@ class _AndThen(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None, "importlib gives every module one"
         module.__spec__.loader = module.__loader__ = self._loader
+        self._watch.loads()
         self._loader.exec_module(module)
-        self._then()
+        self._watch.has_loaded()

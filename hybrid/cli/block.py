@@ -1,6 +1,7 @@
 """HybridConfig from the options of the command line: fields, a JSON file, or a preset."""
 
 import argparse
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def _read(path: Path) -> dict[str, Any]:
     if fields.get("model_type") == HybridConfig.model_type:
         return {name: fields[name] for name in trm_fields() if name in fields}
     if others := [name for name in fields if name not in trm_fields()]:
+        near = difflib.get_close_matches(others[0], trm_fields(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(
-            f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]}."
+            f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]}{hint}"
         )
     return fields

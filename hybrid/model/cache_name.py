@@ -63,7 +63,7 @@ def takes_cache(function: Callable[P, R]) -> Callable[P, R]:
             kwargs["past_key_values"] = caches[0] if caches else None
         if given.keys() & given_up and not torch.compiler.is_compiling():
             what = f"`{_NAMES[1]}` is deprecated in this transformers. Use `{CACHE_NAME}` instead."
-            warnings.warn(what, FutureWarning, stacklevel=2)
+            warnings.warn(what, FutureWarning, stacklevel=4)  # whoever called the module
         return function(*args, **kwargs)
 
     given_up = set(_NAMES[_NAMES.index(CACHE_NAME) + 1 :])

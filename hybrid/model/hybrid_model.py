@@ -472,7 +472,8 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         detach(base)
         remove_lora(base)
         if has_checkpoints(base) and not self._came.has_checkpoints:
-            base.gradient_checkpointing_disable()
+            # the second name is that of older versions
+            getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()
         self._came.restore(base)
         self._modules["llm_model"] = GivenBack()
         return base

@@ -263,6 +263,9 @@ def test_hybrid_brings_no_more_than_transformers_and_itself():
         "from hybrid import HybridModel; from transformers import AutoModelForCausalLM",
         "import hybrid.cli; from transformers import AutoModelForCausalLM",
         "import hybrid.config; from transformers import AutoModelForCausalLM",
+        # only asks whether it is there
+        "import hybrid, importlib.util as u; u.find_spec('transformers');"
+        "from transformers import AutoModelForCausalLM",
         "from hybrid.data.stream import TokenBlocks; from transformers import AutoModelForCausalLM",
     ],
 )
@@ -284,6 +287,13 @@ def test_the_auto_classes_know_a_hybrid_in_any_order(code, trained):  # noqa: F8
 def test_every_trainer_keeps_draws_in_any_order(code):
     ask = "from transformers.trainer import DEFAULT_CALLBACKS; print([c.__name__ for c in DEFAULT_CALLBACKS])"
     assert fresh.python(f"{code}; {ask}") == "['DefaultFlowCallback', 'KeepDraws']\n"
+
+
+def test_a_module_that_needs_transformers_runs_as_a_program():
+    """Python asks its loader for the code, and the watch for transformers has put one before that."""
+    run = "runpy.run_module('hybrid.gguf_base', run_name='__main__')"
+    code = f"import runpy, sys; sys.argv = ['', '--help']; {run}"
+    assert "--package" in fresh.python(f"import hybrid\ntry:\n    {code}\nexcept SystemExit:\n    pass")
 
 
 @pytest.mark.parametrize(
