@@ -71,7 +71,8 @@ def kept_by_step(model: HybridModel, batch_size: int, sequence_length: int, is_f
     outside = _Storages(own)
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device="meta")
     with _each_unit(model, units), record(_ARCH) if is_fused else nullcontext(), outside.watching():
-        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        masks = _masks(model, batch_size, sequence_length)
+        loss = model.train()(input_ids=ids, attention_mask=masks, labels=ids, use_cache=False).loss
     del loss
     return Kept(
         everything=nbytes((outside.found | units.kept.found).values()) + units.bytes_inside,
@@ -79,6 +80,13 @@ def kept_by_step(model: HybridModel, batch_size: int, sequence_length: int, is_f
         by_layer=units.most[False],
         by_trm=units.most[True],
     )
+
+
+def _masks(model: HybridModel, B: int, T: int) -> dict[str, Tensor | None] | None:
+    """Ready masks for attention that needs them: what makes them reads positions, and here are none."""
+    if model.llm_model.config._attn_implementation == ATTENTION:
+        return None
+    return {"base": torch.zeros(B, 1, T, T, dtype=model.dtype, device="meta"), "trm": None}
 
 
 @dataclass
