@@ -245,7 +245,7 @@ def test_rows_with_labels(base, texts, tmp_path, capsys):
     assert main([str(word) for word in (*evaluation, tmp_path / "rows.jsonl", texts / "new.txt")]) == 0
     labels, text = capsys.readouterr().out.splitlines()
     found = re.search(
-        r"rows.jsonl: loss \S+ nats per token, perplexity \S+, (\S+)% right of 180 labels", labels
+        r"rows.jsonl: loss \S+ nats per token, perplexity \S+, (\S+)% right of 180 labelled tokens", labels
     )
     assert found and float(found[1]) > 60
     assert text.endswith("tokens in sequences of 16")
