@@ -63,7 +63,7 @@ class _Watch(importlib.abc.MetaPathFinder):
     """Sees the first import after which it is time: the others find it, and it is loaded as they say."""
 
     def __init__(self, is_time: Callable[[str], bool], then: Callable[[], None]) -> None:
-        self._is_time, self._then = is_time, then
+        self._is_time, self.then = is_time, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -80,9 +80,6 @@ class _Watch(importlib.abc.MetaPathFinder):
         """It was time: who only asked whether there is such a module has loaded none."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-
-    def has_loaded(self) -> None:
-        self._then()
 
 
 class _AndThen(importlib.abc.Loader):
@@ -102,4 +99,4 @@ class _AndThen(importlib.abc.Loader):
         module.__spec__.loader = module.__loader__ = self._loader
         self._watch.loads()
         self._loader.exec_module(module)
-        self._watch.has_loaded()
+        self._watch.then()

@@ -76,9 +76,8 @@ def resources() -> str:
     """The maxima over all kernels, a row for each architecture."""
     rows = []
     for arch, cases in static.load("resources")["kernels"].items():
-        used = [
-            figures[:3] for kernels in cases.values() for figures in kernels.values()
-        ]  # then the fingerprint
+        # of each kernel three figures, and behind them its fingerprint
+        used = [figures[:3] for kernels in cases.values() for figures in kernels.values()]
         registers, stack, shared = (max(column) for column in zip(*used, strict=True))
         rows.append([arch, number(len(used)), number(registers), number(stack), number(shared)])
     columns = (

@@ -100,9 +100,8 @@ def test_kernels_keep_within_their_limits_and_to_what_is_on_record(arch, case):
     used = within_limits(arch, case, list(jobs(arch, [case])))
     known = {label: row for label, row in on_record(arch, case).items() if "-tf32" not in label}
     found = changes(known, used, f"{case.name} on {arch}")
-    assert not found, "\n".join(
-        found
-    )  # of each kernel registers [0], stack [1], shared memory [2], fingerprint [3]
+    # of each kernel registers [0], stack [1], shared memory [2], fingerprint [3]
+    assert not found, "\n".join(found)
 
 
 @each_on(*ARCHS, by_night=("sm80", "sm89"), by_day=BY_DAY_IN_TF32)
