@@ -7,6 +7,7 @@ import torch
 from evidence.untied import UntiedStack
 from peft import LoraConfig, get_peft_model
 
+from evidence_real.beginnings import SharedBeginnings
 from hybrid.demo.real.adapters import with_lora, with_recursion
 from hybrid.demo.real.training import Model, TrainingPlan
 
@@ -39,6 +40,7 @@ class Arm:
 _RANDOM = Arm("recursion", sampling="uniform")
 _LORA_ARM = Arm("LoRA on the last layer", plan=TrainingPlan(learning_rate=1e-3))
 _LORA_ALL = Arm("LoRA on all layers", rank=2, plan=TrainingPlan(learning_rate=1e-3))
+_LORA_BF16 = replace(_LORA_ALL, learns="LoRA on all layers, in bfloat16")
 _SECONDS = 300.0  # of CPU time, about what the recursion takes
 
 ARMS: dict[str, Arm] = {
@@ -59,9 +61,8 @@ ARMS: dict[str, Arm] = {
         _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
     ),
     "LoRA on all layers, 400 steps": replace(_LORA_ALL, plan=replace(_LORA_ALL.plan, steps=400)),
-    "LoRA on all layers, 1,500 steps": replace(
-        _LORA_ALL, learns="LoRA on all layers, in bfloat16", plan=replace(_LORA_ALL.plan, steps=1500)
-    ),
+    "LoRA on all layers, 1,500 steps": replace(_LORA_BF16, plan=replace(_LORA_ALL.plan, steps=1500)),
+    "LoRA on all layers, 3,000 steps": _LORA_BF16,
 }
 
 
@@ -74,10 +75,10 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
         return with_lora(base, arm.rank)
     if arm.learns.startswith("LoRA on all layers"):  # two matrices of each
         everywhere = LoraConfig(r=arm.rank, lora_alpha=2 * arm.rank, target_modules=["q_proj", "v_proj"])
-        trained_in = torch.bfloat16 if arm.learns.endswith("bfloat16") else torch.float32
-        if trained_in != torch.float32:  # on a CPU SDPA takes a second more to differentiate a step
-            base.set_attn_implementation("eager")
-        return Model(get_peft_model(base, everywhere), base, layer=0, trained_in=trained_in)
+        whole = get_peft_model(base, everywhere)
+        if arm.learns.endswith("bfloat16"):
+            return SharedBeginnings(whole, base, trained_in=torch.bfloat16)
+        return Model(whole, base, layer=0)
     made = with_recursion(
         base, seed, num_recursion_steps=arm.n, recursion_sampling=arm.sampling, trm_input_norm=arm.norm
     )

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from evidence_real import ablations, arms, cached, command, measures, tables, tasks
+from evidence_real.beginnings import SharedBeginnings
 from evidence_real.results import Lines, Run, rewritten
 
 from hybrid.demo.real import base as real_base
+from hybrid.demo.real import training
 from hybrid.demo.real.questions import NOTHING, encode
-from hybrid.demo.real.training import TrainingPlan
+from hybrid.demo.real.training import Known, Model, TrainingPlan
 from tests.support.tiny_words import word_base, word_tokenizer
 
 
@@ -173,7 +175,6 @@ def test_bfloat16_is_for_training_alone():
     """What is measured of LoRA on all layers is float32's, and so are its weights."""
     in_bfloat16 = arms.model_of(arms.ARMS["LoRA on all layers, 1,500 steps"], word_base(), 0)
     in_float32 = arms.model_of(arms.ARMS["LoRA on all layers, 400 steps"], word_base(), 0)
-    in_float32.base.set_attn_implementation("eager")  # as the other's: to the bit
     ids = torch.arange(12)[None]
 
     def states(model, training):
@@ -230,3 +231,28 @@ def test_a_lever_changes_what_it_says():
     assert torch.sigmoid(bias).item() == pytest.approx(0.047, abs=1e-3)
     usual, zero = trained("as it is"), trained("y and z from zero")
     assert {name.rpartition(".")[2] for name in usual.keys() - zero.keys()} == {"y_init", "z_init"}
+
+
+def test_shared_beginnings_are_computed_once_and_change_nothing():
+    """In float32, without autocast: the loss of a step and its gradients are those of the padded batch."""
+    questions = encode(word_tokenizer(), [tasks.TASKS["words"].text(i, False, None, None) for i in range(16)])
+    known = Known(questions, 0, torch.empty(16, 0))
+    found = []
+    for kind in (Model, SharedBeginnings):
+        padded = arms.model_of(arms.ARMS["LoRA on all layers, 400 steps"], word_base(), 0)
+        for parameter in padded.trained().values():  # B begins at 0: A would get no gradient
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+        model = padded if kind is Model else SharedBeginnings(padded.whole, padded.base, torch.float32)
+        rows = []
+        padded.base.model.register_forward_pre_hook(
+            lambda _, __, inputs, rows=rows: rows.append(inputs["input_ids"].numel()), with_kwargs=True
+        )
+        loss = training._Loss(model, known, TrainingPlan(batch_size=8), None, torch.Generator())(0)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.trained().values()], rows[-1]))
+    (padded_loss, padded_grads, padded_tokens), (loss, grads, tokens) = found
+    assert tokens < padded_tokens * 0.7
+    torch.testing.assert_close(loss, padded_loss)
+    assert any(g.abs().max() > 1e-3 for g in grads)
+    for g, wanted in zip(grads, padded_grads, strict=True):
+        torch.testing.assert_close(g, wanted, rtol=1e-4, atol=1e-6)

@@ -62,15 +62,18 @@ class Model:
 
         h   what comes out of layer `layer`; n   recursion steps
         """
+        known = nullcontext() if h is None else given(self.base, self.layer, h.float())
+        with known:
+            return self._called(ids, **({} if n is None else {"num_recursion_steps": n}))
+
+    def _called(self, ids: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         found: list[Tensor] = []
         handle = self.base.model.norm.register_forward_pre_hook(lambda _, args: found.append(args[0]))
         head, self.base.lm_head = self.base.lm_head, nn.Identity()
-        steps = {} if n is None else {"num_recursion_steps": n}
-        known = nullcontext() if h is None else given(self.base, self.layer, h.float())
         narrow = self.whole.training and self.trained_in != torch.float32
         try:
-            with known, torch.autocast("cpu", self.trained_in, enabled=narrow):
-                out = self.whole(input_ids=ids, use_cache=False, **steps).logits
+            with torch.autocast("cpu", self.trained_in, enabled=narrow):
+                out = self.whole(input_ids=ids, use_cache=False, **inputs).logits
         finally:
             handle.remove()
             self.base.lm_head = head
