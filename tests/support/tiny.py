@@ -61,11 +61,11 @@ _FAMILIES = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def tiny_base(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+def tiny_base(family: str = "llama", seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
     """A random language model of width 32 and 3 layers, in eval mode."""
     model_class, config_class, own = _FAMILIES[family]
     torch.manual_seed(seed)
-    return model_class(config_class(**_SIZES, **own)).eval()
+    return model_class(config_class(**_SIZES | {"num_hidden_layers": layers}, **own)).eval()
 
 
 def tiny_config(**changes) -> HybridConfig:
@@ -87,6 +87,12 @@ def tiny_hybrid(family: str = "llama", seed: int = 0, awake: bool = True, **chan
     """A hybrid of a tiny base; `awake` gives W_out values, as training would."""
     hybrid = HybridModel(llm_model=tiny_base(family, seed), config=tiny_config(**changes))
     return awaken(hybrid) if awake else hybrid
+
+
+def brief_hybrid(family: str = "llama", **changes) -> HybridModel:
+    """For torch.compile, which unrolls all layers and steps: a point before two layers, and one after them."""
+    brief = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
+    return awaken(HybridModel(llm_model=tiny_base(family, layers=2), config=tiny_config(**brief | changes)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from hybrid.model.cache import GrowingLayer, make_room
 from hybrid.model.cache_name import as_argument
 from hybrid.model.settled_call import num_trm_cache_layers
-from tests.support.tiny import LAYERS, tiny_hybrid, tokens
+from tests.support.tiny import LAYERS, brief_hybrid, tiny_hybrid, tokens
 
 
 def keys_and_values(length, batch=2, seed=0, dtype=torch.float32):
@@ -228,8 +228,7 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
 @torch.no_grad()
 def test_a_compiled_forward_with_a_dynamic_cache():
     torch._dynamo.reset()
-    brief = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [2]}
-    hybrid, ids = tiny_hybrid(**brief), tokens()
+    hybrid, ids = brief_hybrid(injection_layers=[2]), tokens()
     compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
     whole, cache = hybrid(ids).logits, hybrid(ids[:, :3], use_cache=True).past_key_values
     hybrid(ids[:, 3:4], **as_argument(cache))  # now there is room

@@ -10,7 +10,7 @@ import trm_kernels.recursion.injection
 from hybrid.model import masks
 from hybrid.model.cache import make_room
 from hybrid.model.cache_name import as_argument
-from tests.support.tiny import FAMILIES, LAYERS, tiny_base, tiny_hybrid, tokens
+from tests.support.tiny import FAMILIES, LAYERS, brief_hybrid, tiny_base, tiny_hybrid, tokens
 from trm_kernels.ops.attention import decode_attention, launchers
 from trm_kernels.ops.attention.reference import visibility
 from trm_kernels.runtime.backend import backend, interpreting
@@ -20,7 +20,6 @@ SLOTS = 12
 LEFT, RIGHT = ([[0] * 3 + [1] * 6, [1] * 9], [[1] * 9, [1] * 5 + [0] * 4])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 # the interpreter is slow, so these recurse little
-BRIEF = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
 
 
 def padded(rows=LEFT, length=9):
@@ -200,11 +199,13 @@ def test_generating_needs_no_general_mask(family, told):
 
 
 @pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
-def test_a_compiled_decoding_needs_no_general_mask(told):
+def test_a_compiled_decoding_gives_the_same_and_needs_no_general_mask(told):
     torch._dynamo.reset()
-    hybrid, ids = tiny_hybrid(**BRIEF), tokens()
-    hybrid.forward = torch.compile(hybrid.forward, backend="eager", fullgraph=True)
-    hybrid.generate(ids, cache_implementation="static", **GREEDY)
+    hybrid, ids = brief_hybrid(), tokens()
+    want = hybrid.generate(ids, **GREEDY)
+    told.clear()
+    hybrid.forward = torch.compile(hybrid.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(hybrid.generate(ids, cache_implementation="static", **GREEDY), want)
     assert told and all(mask is None for mask, _ in told)
 
 
@@ -258,7 +259,7 @@ def test_a_static_cache_with_the_injection_switched_off(family):
 @pytest.mark.parametrize("mask", [None, padded(LEFT, 7)], ids=["plain", "padded"])
 @torch.no_grad()
 def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
-    hybrid, ids = tiny_hybrid(**BRIEF).to(DEVICE), tokens(length=7).to(DEVICE)
+    hybrid, ids = brief_hybrid().to(DEVICE), tokens(length=7).to(DEVICE)
     real = slice(None) if mask is None else mask.bool()
     launched = []
     for module in (decode_attention, launchers):
@@ -295,7 +296,7 @@ def test_prefill_and_decoding_on_the_kernels(kind, mask, monkeypatch):
 @pytest.mark.kernels
 @torch.no_grad()
 def test_a_whole_forward_on_the_kernels():
-    hybrid, ids = tiny_hybrid(**BRIEF).to(DEVICE), tokens(length=7).to(DEVICE)
+    hybrid, ids = brief_hybrid().to(DEVICE), tokens(length=7).to(DEVICE)
     for mask in (None, padded(LEFT, 7).to(DEVICE), padded(RIGHT, 7).to(DEVICE)):
         real = slice(None) if mask is None else mask.bool()
         logits = []

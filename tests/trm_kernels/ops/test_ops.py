@@ -27,6 +27,13 @@ EACH_PRODUCT = pytest.mark.parametrize(
     [case for case in CASES if case.name.startswith(("linear_", "swiglu_", "injection_"))],
     ids=lambda case: case.name,
 )
+
+
+def is_told_by_its_ops(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """A recursion's second shape in a narrower dtype: its masks are float32's, its roundings the first's."""
+    return case.name.startswith("trm_") and shape != case.shapes[0] and dtype != case.dtypes[0]
+
+
 EACH_SHAPE = pytest.mark.parametrize(
     ("case", "shape", "dtype"),
     [
@@ -34,6 +41,7 @@ EACH_SHAPE = pytest.mark.parametrize(
         for case in CASES
         for shape in case.shapes
         for dtype in case.dtypes
+        if not is_told_by_its_ops(case, shape, dtype)
     ],
 )
 
@@ -193,17 +201,21 @@ def test_custom_ops_keep_their_promises(case, monkeypatch):
         run(case.op, inputs_of(case, case.shapes[1], torch.float32))
     monkeypatch.undo()
     assert called
+    checked = set()  # a recursion calls the same op on the same shapes again and again
     for op, args in called:
         args = [t.detach() if isinstance(t, Tensor) else t for t in args]
-        torch.library.opcheck(op, tuple(args), test_utils=("test_schema", "test_faketensor"))
+        of_args = str([(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in args])
+        if (op, of_args) not in checked:
+            checked.add((op, of_args))
+            torch.library.opcheck(op, tuple(args), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.kernels
 @EACH
 def test_kernels_pass_through_torch_compile(case):
-    """With sizes that change, or, for the variants of an op, with sizes compiled in."""
+    """With sizes that change, or, for most variants of an op, with sizes compiled in."""
     torch._dynamo.reset()  # several cases share the code of an op
-    dynamic = "-" not in case.name
+    dynamic = "-" not in case.name or case.name == "rope_attention-padded"
     compiled = torch.compile(case.op, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     with backend("triton"):
         for shape in case.shapes[1 : 3 if dynamic else 2]:

@@ -371,22 +371,6 @@ def test_custom_op_of_one_tile_keeps_its_promises(one_tile):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_kernels_pass_through_torch_compile(dynamic):
-    problem = Problem(2, 9, 4, 2, 16, causal=True, padding="left")
-
-    def attend(qkv):
-        return problem.attend(qkv, implementation="triton")
-
-    torch._dynamo.reset()
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for problem in (problem, replace(problem, T=33)):  # noqa: B020
-        inputs = [problem.qkv(torch.float32, 0)]
-        for got, want in zip(run(compiled, inputs), run(attend, inputs), strict=True):
-            assert torch.equal(got, want)
-
-
-@pytest.mark.kernels
 def test_a_second_derivative_is_an_error_not_a_wrong_number():
     qkv = Problem(1, 5, 1, 1, 16).qkv(torch.float32, 0)
     o = rope_attention(qkv, None, 1, implementation="triton")

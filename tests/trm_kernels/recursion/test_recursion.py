@@ -161,7 +161,9 @@ PAD = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
         pytest.param({}, None, id="one-cycle-with-gradient"),
         pytest.param({"grad_cycles": None, "num_recursion_steps": 1}, None, id="all-cycles"),
         pytest.param(
-            {"causal": True, "num_heads": 4, "num_key_value_heads": 2}, PAD, id="causal-groups-padding"
+            {"causal": True, "num_heads": 4, "num_key_value_heads": 2, "num_recursion_steps": 1},
+            PAD,
+            id="causal-groups-padding",
         ),
         pytest.param({"num_cycles": 3, "grad_cycles": 2, "num_layers": 1}, PAD, id="two-of-three-cycles"),
         pytest.param({"mlp_t": True, "seq_len": 7, "grad_cycles": None, "num_cycles": 1}, None, id="mlp_t"),
