@@ -84,7 +84,7 @@ def _memory(run: Run) -> Memory:
 
 def _lasting(run: Run) -> dict[str, float]:
     """Weights, gradients and the optimizer's state."""
-    trained = [p for p in run.model().parameters() if p.requires_grad]
+    trained = [p for _, p in run.parameters() if p.requires_grad]
     gradients = float(sum(_local(p, run.shards) * p.element_size() for p in trained))
     optimizer = 2 * gradients + _STEP_BYTES * len(trained)
     return run.once("stored", lambda: _stored(run)) | {"gradients": gradients, "optimizer": optimizer}
@@ -123,7 +123,7 @@ def _stored(run: Run) -> dict[str, float]:
     model = run.model()
     in_int8 = {id(m.weight) for m in linear_layers(model)} if run.dtype == "int8" else set()
     sizes = {"weights: base": 0.0, "weights: LoRA": 0.0, "weights: TRM": 0.0}
-    for name, p in model.named_parameters():
+    for name, p in run.parameters():
         part = "TRM" if is_trm_key(name) else "LoRA" if ".lora_" in name else "base"
         each = p.element_size()
         if id(p) in in_int8:

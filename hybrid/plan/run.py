@@ -135,6 +135,13 @@ class Run:
         base_dtype = TRM_DTYPES[self.dtype] if self.dtype != "int8" else self.compute_dtype
         return self._model(base_dtype, trm_dtype, trm_dtype)
 
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of model(), by name."""
+        model = self.model()
+        if ("parameters", id(model)) not in self._counted:
+            self._counted["parameters", id(model)] = list(model.named_parameters())
+        return self._counted["parameters", id(model)]
+
     def computing_model(self) -> HybridModel:
         """As it computes: under FSDP2 parameters arrive in one dtype, else each in its own."""
         if self.is_wrapped:

@@ -63,7 +63,7 @@ def serving(run: Run) -> Serving:
     """What serving `run.base` with its TRMs takes of `run.card`, for sequences of `run.sequence_length`."""
     itemsize = run.compute_dtype.itemsize
     of_base, of_trm = (
-        itemsize * sum(p.numel() for n, p in run.model().named_parameters() if is_trm_key(n) == is_trm)
+        itemsize * sum(p.numel() for n, p in run.parameters() if is_trm_key(n) == is_trm)
         for is_trm in (False, True)
     )
     base_token, base_request = _base_keys(run)

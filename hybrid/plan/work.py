@@ -190,7 +190,7 @@ def speed(run: Run, utilisation: float | None = None, results: Path | None = Non
 
 def _optimizer_bytes(run: Run) -> float:
     """AdamW reads weight, gradient and both moments, and writes all but the gradient."""
-    trained = (p for p in run.model().parameters() if p.requires_grad)
+    trained = (p for _, p in run.parameters() if p.requires_grad)
     return sum(7 * p.numel() * p.element_size() for p in trained) / run.shards
 
 

@@ -90,7 +90,7 @@ def tiny_hybrid(family: str = "llama", seed: int = 0, awake: bool = True, **chan
 
 
 def brief_hybrid(family: str = "llama", **changes) -> HybridModel:
-    """For torch.compile, which unrolls all layers and steps: a point before two layers, and one after them."""
+    """For torch.compile, which unrolls layers and steps: a point before two layers, and one after them."""
     brief = {"num_cycles": 1, "num_recursion_steps": 1, "trm_num_layers": 1, "injection_layers": [0, 2]}
     return awaken(HybridModel(llm_model=tiny_base(family, layers=2), config=tiny_config(**brief | changes)))
 
