@@ -1,6 +1,7 @@
 """What holds for every test: fresh memory is NaN, the backend is `auto`, the interpreter can be trusted."""
 
 import gc
+import os
 import warnings
 
 import pytest
@@ -50,6 +51,14 @@ def _fresh_memory_is_nan():
         warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk():
+    """No test cuts the power. Those of the order in which files reach the disk put a spy of their own here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,12 @@ def draw(metrics: list[dict[str, Any]], path: Path) -> None:
 
     metrics   the lines of metrics.jsonl
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     FigureCanvasAgg(figure)  # draws without a screen, and without touching pyplot's global figures
-    axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+    figure.subplots_adjust(left=0.12, right=0.97, top=0.92, bottom=0.13)  # a layout draws all of it once more
+    axes = figure.add_subplot(xlabel="step")
+    axes.set_title("loss, nats per token", loc="left", fontsize="medium")
+    axes.ticklabel_format(useOffset=False)
     lines = [line for line in metrics if "loss" in line]
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="training", alpha=0.6)
     held_out = [line for line in metrics if "held_out" in line]

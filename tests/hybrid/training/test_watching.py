@@ -108,7 +108,7 @@ def test_the_curve_has_every_loss_where_it_was_measured(tmp_path, monkeypatch):
         "new": [(0, 4.5), (5, 3.0), (8, 2.0)],
         "known": [(0, 3.25), (5, 3.5), (8, 3.75)],
     }
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss, nats per token")
+    assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("step", "loss, nats per token")
 
 
 def test_the_curve_of_a_run_is_that_of_its_metrics(tmp_path):
