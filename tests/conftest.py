@@ -55,7 +55,7 @@ def _fresh_memory_is_nan():
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_waits_for_the_disk():
-    """No test cuts the power. Those of the order in which files reach the disk put a spy of their own here."""
+    """No test cuts the power; those of the order in which files reach the disk put a spy of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
