@@ -1,6 +1,7 @@
 """trm-hybrid eval."""
 
 import argparse
+import sys
 
 from hybrid.cli.common import load, read_blocks, sources_of, steps_taken
 from hybrid.model.halting import record_steps
@@ -13,8 +14,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.data is None and arguments.tasks is None:
         raise ValueError("eval: expected --data or --tasks, got neither.")
-    if arguments.chat_template is not None and arguments.data is None:
-        raise ValueError("eval: expected --data with --chat-template, which no task uses; got none.")
+    if arguments.apply_chat_template and arguments.tasks is None:
+        raise ValueError(
+            "eval: expected --tasks with --apply-chat-template, got none; --data renders its chats anyway."
+        )
+    if arguments.chat_template is not None and arguments.data is None and not arguments.apply_chat_template:
+        raise ValueError(
+            "eval: expected --data, or --tasks and --apply-chat-template, with --chat-template, got neither."
+        )
     model, tokenizer = load(arguments)
     for source in arguments.data or ():
         if names := unused_columns(sources_of([source], arguments), tokenizer):
@@ -31,7 +38,12 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(model, "halting", None) is not None:
             print(f"{source}: {steps_taken(record, model.config)}")
     if arguments.tasks:
-        for task, measures in task_results(model, tokenizer, arguments.tasks, arguments.batch_size).items():
+        with_template = arguments.apply_chat_template
+        if tokenizer.chat_template and not with_template:
+            told = "the tasks are asked without the tokenizer's chat template; --apply-chat-template uses it"
+            print(f"eval: {told}", file=sys.stderr)
+        found = task_results(model, tokenizer, arguments.tasks, arguments.batch_size, with_template)
+        for task, measures in found.items():
             for measure, value in measures.items():
                 print(f"{task}: {measure} {value}")
     return 0

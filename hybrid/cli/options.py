@@ -158,7 +158,14 @@ class EvaluateOptions:
         None, "as in train; each is measured by itself", shown="nothing", metavar="SOURCE"
     )
     tasks: list[str] | None = option(
-        None, "of lm-eval (pip install 'trm-hybrid[eval]')", shown="none", metavar="TASK"
+        None,
+        "of lm-eval (pip install 'trm-hybrid[eval]'): names, or paths of tasks' YAML files",
+        shown="none",
+        metavar="TASK",
+    )
+    apply_chat_template: bool = option(
+        False,
+        "tasks: the chat template renders their questions, as a model that learned chats wants it",
     )
     batch_size: int = option(8, "sequences in one forward")
 

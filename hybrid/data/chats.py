@@ -3,6 +3,7 @@
 What the template renders is what is trained on: nothing is put before it, and no end after it.
 """
 
+import difflib
 import functools
 import inspect
 import json
@@ -34,6 +35,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_USUAL = ("assistant", "system", "user", "tool", "developer", "function")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _KWARGS = "chat_template_kwargs"  # a column whose keys are handed to the template
@@ -139,8 +141,12 @@ def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
         )
     found = _applied(chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
-    if 1 not in mask:
-        raise ValueError("expected a chat in which the assistant says something, got one without.")
+    answers = [turn for turn in chat.turns if turn["role"] == "assistant"]
+    if 1 not in mask or (answers and not any(map(_is_said, answers))):
+        roles = ", ".join(dict.fromkeys(turn["role"] for turn in chat.turns))
+        raise ValueError(
+            f"expected a chat in which the assistant says something, got turns of {roles}, and nothing said."
+        )
     return ids, mask
 
 
@@ -205,9 +211,17 @@ def _refused(error: Exception) -> ValueError:
     return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({why}).")
 
 
+def _is_said(turn: dict[str, Any]) -> bool:
+    """Whether a turn has more than its role: a text that is not blank, a call of a tool, ..."""
+    values = (value for key, value in turn.items() if key != "role")
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """{"role", "content", ...} of a turn in either form."""
-    if isinstance(turn.get("role"), str):
+    """{"role", "content", ...} of a turn in either form; a role nearly one of the usual is a typo."""
+    if isinstance(role := turn.get("role"), str):
+        if role not in _USUAL and (near := difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8)):
+            raise ValueError(f"expected a turn's role, got {role!r}; did you mean {near[0]!r}?")
         return turn
     if "from" not in turn or "value" not in turn:
         raise ValueError(f"expected a turn to have role, or from and value, got {', '.join(map(str, turn))}.")

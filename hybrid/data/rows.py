@@ -1,5 +1,6 @@
 """What a row of a file or a data set says: a text, a chat, or tokens with labels."""
 
+import difflib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -59,7 +60,10 @@ def _content(row: dict[str, Any], field: str, has_nulls: bool) -> tuple[Content,
         others = {key: other for key, other in row.items() if key != name}
         return chat_of(value, others, has_nulls), {name}
     got = f"{value!r:.40}" if name in row else ", ".join(map(str, row)) or "no fields"
-    raise ValueError(f"expected text or a chat in the field {field!r}, got {got}.")
+    missing = [] if name in row else list(map(str, row))
+    near = [n for key in missing for n in difflib.get_close_matches(key, names, n=1, cutoff=0.8)]
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"expected text or a chat in the field {name!r}, got {got}{hint}")
 
 
 def _completion(content: Content) -> Content:

@@ -11,10 +11,13 @@ TRM the step does nothing. On one with TRMs it
 - tells PEFT the language model's own type, by which it knows the usual targets (`LoraConfig()` without any),
 - names a head whose adapter is to be tied to the embeddings' by the end of its name too, as PEFT asks for it.
 
+A second step, after PEFT's `save_pretrained`, warns where the adapter cannot say which hybrid it belongs to.
+
 A TRM trains next to an adapter as a whole: `modules_to_save=["trm"]`, and `"trm_before"` for point 0.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -28,11 +31,18 @@ from hybrid.model.trm_names import is_injection_name, is_trm_key
 
 _ADVICE = "a TRM's matrices go to its kernels and cannot be adapted; modules_to_save=['trm'] trains it whole"
 
+_OF_NO_FOLDER = (
+    "HybridModel: the adapter that was saved names no base, for the hybrid was wrapped in this process and "
+    "is in no folder; nor does it hold the HybridConfig. To load it, wrap the base with the same config and "
+    "call PeftModel.from_pretrained(hybrid, folder). Or save the hybrid, load it, and get_peft_model then."
+)
+
 
 def tell_peft() -> None:
     """Put the step before PEFT's, once in a process; nothing where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         return
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
     their_inject, their_config = BaseTuner.inject_adapter, BaseTuner.get_model_config
@@ -50,6 +60,15 @@ def tell_peft() -> None:
         own_type = {"model_type": base.config.model_type} if isinstance(base, PreTrainedModel) else {}
         return their_config(model) | own_type
 
+    their_save = PeftModel.save_pretrained
+
+    @wraps(their_save)
+    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+        their_save(model, *args, **kwargs)
+        if _names_in_trms(model) and not all(c.base_model_name_or_path for c in model.peft_config.values()):
+            warnings.warn(_OF_NO_FOLDER, stacklevel=2)
+
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
     inject_adapter.leaves_trms_alone = True  # type: ignore[attr-defined]
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign, assignment]
     BaseTuner.get_model_config = staticmethod(get_model_config)  # type: ignore[method-assign]

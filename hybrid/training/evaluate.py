@@ -125,13 +125,29 @@ def check_separate(model: PreTrainedModel) -> None:
         )
 
 
+# of lm-eval's results: what is said of a task, and is no measure of the model
+_OF_A_TASK = {"name", "alias", "sample_len", "sample_count"}
+
+
 def task_results(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    batch_size: int,
+    apply_chat_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """task -> measure -> value, as lm-eval gives them.
 
-    Errors: ValueError when lm-eval is not installed, or has no such task.
+    tasks                names, or paths of YAML files
+    apply_chat_template  a question is what a user says, rendered by the tokenizer's chat template
+
+    Errors: ValueError when lm-eval is not installed, or has no such task, and for a template that is missing.
     """
+    if apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            "eval: expected a tokenizer with a chat template for --apply-chat-template, got one without; "
+            "--chat-template gives it one."
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -141,7 +157,11 @@ def task_results(
         ) from None
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        return lm_eval.simple_evaluate(model=wrapped, tasks=tasks)["results"]
+        found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, apply_chat_template=apply_chat_template)
+        return {
+            task: {name: value for name, value in measures.items() if name not in _OF_A_TASK}
+            for task, measures in found["results"].items()
+        }
     except KeyError as error:  # how it says that there is no such task
         if not (unknown := [task for task in tasks if repr(task) in str(error)]):
             raise

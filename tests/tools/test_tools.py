@@ -314,6 +314,20 @@ def test_an_adapters_folder_gives_the_hybrid_and_the_adapter(task, tmp_path):
     assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
+def test_an_adapter_of_a_fresh_hybrid_says_how_to_load_it(tmp_path):
+    """Its config names no folder. Wrapped with the same config, base and adapter are what was saved."""
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["trm", "trm_before"])
+    model = get_peft_model(tiny_hybrid(seed=1), lora).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save.default" in name:
+                parameter.add_(0.01)
+    with pytest.warns(UserWarning, match="names no base, .* wrap the base with the same config"):
+        model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_hybrid(seed=1, awake=False), tmp_path / "adapter")
+    assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
 def test_why_the_trm_is_no_peft_method():
     """When this fails PEFT has opened its list of methods: docs/training-tools.md says that it has not."""
     with pytest.raises(ValueError, match="Unknown PEFT type TRM, please add an entry"):

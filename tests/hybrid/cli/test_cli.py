@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, LlamaForCausalLM, T5Config
 
 from hybrid import Halting, HybridModel, PresetConfigs, TokenHalting, record_steps
-from hybrid.cli import main
+from hybrid.cli import evaluate, main
 from hybrid.config import trm_fields
 from hybrid.data.blocks import TokenBlocks
 from hybrid.model.injection import Injection
@@ -376,7 +376,7 @@ def test_a_chat_that_cannot_be(base, tmp_path, capsys):
     template.write_text("{{ messages }}")
     assert "expected --chat with --chat-template" in refused(capsys, *command, "--chat-template", template)
     tasks = ["eval", "--model", base, "--tasks", "piqa", "--chat-template", template]
-    assert "expected --data with --chat-template" in refused(capsys, *tasks)
+    assert "expected --data, or --tasks and --apply-chat-template" in refused(capsys, *tasks)
     for content, message in (
         (None, "got no text"),
         (b"\xff", "got no text"),
@@ -444,12 +444,14 @@ def test_eval_measures_each_file(trained, texts, capsys):
     assert capsys.readouterr().out != out
 
 
-def test_eval_runs_tasks_of_lm_eval(trained, monkeypatch, capsys):
+@pytest.fixture
+def lm_eval_calls(monkeypatch):
+    """What a harness in the place of lm-eval is called with; all its tasks are half right."""
     calls = {}
 
-    def evaluate(model, tasks):
-        calls["tasks"] = tasks
-        return {"results": {task: {"acc": 0.5} for task in tasks}}
+    def evaluate(model, tasks, apply_chat_template):
+        calls.update(tasks=tasks, apply_chat_template=apply_chat_template)
+        return {"results": {task: {"alias": task, "acc": 0.5, "sample_len": 6} for task in tasks}}
 
     harness = types.ModuleType("lm_eval")
     harness.simple_evaluate = evaluate
@@ -457,17 +459,51 @@ def test_eval_runs_tasks_of_lm_eval(trained, monkeypatch, capsys):
     huggingface.HFLM = lambda **given: calls.update(given)
     for module in (harness, models, huggingface):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_eval_runs_tasks_of_lm_eval(trained, lm_eval_calls, capsys):
     assert (
         main(["eval", "--model", str(trained), "--tasks", "piqa", "arc", "--num-recursion-steps", "2"]) == 0
     )
-    assert capsys.readouterr().out == "piqa: acc 0.5\narc: acc 0.5\n"
-    assert calls["tasks"] == ["piqa", "arc"]
-    assert isinstance(calls["pretrained"], HybridModel)
-    assert calls["pretrained"].config.num_recursion_steps == 2
+    out, err = capsys.readouterr()
+    assert out == "piqa: acc 0.5\narc: acc 0.5\n"
+    assert "--apply-chat-template" not in err, "the tokenizer has none"
+    assert lm_eval_calls["tasks"] == ["piqa", "arc"] and not lm_eval_calls["apply_chat_template"]
+    assert isinstance(lm_eval_calls["pretrained"], HybridModel)
+    assert lm_eval_calls["pretrained"].config.num_recursion_steps == 2
+
+
+def test_tasks_are_asked_with_the_chat_template(trained, lm_eval_calls, tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = ["eval", "--model", str(trained), "--tasks", "piqa"]
+    assert main([*words, "--apply-chat-template"]) == 2
+    assert "expected a tokenizer with a chat template" in capsys.readouterr().err
+    assert main([*words, "--apply-chat-template", "--chat-template", str(template)]) == 0
+    assert lm_eval_calls["apply_chat_template"]
+    assert lm_eval_calls["tokenizer"].chat_template == template.read_text()
+    assert main([*words, "--chat-template", str(template)]) == 2
+    assert "--tasks and --apply-chat-template" in capsys.readouterr().err
+    assert main([*words[:3], "--data", "some.txt", "--apply-chat-template"]) == 2
+    assert "expected --tasks with --apply-chat-template" in capsys.readouterr().err
+
+
+def test_a_template_that_tasks_do_not_use_is_told(trained, lm_eval_calls, monkeypatch, capsys):
+    load = evaluate.load
+
+    def with_template(arguments):
+        model, tokenizer = load(arguments)
+        tokenizer.chat_template = "{{ messages }}"
+        return model, tokenizer
+
+    monkeypatch.setattr(evaluate, "load", with_template)
+    assert main(["eval", "--model", str(trained), "--tasks", "piqa"]) == 0
+    assert "asked without the tokenizer's chat template" in capsys.readouterr().err
 
 
 def test_a_task_that_lm_eval_does_not_have_is_named(trained, monkeypatch, capsys):
-    def evaluate(model, tasks):
+    def evaluate(model, tasks, apply_chat_template):
         raise KeyError(f"Missing task {tasks[0]!r}")
 
     harness = types.ModuleType("lm_eval")
