@@ -220,7 +220,8 @@ def _is_said(turn: dict[str, Any]) -> bool:
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     """{"role", "content", ...} of a turn in either form; a role nearly one of the usual is a typo."""
     if isinstance(role := turn.get("role"), str):
-        if role not in _USUAL and (near := difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8)):
+        near = difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8) if role.isalpha() else []
+        if near and role not in _USUAL:
             raise ValueError(f"expected a turn's role, got {role!r}; did you mean {near[0]!r}?")
         return turn
     if "from" not in turn or "value" not in turn:

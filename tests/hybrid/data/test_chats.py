@@ -146,6 +146,13 @@ def test_a_chat_that_is_none(row, message, folder):
         text_of(write(folder, [row] * 3), with_template(WITH_TOOLS))
 
 
+def test_roles_of_a_templates_own_are_no_slips(folder):
+    rows = [
+        {"messages": [{"role": role, "content": "a"} for role in ("user1", "user_2", "judge", "ipython")]}
+    ]
+    assert text_of(write(folder, rows), with_template(CHATML))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
