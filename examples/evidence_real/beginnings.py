@@ -72,7 +72,10 @@ def _attention(
 
 
 class SharedBeginnings(Model):
-    """A Model, all of whose layers are computed, that is trained on each beginning of a batch once."""
+    """A Model, all of whose layers are computed, that is trained on each beginning of a batch once.
+
+    No text may end with token 0, by which texts are padded, and no layer be checkpointed.
+    """
 
     def __init__(self, whole: Any, base: Any, trained_in: torch.dtype) -> None:
         super().__init__(whole, base, layer=0, trained_in=trained_in)

@@ -87,9 +87,10 @@ def parsed_turns(text: str) -> Any:
 def render(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a chat.
 
-    Errors: ValueError when there is no template, when it refuses the chat or renders nothing.
+    Errors: ValueError when there is no template, when it refuses the chat or renders nothing, and for a role
+    with a slip.
     """
-    _template(tokenizer, chat)
+    _check_roles(chat, _template(tokenizer, chat))
     text = str(_applied(chat, tokenizer, tokenize=False))
     check_unicode(text)
     if not text.strip():
@@ -141,8 +142,10 @@ def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
         )
     found = _applied(chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
-    answers = [turn for turn in chat.turns if turn["role"] == "assistant"]
-    if 1 not in mask or (answers and not any(map(_is_said, answers))):
+    said = [token for token, counts in zip(ids, mask, strict=True) if counts]
+    if not str(
+        tokenizer.decode(said, skip_special_tokens=True)
+    ).strip():  # an end of the turn alone says nothing
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in chat.turns))
         raise ValueError(
             f"expected a chat in which the assistant says something, got turns of {roles}, and nothing said."
@@ -211,18 +214,18 @@ def _refused(error: Exception) -> ValueError:
     return ValueError(f"expected a chat that the tokenizer's template takes, got one it refuses ({why}).")
 
 
-def _is_said(turn: dict[str, Any]) -> bool:
-    """Whether a turn has more than its role: a text that is not blank, a call of a tool, ..."""
-    values = (value for key, value in turn.items() if key != "role")
-    return any(value.strip() if isinstance(value, str) else value for value in values)
+def _check_roles(chat: Chat, template: str) -> None:
+    """A role nearly one of the usual is a slip, but where the template names it."""
+    for role in {turn["role"] for turn in chat.turns}.difference(_USUAL):
+        is_named = f"'{role}'" in template or f'"{role}"' in template or not role.isalpha()
+        near = [] if is_named else difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"expected a turn's role, got {role!r}; did you mean {near[0]!r}?")
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
-    """{"role", "content", ...} of a turn in either form; a role nearly one of the usual is a typo."""
-    if isinstance(role := turn.get("role"), str):
-        near = difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8) if role.isalpha() else []
-        if near and role not in _USUAL:
-            raise ValueError(f"expected a turn's role, got {role!r}; did you mean {near[0]!r}?")
+    """{"role", "content", ...} of a turn in either form."""
+    if isinstance(turn.get("role"), str):
         return turn
     if "from" not in turn or "value" not in turn:
         raise ValueError(f"expected a turn to have role, or from and value, got {', '.join(map(str, turn))}.")

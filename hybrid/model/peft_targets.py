@@ -17,6 +17,7 @@ A TRM trains next to an adapter as a whole: `modules_to_save=["trm"]`, and `"trm
 """
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,11 @@ def tell_peft() -> None:
     @wraps(their_save)
     def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
         their_save(model, *args, **kwargs)
-        if _names_in_trms(model) and not all(c.base_model_name_or_path for c in model.peft_config.values()):
+        given = inspect.signature(their_save).bind(model, *args, **kwargs).arguments
+        saved = given.get("selected_adapters")
+        saved = list(model.peft_config) if saved is None else saved
+        is_nameless = not all(model.peft_config[name].base_model_name_or_path for name in saved)
+        if is_nameless and given.get("is_main_process", True) and _names_in_trms(model):
             warnings.warn(_OF_NO_FOLDER, stacklevel=2)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]

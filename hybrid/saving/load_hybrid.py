@@ -91,6 +91,7 @@ def _load(
                 f"{first_line(error)}. Pass llm_model= if it has moved."
             ) from error
     tensors = _read(path, hub)
+    config.name_or_path = str(path)  # as of any model: by it PEFT and TRL find the hybrid again
     model = cls(config=config, llm_model=llm_model)
     try:
         base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))

@@ -17,7 +17,7 @@ def draw(metrics: list[dict[str, Any]], path: Path) -> None:
     """
     figure = Figure(figsize=(7, 4))
     FigureCanvasAgg(figure)  # draws without a screen, and without touching pyplot's global figures
-    figure.subplots_adjust(left=0.12, right=0.97, top=0.92, bottom=0.13)  # a layout draws all of it once more
+    figure.subplots_adjust(left=0.12, right=0.97, top=0.88, bottom=0.13)  # a layout draws all of it once more
     axes = figure.add_subplot(xlabel="step")
     axes.set_title("loss, nats per token", loc="left", fontsize="medium")
     axes.ticklabel_format(useOffset=False)

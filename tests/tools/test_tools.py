@@ -328,6 +328,24 @@ def test_an_adapter_of_a_fresh_hybrid_says_how_to_load_it(tmp_path):
     assert torch.equal(again(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
+@pytest.mark.parametrize("loader", [HybridModel, AutoModelForCausalLM])
+def test_an_adapter_of_a_loaded_hybrid_names_its_folder(loader, tmp_path, recwarn):
+    """Saved with its base or without, and whoever loaded it: PEFT and TRL find the hybrid by that name."""
+    tiny_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    HybridModel(llm_model=base, config=tiny_config()).save_pretrained(tmp_path / "hybrid")
+    hybrid = loader.from_pretrained(tmp_path / "hybrid")
+    assert hybrid.name_or_path == hybrid.config.name_or_path == str(tmp_path / "hybrid")
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["trm"])
+    model = get_peft_model(hybrid, lora)
+    model.save_pretrained(tmp_path / "adapter")
+    model.add_adapter("two", lora)
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
+    assert not [w for w in recwarn if "names no base" in str(w.message)]
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(again.get_base_model(), HybridModel)
+
+
 def test_why_the_trm_is_no_peft_method():
     """When this fails PEFT has opened its list of methods: docs/training-tools.md says that it has not."""
     with pytest.raises(ValueError, match="Unknown PEFT type TRM, please add an entry"):

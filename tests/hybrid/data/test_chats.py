@@ -147,10 +147,10 @@ def test_a_chat_that_is_none(row, message, folder):
 
 
 def test_roles_of_a_templates_own_are_no_slips(folder):
-    rows = [
-        {"messages": [{"role": role, "content": "a"} for role in ("user1", "user_2", "judge", "ipython")]}
-    ]
-    assert text_of(write(folder, rows), with_template(CHATML))
+    turns = [{"role": role, "content": "a"} for role in ("user1", "user_2", "judge", "ipython")]
+    assert text_of(write(folder, [{"messages": turns}]), with_template(CHATML))
+    names = write(folder, [{"messages": [{"role": "User", "content": "a"}]}])
+    assert text_of(names, with_template("{% if messages[0].role == 'User' %}" + CHATML + "{% endif %}"))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_long_chat_is_cut_and_what_has_no_label_is_left_out(folder):
             "the assistant says something, got turns of user, and nothing said",
         ),
         (
-            [{"messages": [CHAT[0], {"role": "assistant", "content": " "}]}],
+            [{"messages": [CHAT[0], {"role": "assistant", "content": " ", "language": "English"}]}],
             MARKED,
             "the assistant says something, got turns of user, assistant, and nothing said",
         ),
