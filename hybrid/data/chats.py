@@ -143,9 +143,7 @@ def render_marked(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
     found = _applied(chat, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
     said = [token for token, counts in zip(ids, mask, strict=True) if counts]
-    if not str(
-        tokenizer.decode(said, skip_special_tokens=True)
-    ).strip():  # no more than an end of the turn
+    if not str(tokenizer.decode(said, skip_special_tokens=True)).strip():  # no more than an end of the turn
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in chat.turns))
         raise ValueError(
             f"expected a chat in which the assistant says something, got turns of {roles}, and nothing said."
