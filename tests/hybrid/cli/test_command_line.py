@@ -352,7 +352,7 @@ def test_loss_on_completions(tmp_path, texts, capsys):  # noqa: F811
 
 
 def test_a_chat_template_from_a_file_is_saved_with_the_tokenizer(base, tmp_path, capsys):  # noqa: F811
-    from tests.hybrid.data.test_chats import CHAT, CHATML, MARKED
+    from tests.hybrid.data.test_chats import CHAT, MARKED
 
     template, run = tmp_path / "marked.jinja", tmp_path / "run"
     template.write_text(MARKED)
@@ -364,7 +364,7 @@ def test_a_chat_template_from_a_file_is_saved_with_the_tokenizer(base, tmp_path,
     assert (run / "checkpoint-000002" / "chat_template.jinja").read_text() == MARKED
     assert not (base / "chat_template.jinja").exists()
     assert main(["generate", "--model", str(run), "--prompt", "hi", "--chat", "--max-new-tokens", "2"]) == 0
-    template.write_text(CHATML.replace("<end>", "{% generation %}<end>{% endgeneration %}"))
+    template.write_text(MARKED.replace("{% endgeneration %}", "{% endgeneration %} "))
     capsys.readouterr()
     assert main([*command, "--chat-template", str(template), "--resume"]) == 2
     assert "expected tokenizer" in capsys.readouterr().err
