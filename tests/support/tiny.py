@@ -62,7 +62,7 @@ FAMILIES = tuple(_FAMILIES)
 
 
 def tiny_base(family: str = "llama", seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
-    """A random language model of width 32 and 3 layers, in eval mode."""
+    """A random language model of width 32, in eval mode."""
     model_class, config_class, own = _FAMILIES[family]
     torch.manual_seed(seed)
     return model_class(config_class(**_SIZES | {"num_hidden_layers": layers}, **own)).eval()

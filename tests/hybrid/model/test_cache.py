@@ -228,7 +228,7 @@ def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():
 @torch.no_grad()
 def test_a_compiled_forward_with_a_dynamic_cache():
     torch._dynamo.reset()
-    hybrid, ids = brief_hybrid(injection_layers=[2]), tokens()
+    hybrid, ids = brief_hybrid(injection_layers=[1]), tokens()
     compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
     whole, cache = hybrid(ids).logits, hybrid(ids[:, :3], use_cache=True).past_key_values
     hybrid(ids[:, 3:4], **as_argument(cache))  # now there is room

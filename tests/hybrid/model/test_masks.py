@@ -19,7 +19,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 SLOTS = 12
 LEFT, RIGHT = ([[0] * 3 + [1] * 6, [1] * 9], [[1] * 9, [1] * 5 + [0] * 4])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-# the interpreter is slow, so these recurse little
 
 
 def padded(rows=LEFT, length=9):
