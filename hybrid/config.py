@@ -1,7 +1,6 @@
 """HybridConfig: what may be chosen about the recursive block, and what may not be combined."""
 
 import dataclasses
-import difflib
 import inspect
 import os
 from typing import Any
@@ -20,6 +19,7 @@ from hybrid.config_values import (
     read_json_object,
     short,
 )
+from hybrid.error_text import did_you_mean, nearest
 from hybrid.saving.modeling_file import AUTO_MAP
 from trm_kernels.modules.trm import check_sizes
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
@@ -391,8 +391,8 @@ class HybridConfig(PreTrainedConfig):
             base is not None and (hasattr(_holder(base, name), name) or f"trm_{name}" in ours)
         ):
             return
-        if near := difflib.get_close_matches(name, ours, n=1, cutoff=0.8):
-            raise ValueError(f"HybridConfig: there is no field {name!r}; did you mean {near[0]!r}?")
+        if near := nearest(name, ours, cutoff=0.8):
+            raise ValueError(f"HybridConfig: there is no field {name!r}{did_you_mean(near)}")
         if name.startswith("trm_"):
             raise ValueError(
                 f"HybridConfig: there is no field {name!r}. In a saved config it is of a later version of "

@@ -1,7 +1,6 @@
 """HybridConfig from the options of the command line: fields, a JSON file, or a preset."""
 
 import argparse
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import read_json_object
+from hybrid.error_text import did_you_mean, nearest
 from hybrid.presets import PRESETS
 
 _SHARES = {"middle": 0.5, "last": 1.0}
@@ -63,9 +63,8 @@ def _read(path: Path) -> dict[str, Any]:
     if fields.get("model_type") == HybridConfig.model_type:
         return {name: fields[name] for name in trm_fields() if name in fields}
     if others := [name for name in fields if name not in trm_fields()]:
-        near = difflib.get_close_matches(others[0], trm_fields(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = did_you_mean(nearest(others[0], trm_fields()))
         raise ValueError(
-            f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]}{hint}"
+            f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]!r}{hint}"
         )
     return fields

@@ -1,13 +1,13 @@
 """The options of each command as argparse has them; a typo is reported as the typo."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
 from hybrid.cli import options
+from hybrid.error_text import did_you_mean, nearest
 from hybrid.options import add_options
 from hybrid.training.settings import TrainSettings
 
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         commands.add_parser(name, help=command.help)
     word = next((word for word in words if not word.startswith("-")), None)
     if word is not None and (near := _near(word, COMMANDS)):
-        raise ValueError(f"invalid choice: {word!r}; did you mean {near}? See trm-hybrid --help")
+        raise ValueError(f"invalid choice: {word!r}{did_you_mean(near)} See trm-hybrid --help")
     if word is None:
         _check_names("", words, parser)
     return parser.parse_args(words)
@@ -148,8 +148,7 @@ def _check_names(command: str, words: list[str], parser: argparse.ArgumentParser
             print(f"trm-hybrid: {name} is called {new} now", file=sys.stderr)
             name = new
         if name.startswith("--") and len(name) > 2 and name not in names and " " not in name:
-            near = _near(name, names)
-            hint = f"; did you mean {near}?" if near else ";"
+            hint = did_you_mean(_near(name, names))
             raise ValueError(f"unrecognized arguments: {name}{hint} See {parser.prog} --help")
         checked.append(name + equals + value if word.startswith("--") else word)
     if "--quantize-base" in names and "int8" in _values(checked, "--dtype"):
@@ -165,7 +164,8 @@ def _values(words: list[str], name: str) -> list[str]:
 def _near(word: str, names: Any) -> str | None:
     """The name most like `word`; the dashes that all options share do not count."""
     bare = {name.lstrip("-"): name for name in names}
-    return next((bare[near] for near in difflib.get_close_matches(word.lstrip("-"), bare, n=1)), None)
+    near = nearest(word.lstrip("-"), bare)
+    return bare[near] if near else None
 
 
 def _with_dashes(argv: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 What the template renders is what is trained on: nothing is put before it, and no end after it.
 """
 
-import difflib
 import functools
 import inspect
 import json
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybrid.data.formats import check_unicode
-from hybrid.error_text import first_line
+from hybrid.error_text import did_you_mean, first_line, nearest
 
 # ShareGPT's names of who speaks, as templates know them
 _ROLES = {
@@ -216,9 +215,8 @@ def _check_roles(chat: Chat, template: str) -> None:
     """A role nearly one of the usual is a slip, but where the template names it."""
     for role in {turn["role"] for turn in chat.turns}.difference(_USUAL):
         is_named = f"'{role}'" in template or f'"{role}"' in template or not role.isalpha()
-        near = [] if is_named else difflib.get_close_matches(role.lower(), _USUAL, n=1, cutoff=0.8)
-        if near:
-            raise ValueError(f"expected a turn's role, got {role!r}; did you mean {near[0]!r}?")
+        if not is_named and (near := nearest(role.lower(), _USUAL, cutoff=0.8)):
+            raise ValueError(f"expected a turn's role, got {role!r}{did_you_mean(near)}")
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:

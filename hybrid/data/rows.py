@@ -1,12 +1,12 @@
 """What a row of a file or a data set says: a text, a chat, or tokens with labels."""
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hybrid.data.chats import Chat, chat_of, parsed_turns
 from hybrid.data.formats import check_unicode
 from hybrid.data.labelled import LabelledChat, LabelledRow, LabelledText, labelled_row
+from hybrid.error_text import did_you_mean, nearest
 
 LOSS_ON = ("all", "completions")
 _CHATS = ("messages", "conversations")
@@ -61,9 +61,8 @@ def _content(row: dict[str, Any], field: str, has_nulls: bool) -> tuple[Content,
         return chat_of(value, others, has_nulls), {name}
     got = f"{value!r:.40}" if name in row else ", ".join(map(str, row)) or "no fields"
     missing = [] if name in row else list(map(str, row))
-    near = [n for key in missing for n in difflib.get_close_matches(key, names, n=1, cutoff=0.8)]
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"expected text or a chat in the field {name!r}, got {got}{hint}")
+    near = next((near for key in missing if (near := nearest(key, names, cutoff=0.8))), None)
+    raise ValueError(f"expected text or a chat in the field {name!r}, got {got}{did_you_mean(near)}")
 
 
 def _completion(content: Content) -> Content:

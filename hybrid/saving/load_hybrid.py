@@ -1,7 +1,6 @@
 """Load a hybrid: its base by reference and the TRMs' tensors beside it, or the whole model."""
 
 import copy
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_values import read_json_object
-from hybrid.error_text import first_line
+from hybrid.error_text import did_you_mean, first_line, nearest
 from hybrid.model.quantized_base import as_it_was
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_reference, saved_folder
@@ -134,9 +133,10 @@ def _take_settings(config: HybridConfig, kwargs: dict[str, Any]) -> None:
         if hasattr(config, name):
             setattr(config, name, kwargs.pop(name))
             continue
-        near = difflib.get_close_matches(name, [*trm_fields(type(config)), *sorted(known)], n=1, cutoff=0.7)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"HybridModel.from_pretrained: there is no field or argument {name!r}{hint}")
+        near = nearest(name, [*trm_fields(type(config)), *sorted(known)], cutoff=0.7)
+        raise ValueError(
+            f"HybridModel.from_pretrained: there is no field or argument {name!r}{did_you_mean(near)}"
+        )
 
 
 # what transformers' from_pretrained takes (5.17 to 5.23), besides its signature

@@ -770,8 +770,8 @@ def test_a_command_that_cannot_be(argv, message, base, trained, capsys):
     [
         ("{", "expected a JSON object with fields of HybridConfig, got none"),
         ("[1]", "expected a JSON object with fields of HybridConfig, got list"),
-        ('{"trm_hiden_size": 64}', "got trm_hiden_size; did you mean trm_hidden_size?"),
-        ('{"width": 3}', "got width"),
+        ('{"trm_hiden_size": 64}', "got 'trm_hiden_size'; did you mean 'trm_hidden_size'?"),
+        ('{"width": 3}', "got 'width'"),
     ],
 )
 def test_a_config_file_that_cannot_be(content, message, base, tmp_path, capsys):

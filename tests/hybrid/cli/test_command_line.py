@@ -134,18 +134,18 @@ def test_all_cards_are_shards(capsys):
     [
         (
             ["info", "--trm-hidden-siz", "16"],
-            "unrecognized arguments: --trm-hidden-siz; did you mean --trm-hidden-size?",
+            "unrecognized arguments: --trm-hidden-siz; did you mean '--trm-hidden-size'?",
         ),
-        (["train", "--dat", "x"], "unrecognized arguments: --dat; did you mean --data?"),
-        (["train", "--data", "x", "--step=5"], "unrecognized arguments: --step; did you mean --steps?"),
-        (["eval", "--modell", "x"], "unrecognized arguments: --modell; did you mean --model?"),
+        (["train", "--dat", "x"], "unrecognized arguments: --dat; did you mean '--data'?"),
+        (["train", "--data", "x", "--step=5"], "unrecognized arguments: --step; did you mean '--steps'?"),
+        (["eval", "--modell", "x"], "unrecognized arguments: --modell; did you mean '--model'?"),
         (
             ["generate", "--model", "x", "--prompt", "a", "--zzz"],
-            "unrecognized arguments: --zzz; See trm-hybrid generate",
+            "unrecognized arguments: --zzz. See trm-hybrid generate",
         ),
-        (["train", "--lr", "1"], "unrecognized arguments: --lr; See trm-hybrid train --help"),
-        (["--versoin"], "unrecognized arguments: --versoin; did you mean --version? See trm-hybrid --help"),
-        (["trian"], "invalid choice: 'trian'; did you mean train?"),
+        (["train", "--lr", "1"], "unrecognized arguments: --lr. See trm-hybrid train --help"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'? See trm-hybrid --help"),
+        (["trian"], "invalid choice: 'trian'; did you mean 'train'?"),
         (["train"], "the following arguments are required: --base/--model, --data, --output, --steps"),
         (
             ["generate", "--model", "x", "--prompt", "a", "--top-k", "3"],
