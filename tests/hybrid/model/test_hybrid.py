@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -251,23 +252,21 @@ def test_copies_are_whole_and_apart():
 
 @torch.no_grad()
 def test_eight_threads_do_not_mix_their_contexts():
+    """All calls are in progress at once: each waits for the others behind its embedding."""
     hybrid = tiny_hybrid()
     inputs = [tokens(1 + i % 3, 4 + i, seed=i) for i in range(8)]
     want = [hybrid(ids, num_recursion_steps=1 + i % 3).logits for i, ids in enumerate(inputs)]
-    wrong = []
+    together = threading.Barrier(8)
 
-    def work(i):
-        for _ in range(20):
-            got = hybrid(inputs[i], num_recursion_steps=1 + i % 3).logits
-            if not torch.equal(got, want[i]):
-                wrong.append(i)
+    def wait(*_):
+        together.wait()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    hook = hybrid.get_input_embeddings().register_forward_hook(wait)
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda i: hybrid(inputs[i], num_recursion_steps=1 + i % 3).logits, range(8)))
+    hook.remove()
+    for mine, alone in zip(got, want, strict=True):
+        assert torch.equal(mine, alone)
 
 
 # What autograd keeps

@@ -387,9 +387,9 @@ class Broken(Counting):
 
 def test_a_step_without_a_number_is_not_taken(tmp_path, capsys):
     """It is counted and told, and everything goes on as if its gradient had never been."""
-    data, straight = Broken(40), Counting(40)
+    data, straight = Broken(20), Counting(20)
     data.bad = frozenset({3})
-    settings = settings_for(tmp_path / "a", batch_size=1, steps=80, log_every=8)
+    settings = settings_for(tmp_path / "a", batch_size=1, steps=40, log_every=8)
     model, losses = phase_1(), {}
     train(model, data, settings, on_step=losses.__setitem__)
     bad = [step for step, loss in losses.items() if loss != loss]

@@ -61,12 +61,11 @@ def variants(tmp_path):
     return path
 
 
-def test_a_later_process_compiles_nothing(variants, tmp_path):
+def test_a_later_process_compiles_nothing(variants, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "trm_kernels.warmup", "--variants", str(variants), "--arch", "90"]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "tiny: " in done.stdout, done.stderr
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    assert main(["--variants", str(variants), "--arch", "90"]) == 0
+    assert "tiny: " in capsys.readouterr().out
     found, compiled = found_and_compiled(variants, cache)
     assert found > 5 and compiled == 0
 
