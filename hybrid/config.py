@@ -21,7 +21,7 @@ from hybrid.config_values import (
 )
 from hybrid.error_text import did_you_mean, nearest
 from hybrid.saving.modeling_file import AUTO_MAP
-from trm_kernels.modules.trm import check_sizes
+from trm_kernels.modules.checks import check_sizes
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.quantize import QUANTIZE
 from trm_kernels.recursion.saved_bytes import SAVES

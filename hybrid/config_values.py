@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from trm_kernels.modules.trm import default_intermediate_size
+from trm_kernels.modules.layers import default_intermediate_size
 
 # A step is at least one layer deep, and no language model has as many layers. More is a slip of the hand, and
 # would ask for a cache and a graph of as many parts.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_kernels import add_rms_norm, injection_blend, injection_in, rope_attention, swiglu_mlp
-from trm_kernels.modules.trm import TRMLayer
+from trm_kernels.modules.layers import TRMLayer
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.recursion.spec import RecursionSpec
 from trm_kernels.recursion.weights import InjectionWeights

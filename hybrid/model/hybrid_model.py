@@ -61,7 +61,7 @@ from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum, base_reference, load_hybrid, save_hybrid
 from trm_kernels import TRM
 from trm_kernels.modules.curriculum import Depth
-from trm_kernels.modules.trm import Matrix
+from trm_kernels.modules.layers import Matrix
 
 _CONFIGS = frozenset(trm_fields())
 # what depends on the language model's attention alone

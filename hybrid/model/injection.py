@@ -28,7 +28,7 @@ from hybrid.model.masks import Visible
 from hybrid.model.trm_names import INJECTION_NAMES
 from hybrid.serving.paged_keys import PagedInjectionKeys, PagedKeys
 from trm_kernels import TRM, injection_blend, injection_in
-from trm_kernels.modules.trm import Matrix
+from trm_kernels.modules.layers import Matrix
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.recursion.adaptive import Halting, adaptive_evaluations
 from trm_kernels.recursion.spec import RecursionSpec

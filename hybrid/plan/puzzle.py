@@ -22,7 +22,8 @@ import torch
 from hybrid.plan.cards import CARDS, Card
 from hybrid.plan.work import Flops
 from trm_kernels.modules.curriculum import Depth, RecursionCurriculum
-from trm_kernels.modules.trm import TRM, SwiGLU
+from trm_kernels.modules.layers import SwiGLU
+from trm_kernels.modules.trm import TRM
 from trm_kernels.recursion.saved_bytes import SAVES, saved_bytes
 
 _WIDTH, _HEADS, _PREFIX, _BATCH = 512, 8, 16, 768

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trm_kernels.export.compile import Compiled, compile_for
-from trm_kernels.modules.trm import check_sizes, default_intermediate_size
+from trm_kernels.modules.checks import check_sizes
+from trm_kernels.modules.layers import default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.ops.attention.rope_attention import rope_attention
 from trm_kernels.ops.linear_residual import fill_linear

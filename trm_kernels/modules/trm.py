@@ -12,109 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trm_kernels.modules.checks import check_choices, check_sizes, check_token_mixer
+from trm_kernels.modules.layers import TRMLayer, default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
-from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.adaptive import Adapted, Halting, Waiting, adaptive_evaluations, run_adaptive
 from trm_kernels.recursion.injection import run_injection
 from trm_kernels.recursion.inputs import Attend, AttentionInputs, EvaluationCache
-from trm_kernels.recursion.quantize import QUANTIZE, dequantize_layers, quantize_layers
+from trm_kernels.recursion.quantize import dequantize_layers, quantize_layers
 from trm_kernels.recursion.recursion import run_recursion
-from trm_kernels.recursion.saved_bytes import SAVES
-from trm_kernels.recursion.spec import CACHES, RecursionSpec
-from trm_kernels.recursion.weights import (
-    AttentionWeights,
-    InjectionPoint,
-    InjectionWeights,
-    LayerWeights,
-    SwiGLUWeights,
-)
+from trm_kernels.recursion.spec import RecursionSpec
+from trm_kernels.recursion.weights import InjectionPoint, InjectionWeights, LayerWeights
 from trm_kernels.runtime.autocast import compute_dtype
 from trm_kernels.runtime.gemm_common import wants_gradient
-from trm_kernels.runtime.tuning import REGIMES
-
-# TRM's own code pads the inner width of an MLP to a multiple of this
-_INNER_MULTIPLE = 256
-
-
-def default_intermediate_size(width: int) -> int:
-    """The MLP's inner width: 8/3 of the width it works on, rounded up to a multiple of 256."""
-    return -(-round(8 / 3 * width) // _INNER_MULTIPLE) * _INNER_MULTIPLE
-
-
-class Matrix(nn.Module):
-    """One weight [out, in]. Calling it gives the weight: that is where offloading and sharding hooks act.
-
-    It is no nn.Linear because the kernels need the matrix itself: a library that swaps the forward of
-    an nn.Linear (LoRA, quantisation) would be bypassed without a word. Here it cannot find one.
-    """
-
-    def __init__(self, out_features: int, in_features: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal, with a standard deviation that keeps the scale of a normalised input."""
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
-
-    def forward(self) -> Tensor:
-        """The weight, [out, in]."""
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
-
-
-class Attention(nn.Module):
-    """The attention's two matrices; the queries', keys' and values' projections are stacked in that order."""
-
-    def __init__(self, width: int, heads: int, key_value_heads: int, **factory: Any) -> None:
-        super().__init__()
-        self.qkv_proj = Matrix((heads + 2 * key_value_heads) * (width // heads), width, **factory)
-        self.o_proj = Matrix(width, width, **factory)
-
-    def forward(self, dtype: torch.dtype) -> AttentionWeights:
-        """Both matrices in `dtype`; differentiable."""
-        return AttentionWeights(self.qkv_proj().to(dtype), self.o_proj().to(dtype))
-
-
-class SwiGLU(nn.Module):
-    """The MLP's two matrices; the gate's rows come before the up-projection's."""
-
-    def __init__(self, width: int, intermediate_size: int, **factory: Any) -> None:
-        super().__init__()
-        self.gate_up_proj = Matrix(2 * intermediate_size, width, **factory)
-        self.down_proj = Matrix(width, intermediate_size, **factory)
-
-    def forward(self, dtype: torch.dtype) -> SwiGLUWeights:
-        """Both matrices in `dtype`; differentiable."""
-        return SwiGLUWeights(self.gate_up_proj().to(dtype), self.down_proj().to(dtype))
-
-
-class TRMLayer(nn.Module):
-    """The weights of one layer: `self_attn` or, over a fixed number of tokens, `mlp_t`; and `mlp`."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        key_value_heads: int,
-        intermediate_size: int,
-        seq_len: int | None,
-        **factory: Any,
-    ) -> None:
-        super().__init__()
-        if seq_len is None:
-            self.self_attn = Attention(width, heads, key_value_heads, **factory)
-        else:
-            self.mlp_t = SwiGLU(seq_len, default_intermediate_size(seq_len), **factory)
-        self.mlp = SwiGLU(width, intermediate_size, **factory)
-
-    def forward(self, dtype: torch.dtype) -> LayerWeights:
-        """The layer's matrices in `dtype`; differentiable."""
-        mixer = self.mlp_t if hasattr(self, "mlp_t") else self.self_attn
-        return LayerWeights(mixer(dtype), self.mlp(dtype))
-
 
 # attributes of a TRM that say how it runs its weights; a call may be given a spec with others
 _OF_SPEC = (
@@ -195,8 +104,8 @@ class TRM(nn.Module):
         super().__init__()
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
-        _check_token_mixer(mlp_t, seq_len, causal)
-        _check_choices(attention, save, regime, quantize, cache)
+        check_token_mixer(mlp_t, seq_len, causal)
+        check_choices(attention, save, regime, quantize, cache)
         if cache == "last" and not causal:
             raise ValueError("TRM: cache 'last' expected causal, got tokens that see later ones.")
 
@@ -522,74 +431,3 @@ def _reference_name(key: str) -> str | None:
 def _per_op_with_gradient(spec: RecursionSpec, has_gradient: bool) -> RecursionSpec:
     """A TRM's regime is for calls without gradient; one with a gradient is launched per op."""
     return replace(spec, regime="per_op") if has_gradient else spec
-
-
-def _check_token_mixer(mlp_t: bool, seq_len: int | None, causal: bool) -> None:
-    if mlp_t != (seq_len is not None):
-        raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
-    if mlp_t and causal:
-        raise ValueError("TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both.")
-
-
-def _check_choices(attention: str, save: str, regime: str, quantize: str | None, cache: str) -> None:
-    if cache not in CACHES:
-        raise ValueError(f"TRM: expected cache to be one of {', '.join(CACHES)}, got {cache!r}.")
-    if attention not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"TRM: expected attention to be one of {', '.join(IMPLEMENTATIONS)}, got {attention!r}."
-        )
-    if save not in ("auto", *SAVES):
-        raise ValueError(f"TRM: expected save to be auto, {', '.join(SAVES)}, got {save!r}.")
-    if regime not in ("auto", *REGIMES):
-        raise ValueError(f"TRM: expected regime to be auto, {', '.join(REGIMES)}, got {regime!r}.")
-    if quantize not in (None, *QUANTIZE):
-        raise ValueError(f"TRM: expected quantize to be None, {', '.join(QUANTIZE)}, got {quantize!r}.")
-
-
-def check_sizes(
-    who: str,
-    hidden_size: int,
-    num_heads: int,
-    num_key_value_heads: int,
-    num_layers: int,
-    uses_rope: bool,
-    prefix: str = "",
-) -> None:
-    """Refuse sizes that make no attention.
-
-    Args:
-        who: The caller's name, for the error.
-        hidden_size: D.
-        num_heads: H.
-        num_key_value_heads: G.
-        num_layers: Layers.
-        uses_rope: Whether the head width has to be even.
-        prefix: Of the names in the error, such as "trm_".
-
-    Raises:
-        ValueError: With what was expected and what came.
-    """
-    counts = {
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "num_layers": num_layers,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{who}: expected {prefix}{name} of at least 1, got {count}.")
-    if hidden_size % num_heads:
-        raise ValueError(
-            f"{who}: expected {prefix}hidden_size to be a multiple of {prefix}num_heads, "
-            f"got {hidden_size} and {num_heads}."
-        )
-    if num_heads % num_key_value_heads:
-        raise ValueError(
-            f"{who}: expected {prefix}num_heads to be a multiple of {prefix}num_key_value_heads, "
-            f"got {num_heads} and {num_key_value_heads}."
-        )
-    if uses_rope and hidden_size // num_heads % 2:
-        raise ValueError(
-            f"{who}: RoPE expected an even head width, got {hidden_size // num_heads} "
-            f"(hidden_size {hidden_size} over {num_heads} heads)."
-        )

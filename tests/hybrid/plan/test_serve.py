@@ -13,7 +13,7 @@ from hybrid.plan.run import Run
 from hybrid.plan.serve import serving
 from hybrid.presets import PresetConfigs
 from tests.support.tiny import LAYERS, tiny_base, tiny_config, tiny_hybrid, tokens
-from trm_kernels.modules.trm import default_intermediate_size
+from trm_kernels.modules.layers import default_intermediate_size
 
 COMMAND = ["plan", "--level", "1", "--cards", "1xA100-80GB", "--serve"]
 

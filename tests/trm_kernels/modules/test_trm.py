@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trm_kernels import TRM, injection_blend, injection_in, trm_recursion
-from trm_kernels.modules.trm import default_intermediate_size
+from trm_kernels.modules.layers import default_intermediate_size
 from trm_kernels.runtime.backend import backend
 
 
