@@ -8,29 +8,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from hybrid.config_checks import check_block, check_reference
 from hybrid.config_values import (
     check_base_config,
     check_layers,
-    check_number,
-    check_size,
     check_steps,
-    count_parameters,
-    is_int,
     read_json_object,
     short,
 )
 from hybrid.error_text import did_you_mean, nearest
 from hybrid.saving.modeling_file import AUTO_MAP
-from trm_kernels.modules.checks import check_sizes
-from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
-from trm_kernels.recursion.quantize import QUANTIZE
-from trm_kernels.recursion.saved_bytes import SAVES
-from trm_kernels.recursion.spec import CACHES, RecursionSpec
-from trm_kernels.runtime.tuning import REGIMES
+from trm_kernels.recursion.spec import RecursionSpec
 
-BLENDING_STRATEGIES = ("linear", "gated")
-RECURSION_SAMPLINGS = ("fixed", "uniform")
-TRM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # of a saved config that does not say: it was written before there was such a norm
 _NO_NORM = {"trm_input_norm": False}
 # the weights' shapes and places: fixed once a model is made
@@ -203,7 +192,7 @@ class HybridConfig(PreTrainedConfig):
         self.lora_rank = lora_rank
         self.trm_input_norm = trm_input_norm
         self.trm_cache = trm_cache
-        self._check()
+        check_block(self)
 
         base_config = check_base_config(base_config, HybridConfig.model_type)
         if not isinstance(base_model_name_or_path, str | os.PathLike | None):
@@ -219,7 +208,7 @@ class HybridConfig(PreTrainedConfig):
         self.base_gguf_file = base_gguf_file
         self.base_checksums = base_checksums
         self.base_is_frozen = base_is_frozen
-        self._check_reference()
+        check_reference(self)
         if kwargs.get("auto_map") == AUTO_MAP:  # says to others where this class is
             del kwargs["auto_map"]
         for name in kwargs:
@@ -332,7 +321,7 @@ class HybridConfig(PreTrainedConfig):
         try:
             for name, value in own.items():
                 self._set_own(name, value)
-            self._check()
+            check_block(self)
             if own.keys() & {"base_config", "injection_layers"} and self.base_config is not None:
                 self.check_base(self.base_config)
         except Exception:
@@ -410,7 +399,7 @@ class HybridConfig(PreTrainedConfig):
     def set_trm_dtype(self, dtype: torch.dtype) -> None:
         """Say that the TRMs' parameters were brought to another dtype."""
         self.__dict__["trm_dtype"] = str(dtype).removeprefix("torch.")
-        self._check()
+        check_block(self)
 
     # As dictionaries and files
 
@@ -468,106 +457,6 @@ class HybridConfig(PreTrainedConfig):
             raise ValueError(
                 f"HybridConfig: expected injection_layers in 0..{num_layers} for a base of {num_layers} "
                 f"layers, got {self.injection_layers}."
-            )
-
-    def _check_reference(self) -> None:
-        """What a file says of the base."""
-        for name in ("base_revision", "base_subfolder", "base_gguf_file"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be a name or None, got {short(getattr(self, name))}."
-                )
-        sums = self.base_checksums
-        is_sums = isinstance(sums, dict) and all(
-            key in TRM_DTYPES | {"float64": torch.float64} and isinstance(value, str)
-            for key, value in sums.items()
-        )
-        if sums is not None and not is_sums:
-            raise ValueError(f"HybridConfig: expected base_checksums to be text by dtype, got {short(sums)}.")
-        if not isinstance(self.base_is_frozen, bool):
-            raise ValueError(
-                "HybridConfig: expected base_is_frozen to be True or False, "
-                f"got {short(self.base_is_frozen)}."
-            )
-
-    def _check(self) -> None:
-        self._check_counts()
-        for name in ("deep_supervision", "trm_input_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be True or False, got {getattr(self, name)!r}."
-                )
-        self._check_cycles()
-        if not is_int(self.recursion_seed):
-            raise ValueError(
-                f"HybridConfig: expected recursion_seed to be a whole number, got {self.recursion_seed!r}."
-            )
-        for name in ("injection_strength", "trm_rope_theta", "trm_rms_norm_eps"):
-            check_number(name, getattr(self, name), is_positive=name != "injection_strength")
-        for name, allowed in (
-            ("blending_strategy", BLENDING_STRATEGIES),
-            ("recursion_sampling", RECURSION_SAMPLINGS),
-            ("trm_dtype", tuple(TRM_DTYPES)),
-            ("trm_save", ("auto", *SAVES)),
-            ("trm_attention", IMPLEMENTATIONS),
-            ("trm_regime", ("auto", *REGIMES)),
-            ("trm_quantize", (None, *QUANTIZE)),
-            ("trm_cache", CACHES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be one of {', '.join(map(str, allowed))}, "
-                    f"got {short(getattr(self, name))}."
-                )
-
-    def _check_counts(self) -> None:
-        for name in ("num_recursion_steps", "num_cycles"):
-            check_steps("HybridConfig", name, getattr(self, name))
-        for name in ("trm_intermediate_size", "grad_cycles", "lora_rank"):
-            count = getattr(self, name)
-            if count is not None and not (is_int(count) and count >= 1):
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be a count of at least 1, got {short(count)}."
-                )
-        for name in ("trm_hidden_size", "trm_num_heads", "trm_num_key_value_heads", "trm_num_layers"):
-            if not is_int(getattr(self, name)):
-                raise ValueError(
-                    f"HybridConfig: expected {name} to be a count, got {short(getattr(self, name))}."
-                )
-        check_sizes(
-            "HybridConfig",
-            self.trm_hidden_size,
-            self.trm_num_heads,
-            self.trm_num_key_value_heads,
-            self.trm_num_layers,
-            uses_rope=True,
-            prefix="trm_",
-        )
-        check_size(
-            count_parameters(
-                self.trm_hidden_size,
-                self.trm_num_heads,
-                self.trm_num_key_value_heads,
-                self.trm_num_layers,
-                self.trm_intermediate_size,
-            )
-        )
-
-    def _check_cycles(self) -> None:
-        if self.grad_cycles is not None and self.grad_cycles > self.num_cycles:
-            raise ValueError(
-                f"HybridConfig: expected grad_cycles in 1..{self.num_cycles} (num_cycles) or None, "
-                f"got {self.grad_cycles}."
-            )
-        if self.deep_supervision and self.trm_cache == "last":
-            raise ValueError(
-                "HybridConfig: deep_supervision expected trm_cache 'all', got 'last': a token's first cycle "
-                "reads what the tokens before it ended their last one with."
-            )
-        if self.deep_supervision and self.num_cycles > 1 and self.grad_cycles == 1:
-            raise ValueError(
-                f"HybridConfig: deep_supervision expected grad_cycles in 2..{self.num_cycles} (num_cycles) "
-                "or None, as only cycles that pass gradients learn from a loss, got 1."
             )
 
 

@@ -29,7 +29,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
+from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_checks import TRM_DTYPES
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
 from hybrid.model.cache_name import CACHE_NAME, takes_cache

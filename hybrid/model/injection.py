@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybrid.config import TRM_DTYPES, HybridConfig
+from hybrid.config import HybridConfig
+from hybrid.config_checks import TRM_DTYPES
 from hybrid.config_values import count_parameters
 from hybrid.model.cache import InjectionCache, keeps_steps
 from hybrid.model.cache_name import CACHE_NAME, takes_cache

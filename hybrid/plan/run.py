@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hybrid.config import TRM_DTYPES, HybridConfig, trm_fields
+from hybrid.config import HybridConfig, trm_fields
+from hybrid.config_checks import TRM_DTYPES
 from hybrid.info import on_meta, saved_by_injection
 from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.injection import Injection, decoder_layers
