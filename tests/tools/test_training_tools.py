@@ -20,7 +20,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "c
 def launched(launch, tool, base, out, *more) -> str:
     """The line of losses."""
     command = [sys.executable, *launch, EXAMPLES / "training_tools.py", "--tool", tool, "--base", base]
-    done = subprocess.run([*command, "--out", out, *more], capture_output=True, text=True, timeout=800)
+    done = subprocess.run([*command, "--out", out, *more], capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     return next(line for line in done.stdout.splitlines() if line.startswith("losses"))
 

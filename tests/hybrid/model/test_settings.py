@@ -367,13 +367,13 @@ def test_blocks_without_injection_may_overlap_in_threads():
     def other():
         with hybrid.disable_injection():
             entered.set()
-            may_leave.wait(60)
+            may_leave.wait()
             found.append(hybrid(ids).logits)
 
     thread = threading.Thread(target=other)
     with hybrid.disable_injection():
         thread.start()
-        entered.wait(60)
+        entered.wait()
     found.append(hybrid(ids).logits)  # the other's block is open
     may_leave.set()
     thread.join()

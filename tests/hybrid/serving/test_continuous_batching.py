@@ -169,7 +169,7 @@ def test_a_shared_prefix_is_read_from_its_pages(monkeypatch):
     ) as manager:
         for prompt in prompts()[-2:]:
             manager.add_requests([prompt], max_new_tokens=NEW)
-            while (answer := manager.get_result(timeout=60)) is not None and not answer.is_finished():
+            while (answer := manager.get_result(timeout=1000)) is not None and not answer.is_finished():
                 pass
             answers.append((answer.generated_tokens, answer.logprobs))
     assert found == [0, 16], "two pages of 8"
@@ -348,7 +348,7 @@ def test_a_switch_in_the_middle_is_an_error_of_the_request():
     ) as manager:
         hybrid.injection_enabled = False
         manager.add_requests([prompts()[0]], max_new_tokens=2)
-        answer = manager.get_result(timeout=20)
+        answer = manager.get_result(timeout=1000)
     assert "switched on or off" in answer.error
 
 
