@@ -20,6 +20,14 @@ from hybrid.error_text import did_you_mean, nearest
 from hybrid.saving.modeling_file import AUTO_MAP
 from trm_kernels.recursion.spec import RecursionSpec
 
+# what TRM, its paper and trm_recursion call some fields, and what a hybrid does not have
+_OTHER_NAMES = {
+    "eps": "trm_rms_norm_eps",
+    "L_cycles": "num_recursion_steps",
+    "H_cycles": "num_cycles",
+    "supervision_steps": "deep_supervision",
+}
+_OF_TRM_ALONE = ("mlp_t", "seq_len", "causal")
 # of a saved config that does not say: it was written before there was such a norm
 _NO_NORM = {"trm_input_norm": False}
 # the weights' shapes and places: fixed once a model is made
@@ -380,7 +388,12 @@ class HybridConfig(PreTrainedConfig):
             base is not None and (hasattr(_holder(base, name), name) or f"trm_{name}" in ours)
         ):
             return
-        if near := nearest(name, ours, cutoff=0.8):
+        if name in _OF_TRM_ALONE:
+            raise ValueError(
+                f"HybridConfig: expected no {name}, which is a setting of TRM: inside a language model the "
+                "recursion is causal, and its layers attend."
+            )
+        if near := _OTHER_NAMES.get(name) or nearest(name, ours, cutoff=0.8):
             raise ValueError(f"HybridConfig: there is no field {name!r}{did_you_mean(near)}")
         if name.startswith("trm_"):
             raise ValueError(

@@ -55,7 +55,7 @@ from hybrid.model.language_model import accepts_loss_kwargs, check_base, refer_t
 from hybrid.model.lora import add_lora, disabled, remove_lora
 from hybrid.model.peft_targets import tell_peft
 from hybrid.model.quantized_base import keep_gradients
-from hybrid.model.settled_call import inputs_of, rule_of, settle
+from hybrid.model.settled_call import check_names, inputs_of, rule_of, settle
 from hybrid.model.token_halting import forward_until_settled
 from hybrid.model.training_warnings import TrainingWarnings
 from hybrid.model.trm_names import is_trm_key
@@ -283,10 +283,11 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         each of its answers: the loss of `labels` is their mean, all else is of the last answer.
 
         Errors: ValueError for a cache filled with another n or under another rule, or used where there is
-        deep supervision, which also wants labels in training; for halting in training, and for both or
-        neither of input_ids and inputs_embeds. RuntimeError when an injection did not happen, or for halting
-        with gradient or under torch.compile.
+        deep supervision, which also wants labels in training; for halting in training; for a setting of the
+        config; and for both or neither of input_ids and inputs_embeds. RuntimeError when an injection did not
+        happen, or for halting with gradient or under torch.compile.
         """
+        check_names(kwargs)
         inputs = inputs_of(input_ids, inputs_embeds)
         rule = rule_of(self, halting)
         if isinstance(rule, TokenHalting):

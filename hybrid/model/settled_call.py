@@ -1,6 +1,8 @@
 """What one forward is run with, settled once before its first layer: halting, n, positions, masks, cache."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,7 +11,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+from hybrid.config import trm_fields
 from hybrid.config_values import check_steps
+from hybrid.error_text import did_you_mean, nearest
 from hybrid.model.cache import keeps_steps, leave_to_base, make_room
 from hybrid.model.cache_name import as_argument
 from hybrid.model.halting import Halting, TokenHalting
@@ -25,11 +29,33 @@ if TYPE_CHECKING:
     from hybrid.model.hybrid_model import HybridModel
 
 
+_OF_CONFIG = frozenset(trm_fields()) - {"num_recursion_steps"}
+
+
 def inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     if inputs is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("HybridModel: expected input_ids or inputs_embeds, got both or neither.")
     return inputs
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse what a base takes in a call and nobody reads: a setting of the config, or a slip of ours."""
+    if torch.compiler.is_compiling():
+        return
+    for name in names:
+        if name in _OF_CONFIG:
+            raise ValueError(
+                f"HybridModel: expected {name} to be set in the config (model.config.{name} = ...), got it in "
+                "a call, in which nothing reads it."
+            )
+        if near := _slip_of(name):
+            raise ValueError(f"HybridModel: there is no argument {name!r}{did_you_mean(near)}")
+
+
+@cache
+def _slip_of(name: str) -> str | None:
+    return nearest(name, ("num_recursion_steps", "halting"), cutoff=0.8)
 
 
 def settle(

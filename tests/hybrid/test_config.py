@@ -88,6 +88,10 @@ from tests.support.tiny import tiny_base, tiny_config
         ({"num_recursions_steps": 3}, "no field 'num_recursions_steps'; did you mean 'num_recursion_steps'"),
         ({"trm_frobnicate": 3}, "no field 'trm_frobnicate'. In a saved config it is of a later version"),
         ({"base_conifg": {}}, "no field 'base_conifg'; did you mean 'base_config'"),
+        ({"eps": 1e-5}, "no field 'eps'; did you mean 'trm_rms_norm_eps'"),
+        ({"H_cycles": 3}, "no field 'H_cycles'; did you mean 'num_cycles'"),
+        ({"mlp_t": True}, "expected no mlp_t, which is a setting of TRM"),
+        ({"causal": False}, "expected no causal, which is a setting of TRM"),
     ],
 )
 def test_what_is_refused(changes, message):

@@ -1,5 +1,9 @@
 """What a TRM refuses when it is made: sizes that make no attention, and words that no setting knows."""
 
+import math
+
+from torch import Tensor
+
 from trm_kernels.ops.attention.rope_attention import IMPLEMENTATIONS
 from trm_kernels.recursion.quantize import QUANTIZE
 from trm_kernels.recursion.saved_bytes import SAVES
@@ -13,6 +17,41 @@ def check_token_mixer(mlp_t: bool, seq_len: int | None, causal: bool) -> None:
         raise ValueError(f"TRM: expected mlp_t and seq_len together, got {mlp_t} and {seq_len}.")
     if mlp_t and causal:
         raise ValueError("TRM: expected mlp_t without causal (a mix over all tokens looks ahead), got both.")
+
+
+def check_numbers(
+    intermediate_size: int | None, seq_len: int | None, rope_theta: float | None, eps: float
+) -> None:
+    """Refuse numbers with which a TRM would compute something else than was asked, or NaN."""
+    for name, count in (("intermediate_size", intermediate_size), ("seq_len", seq_len)):
+        if count is not None and count < 1:
+            raise ValueError(f"TRM: expected {name} of at least 1 or None, got {count}.")
+    for name, number in (("rope_theta", rope_theta), ("eps", eps)):
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"TRM: expected {name} above 0 and finite, got {number}.")
+
+
+def check_inputs(
+    x: Tensor, y: Tensor | None, z: Tensor | None, hidden_size: int, seq_len: int | None
+) -> None:
+    """Refuse an x that is no state of the TRM, and what is no tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"TRM: expected x, a floating tensor [B, T, {hidden_size}], got {got}.")
+    if x.ndim != 3 or x.shape[-1] != hidden_size:
+        raise ValueError(f"TRM: expected x [B, T, {hidden_size}], got {tuple(x.shape)}.")
+    if seq_len is not None and x.shape[1] != seq_len:
+        raise ValueError(f"TRM: expected {seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+    for name, state in (("y", y), ("z", z)):
+        if not isinstance(state, Tensor | None):
+            raise ValueError(f"TRM: expected {name}, a tensor like x or None, got {type(state).__name__}.")
+
+
+def check_halting(halting: object, **only_with_it: object) -> None:
+    """Refuse what is read with halting alone, where there is none."""
+    given = [name for name, value in only_with_it.items() if value is not None]
+    if halting is None and given:
+        raise ValueError(f"TRM: expected halting with {', '.join(given)}, got none.")
 
 
 def check_choices(attention: str, save: str, regime: str, quantize: str | None, cache: str) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trm_kernels.modules.checks import check_choices, check_sizes, check_token_mixer
+from trm_kernels.modules.checks import (
+    check_choices,
+    check_halting,
+    check_inputs,
+    check_numbers,
+    check_sizes,
+    check_token_mixer,
+)
 from trm_kernels.modules.layers import TRMLayer, default_intermediate_size
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.recursion.adaptive import Adapted, Halting, Waiting, adaptive_evaluations, run_adaptive
@@ -105,6 +112,7 @@ class TRM(nn.Module):
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         check_sizes("TRM", hidden_size, num_heads, key_value_heads, num_layers, rope_theta is not None)
         check_token_mixer(mlp_t, seq_len, causal)
+        check_numbers(intermediate_size, seq_len, rope_theta, eps)
         check_choices(attention, save, regime, quantize, cache)
         if cache == "last" and not causal:
             raise ValueError("TRM: cache 'last' expected causal, got tokens that see later ones.")
@@ -127,7 +135,7 @@ class TRM(nn.Module):
         self._in_8_bits: tuple[Any, list[LayerWeights], list[LayerWeights]] | None = None  # (of what, ...)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner = intermediate_size or default_intermediate_size(hidden_size)
+        inner = default_intermediate_size(hidden_size) if intermediate_size is None else intermediate_size
         self.layers = nn.ModuleList(
             TRMLayer(hidden_size, num_heads, key_value_heads, inner, seq_len, **factory)
             for _ in range(num_layers)
@@ -204,11 +212,13 @@ class TRM(nn.Module):
             (y, z), each [B, T, D] in x's dtype; with injection h', of x's shape and dtype.
 
         Raises:
-            ValueError: For an x of other sizes, or with halting for a regime of one launch.
+            ValueError: For an x of other sizes, for what nothing would read (a mask with mlp_t, is_token
+                without halting), or with halting for a regime of one launch.
             RuntimeError: With halting for a call with gradient or under torch.compile.
         """
         spec = self._spec_of(spec, num_recursion_steps, num_cycles)
         inputs = AttentionInputs(positions, angles, mask, key_mask, update_cache, attend)
+        check_halting(halting, is_token=is_token, steps_before=steps_before, report_steps=report_steps)
         if halting is not None and attend is not None:
             raise ValueError("TRM: expected attend without halting, got both.")
         if injection is not None:
@@ -298,7 +308,12 @@ class TRM(nn.Module):
 
         Yields:
             (y, z) after each call.
+
+        Raises:
+            ValueError: For less than one step, when the first is asked for.
         """
+        if steps < 1:
+            raise ValueError(f"TRM: supervision_steps expected steps of at least 1, got {steps}.")
         for _ in range(steps):
             y, z = self(x if isinstance(x, Tensor) else x(), y, z, **arguments)
             yield y, z
@@ -350,10 +365,7 @@ class TRM(nn.Module):
 
     def _start(self, x: Tensor, y: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
         """The state to start from. Errors: ValueError for an x of other sizes."""
-        if x.ndim != 3 or x.shape[-1] != self.hidden_size:
-            raise ValueError(f"TRM: expected x [B, T, {self.hidden_size}], got {tuple(x.shape)}.")
-        if self.seq_len is not None and x.shape[1] != self.seq_len:
-            raise ValueError(f"TRM: expected {self.seq_len} tokens (seq_len, mlp_t), got {x.shape[1]}.")
+        check_inputs(x, y, z, self.hidden_size, self.seq_len)
         return (
             self.y_init.to(compute_dtype(x)).expand_as(x) if y is None else y,
             self.z_init.to(compute_dtype(x)).expand_as(x) if z is None else z,
@@ -400,6 +412,11 @@ class TRM(nn.Module):
         Raises:
             ValueError: When a weight is missing, comes twice or has another shape; nothing is loaded then.
         """
+        if state_dict.keys() == self.state_dict().keys():
+            raise ValueError(
+                "load_reference_state_dict: expected the names of the paper's code, got this TRM's own, "
+                "which load_state_dict loads."
+            )
         ours, left_alone = {}, []
         for key, tensor in state_dict.items():
             name = _reference_name(key)

@@ -42,7 +42,7 @@ from trm_kernels.recursion.one_launch.choice import choose_regime
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
 from trm_kernels.recursion.quantize import dequantize_layers
 from trm_kernels.recursion.saved_bytes import choose_save
-from trm_kernels.recursion.spec import RecursionSpec, check_call
+from trm_kernels.recursion.spec import RecursionSpec, check_call, check_dtypes
 from trm_kernels.recursion.weights import (
     AttentionWeights,
     LayerWeights,
@@ -216,11 +216,13 @@ def run_recursion(
     """trm_recursion with its settings and attention inputs as one value each."""
     check_call(x, y, z, weights, spec)
     _check_attend(x, y, z, weights, inputs)
+    _check_something_attends(weights, inputs)
     if spec.cache == "last":
         _check_in_order(weights, spec, inputs)
     if is_on(x):
         x, y, z = as_autocast(x, y, z)
         weights = weights if scales is not None else in_dtype(weights, x.dtype)
+    check_dtypes(x, y, z)
     inputs = inputs._replace(angles=rope_table(x, weights, spec, inputs))
     regime, room = choose_regime(x, weights, scales, spec, inputs, (x, y, z))
     if regime != "per_op":
@@ -289,6 +291,16 @@ def _check_attend(
     if wants_gradient(x, y, z, *flat_weights(weights)):
         raise ValueError(
             "trm_recursion: expected attend in a call without gradient (torch.no_grad()), got one."
+        )
+
+
+def _check_something_attends(weights: Sequence[LayerWeights], inputs: AttentionInputs) -> None:
+    """Refuse masks, positions and caches where nothing reads them. Errors: ValueError."""
+    given = [name for name, value in inputs._asdict().items() if value is not None]
+    if given and not any(isinstance(w.mixer, AttentionWeights) for w in weights):
+        raise ValueError(
+            f"trm_recursion: expected layers with attention for {', '.join(given)}, got mlp_t alone, which "
+            "mixes all tokens and reads none of these."
         )
 
 

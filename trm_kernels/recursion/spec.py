@@ -107,10 +107,11 @@ def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights],
         raise ValueError(f"trm_recursion: expected x, y and z of one shape [B, T, D], got {got}.")
     if not weights:
         raise ValueError("trm_recursion: expected the weights of at least one layer, got none.")
-    if spec.num_recursion_steps < 1 or spec.num_cycles < 1:
+    counts = spec.num_recursion_steps, spec.num_cycles
+    if any(isinstance(count, float) or count < 1 for count in counts):
         raise ValueError(
             "trm_recursion: expected num_recursion_steps and num_cycles of at least 1, "
-            f"got {spec.num_recursion_steps} and {spec.num_cycles}."
+            f"got {counts[0]} and {counts[1]}."
         )
     if spec.grad_cycles is not None and not 1 <= spec.grad_cycles <= spec.num_cycles:
         raise ValueError(
@@ -121,3 +122,11 @@ def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights],
         raise ValueError(f"trm_recursion: expected cache to be {' or '.join(CACHES)}, got {spec.cache!r}.")
     if spec.save not in ("auto", *SAVES):
         raise ValueError(f"trm_recursion: expected save to be auto, {', '.join(SAVES)}, got {spec.save!r}.")
+
+
+def check_dtypes(x: Tensor, y: Tensor, z: Tensor) -> None:
+    """Refuse a state of another dtype than x's, where autocast casts neither. Errors: ValueError."""
+    if not x.dtype == y.dtype == z.dtype:
+        raise ValueError(
+            f"trm_recursion: expected x, y and z of one dtype, got {x.dtype}, {y.dtype} and {z.dtype}."
+        )

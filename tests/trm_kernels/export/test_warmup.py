@@ -1,6 +1,7 @@
 """After a warm-up Triton finds the kernels of a TRM in its cache: a process that runs it compiles nothing."""
 
 import os
+import runpy
 import subprocess
 import sys
 
@@ -64,7 +65,9 @@ def variants(tmp_path):
 def test_a_later_process_compiles_nothing(variants, tmp_path, capsys, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    assert main(["--variants", str(variants), "--arch", "90"]) == 0
+    monkeypatch.setattr(sys, "argv", ["warmup", "--variants", str(variants), "--arch", "90"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("trm_kernels.warmup", run_name="__main__")
     assert "tiny: " in capsys.readouterr().out
     found, compiled = found_and_compiled(variants, cache)
     assert found > 5 and compiled == 0

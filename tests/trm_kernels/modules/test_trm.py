@@ -1,12 +1,13 @@
 """The recursion: against a loop written here in float64, against finite differences, and its contract."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trm_kernels import TRM, injection_blend, injection_in, trm_recursion
+from trm_kernels import TRM, Halting, injection_blend, injection_in, trm_recursion
 from trm_kernels.modules.layers import default_intermediate_size
 from trm_kernels.runtime.backend import backend
 
@@ -300,6 +301,11 @@ def test_a_cache_of_every_evaluation_equals_full_recomputation():
         ({"hidden_size": 18}, "even head width, got 3"),
         ({"mlp_t": True}, "mlp_t and seq_len together"),
         ({"mlp_t": True, "seq_len": 5, "causal": True}, "without causal"),
+        ({"mlp_t": True, "seq_len": 0}, "seq_len of at least 1 or None, got 0"),
+        ({"intermediate_size": 0}, "intermediate_size of at least 1 or None, got 0"),
+        ({"rope_theta": 0}, "rope_theta above 0 and finite, got 0"),
+        ({"eps": -1.0}, "eps above 0 and finite, got -1.0"),
+        ({"eps": math.nan}, "eps above 0 and finite, got nan"),
     ],
 )
 def test_sizes_that_cannot_be_combined(changes, message):
@@ -321,3 +327,49 @@ def test_calls_that_do_not_fit():
         make(torch.float32, num_cycles=1, grad_cycles=2)(x)
     with pytest.raises(ValueError, match="at least one layer"):
         trm_recursion(x, x, x, [], num_heads=1, num_recursion_steps=1)
+    for wrong, got in ((x.numpy(), "ndarray"), (x.bool(), "torch.bool"), (x.long(), "torch.int64")):
+        with pytest.raises(ValueError, match=rf"expected x, a floating tensor \[B, T, 24\], got {got}"):
+            trm(wrong)
+    with pytest.raises(ValueError, match="expected y, a tensor like x or None, got int"):
+        trm(x, 2, 1)
+    for call in (trm, partial(trm.requires_grad_(False), halting=Halting(0.1))):
+        with pytest.raises(ValueError, match="of one dtype, got torch.float32, torch.float64 and"):
+            call(x, x.double(), x)
+    with pytest.raises(ValueError, match=r"num_cycles of at least 1, got 2\.0 and 2"):
+        trm(x, num_recursion_steps=2.0)
+    with pytest.raises(ValueError, match="supervision_steps expected steps of at least 1, got 0"):
+        next(trm.supervision_steps(x, 0))
+    with pytest.raises(ValueError, match="this TRM's own, which load_state_dict loads"):
+        trm.load_reference_state_dict(trm.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.ones(1, 6, 4, 5), r"a mask of 4 keys or 1, got \(1, 6, 4, 5\)"),
+        (torch.ones(1, 6, 3, 4), r"broadcast to \[2, 6, 4, S\], bool or floating, got \(1, 6, 3, 4\)"),
+        (torch.ones(3, 1, 1, 4), r"broadcast to \[2, 6, 4, S\]"),
+        (torch.ones(1, 1, 1, 1, 4), r"broadcast to \[2, 6, 4, S\]"),
+        (torch.ones(4, 4).long(), "got .* of torch.int64"),
+    ],
+)
+def test_masks_that_do_not_fit(given, message):
+    with pytest.raises(ValueError, match=message):
+        make(torch.float32)(torch.randn(2, 4, 24), mask=given)
+
+
+def test_what_nothing_reads_is_refused():
+    """A mix over all tokens hides none of them, and without halting no token waits."""
+    x, mixes = torch.randn(1, 4, 24), make(torch.float32, mlp_t=True, seq_len=4)
+    for name, given in (
+        ("positions", torch.arange(4)[None]),
+        ("mask", torch.ones(4, 4, dtype=torch.bool)),
+        ("key_mask", torch.ones(1, 4, dtype=torch.bool)),
+        ("update_cache", lambda evaluation, k, v: (k, v)),
+    ):
+        with pytest.raises(ValueError, match=f"layers with attention for {name}, got mlp_t alone"):
+            mixes(x, **{name: given})
+    with pytest.raises(ValueError, match="layers with attention for key_mask, got mlp_t alone"):
+        list(mixes.each_cycle(x, key_mask=torch.ones(1, 4, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="expected halting with is_token, report_steps, got none"):
+        make(torch.float32)(x, is_token=torch.ones(1, 4, dtype=torch.bool), report_steps=print)

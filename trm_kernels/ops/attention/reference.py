@@ -43,6 +43,8 @@ def visibility(
         query_offset: Keys before the first query; None: the last query is at the last key.
     """
     if mask is not None:
+        if mask.ndim and mask.shape[-1] not in (1, S):
+            raise ValueError(f"rope_attention: expected a mask of {S} keys or 1, got {tuple(mask.shape)}.")
         return mask
     if causal:
         ahead = S - T if query_offset is None else query_offset  # by default the last query is the last key

@@ -263,8 +263,24 @@ def _check(
                 f"rope_attention: expected key_mask [{qkv.shape[0]}, S] of bool, "
                 f"got {tuple(key_mask.shape)} of {key_mask.dtype}."
             )
+    if mask is not None:
+        _check_mask(mask, (qkv.shape[0], H, qkv.shape[1]))
     for t in (positions, mask, key_mask, *(angles or ())):
         if t is not None and t.device != qkv.device:
             raise ValueError(
                 f"rope_attention: expected all tensors on {qkv.device}, where qkv is, got {t.device}."
             )
+
+
+def _check_mask(mask: Tensor, sizes: tuple[int, int, int]) -> None:
+    """A mask is broadcast to [B, H, T, S]; S is known when the keys are, see reference.py."""
+    axes = mask.shape[:-1]
+    fits = len(axes) <= 3 and all(
+        axis in (1, size) for axis, size in zip(axes[::-1], sizes[::-1], strict=False)
+    )
+    if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        B, H, T = sizes
+        raise ValueError(
+            f"rope_attention: expected a mask that is broadcast to [{B}, {H}, {T}, S], bool or floating, got "
+            f"{tuple(mask.shape)} of {mask.dtype}."
+        )
