@@ -46,7 +46,7 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name in _OF_CONFIG:
             raise ValueError(
-                f"HybridModel: expected {name} to be set in the config (model.config.{name} = ...), got it in "
+                f"HybridModel: expected {name} in the config (model.config.{name} = ...), got it in "
                 "a call, in which nothing reads it."
             )
         if near := _slip_of(name):
