@@ -106,9 +106,7 @@ def test_what_is_built_into_the_weights_is_refused(field):
 def test_a_call_takes_no_setting_that_nothing_reads():
     """A base takes any name. One of its own that is ours nowhere stays the base's affair."""
     hybrid, ids = tiny_hybrid(), tokens()
-    with pytest.raises(
-        ValueError, match=r"num_cycles in the config \(model.config.num_c"
-    ):
+    with pytest.raises(ValueError, match=r"num_cycles in the config \(model.config.num_c"):
         hybrid(ids, num_cycles=3)
     for slip in ("num_recursion_step", "haltin"):
         with pytest.raises(ValueError, match=f"no argument '{slip}'; did you mean '{slip}"):
