@@ -33,7 +33,7 @@ S5 = replace(
         " turn": "BCDEA",
     },
 )
-_FILLERS = " ." * 3
+_FILLERS = " -" * 3  # no full stop: the tokenizer joins it to the one that begins the question
 _COUNTS = (
     ' In the text it stands this often: "',
     ' The answer is "',

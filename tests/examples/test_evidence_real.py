@@ -146,7 +146,8 @@ def test_fillers_stand_between_a_move_and_its_answer():
     )
     assert one.asked[one.asked != NOTHING].equal(other.asked[other.asked != NOTHING])
     first = (other.asked[0] != NOTHING).nonzero()[0]
-    assert tokenizer.decode(other.ids[0, : first + 1]).endswith(" . . .")
+    assert tokenizer.decode(other.ids[0, : first + 1]).endswith(" - - -")
+    assert not any("-" in closing for closing in filled.closings), "a tokenizer may join it to a filler"
 
 
 def test_letter_counting_is_held_out_by_the_first_word():
