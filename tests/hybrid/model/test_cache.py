@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from hybrid.model.cache import GrowingLayer, make_room
@@ -207,6 +207,20 @@ def test_a_hybrid_decodes_into_it():
     assert [room_of(layer) for layer in cache.layers[LAYERS:]] == rooms
     logits = hybrid(ids[:, 8:], **as_argument(cache)).logits
     torch.testing.assert_close(logits, hybrid(ids).logits[:, 8:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@torch.no_grad()
+def test_after_tokens_without_injection_a_cache_is_the_bases_alone(is_static):
+    """Only the device knows how many tokens a static layer has: a gap would not be seen in the lengths."""
+    hybrid, ids = tiny_hybrid().eval(), tokens()
+    cache = StaticCache(config=hybrid.config, max_cache_len=12) if is_static else DynamicCache()
+    hybrid(ids, **as_argument(cache))
+    with hybrid.disable_injection():
+        hybrid(tokens(length=1), **as_argument(cache))
+    assert len(cache.layers) == LAYERS
+    with pytest.raises(ValueError, match="cache"):
+        hybrid(tokens(length=1), **as_argument(cache))
 
 
 def test_a_training_forward_with_a_cache_has_the_gradients_of_one_without():

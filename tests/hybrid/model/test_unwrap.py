@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybrid import HybridModel
+from hybrid.model.lora import ADAPTER
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
 
 CONFIGS = {
@@ -61,6 +62,18 @@ def test_it_is_as_it_came(family):
     second = HybridModel(llm_model=base, config=tiny_config(trm_hidden_size=48, injection_layers=[1]))
     assert torch.equal(second(tokens()).logits, logits)
     assert not torch.equal(awaken(second)(tokens()).logits, logits)
+
+
+def test_merged_adapters_are_taken_out_again():
+    base, ids = tiny_base(), tokens()
+    logits = base(ids).logits
+    hybrid = HybridModel(llm_model=base, config=tiny_config(lora_rank=2))
+    for module in base.modules():
+        if hasattr(module, "lora_B"):
+            torch.nn.init.normal_(module.lora_B[ADAPTER].weight)
+            module.merge()
+    assert not torch.allclose(hybrid(ids).logits, logits, atol=1e-3), "a test that could not fail"
+    torch.testing.assert_close(hybrid.unwrap()(ids).logits, logits)
 
 
 @pytest.mark.parametrize(
