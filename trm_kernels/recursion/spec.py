@@ -108,7 +108,7 @@ def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights],
     if not weights:
         raise ValueError("trm_recursion: expected the weights of at least one layer, got none.")
     counts = spec.num_recursion_steps, spec.num_cycles
-    if any(isinstance(count, float) or count < 1 for count in counts):
+    if any(isinstance(count, float | str) or count < 1 for count in counts):
         raise ValueError(
             "trm_recursion: expected num_recursion_steps and num_cycles of at least 1, "
             f"got {counts[0]} and {counts[1]}."

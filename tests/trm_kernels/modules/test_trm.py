@@ -335,8 +335,9 @@ def test_calls_that_do_not_fit():
     for call in (trm, partial(trm.requires_grad_(False), halting=Halting(0.1))):
         with pytest.raises(ValueError, match="of one dtype, got torch.float32, torch.float64 and"):
             call(x, x.double(), x)
-    with pytest.raises(ValueError, match=r"num_cycles of at least 1, got 2\.0 and 2"):
-        trm(x, num_recursion_steps=2.0)
+    for count in (2.0, "2"):
+        with pytest.raises(ValueError, match=f"num_cycles of at least 1, got {count} and 2"):
+            trm(x, num_recursion_steps=count)
     with pytest.raises(ValueError, match="supervision_steps expected steps of at least 1, got 0"):
         next(trm.supervision_steps(x, 0))
     with pytest.raises(ValueError, match="this TRM's own, which load_state_dict loads"):
