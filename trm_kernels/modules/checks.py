@@ -1,6 +1,7 @@
 """What a TRM refuses when it is made: sizes that make no attention, and words that no setting knows."""
 
 import math
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -24,11 +25,12 @@ def check_numbers(
 ) -> None:
     """Refuse numbers with which a TRM would compute something else than was asked, or NaN."""
     for name, count in (("intermediate_size", intermediate_size), ("seq_len", seq_len)):
-        if count is not None and count < 1:
-            raise ValueError(f"TRM: expected {name} of at least 1 or None, got {count}.")
-    for name, number in (("rope_theta", rope_theta), ("eps", eps)):
-        if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"TRM: expected {name} above 0 and finite, got {number}.")
+        if count is not None and not (isinstance(count, Integral) and count >= 1):
+            raise ValueError(f"TRM: expected {name} of at least 1 or None, got {count!r}.")
+    if not (isinstance(eps, Real) and 0 <= eps < math.inf):
+        raise ValueError(f"TRM: expected eps of at least 0 and finite, got {eps!r}.")
+    if rope_theta is not None and not (isinstance(rope_theta, Real) and 0 < rope_theta < math.inf):
+        raise ValueError(f"TRM: expected rope_theta above 0 and finite or None, got {rope_theta!r}.")
 
 
 def check_inputs(

@@ -40,7 +40,7 @@ from torch import Tensor
 from trm_kernels.ops.attention.rope import Angles
 from trm_kernels.recursion.inputs import AttentionInputs, EvaluationCache
 from trm_kernels.recursion.recursion import apply_layer, attend_to, rope_table
-from trm_kernels.recursion.spec import RecursionSpec, check_dtypes, evaluations
+from trm_kernels.recursion.spec import RecursionSpec, evaluations, states_like
 from trm_kernels.recursion.weights import AttentionWeights, LayerWeights, flat_weights, in_dtype
 from trm_kernels.runtime.autocast import as_autocast
 from trm_kernels.runtime.gemm_common import wants_gradient
@@ -202,7 +202,7 @@ def run_adaptive(
     (B, T, D), num_cycles = x.shape, spec.num_cycles
     inputs = inputs._replace(angles=rope_table(x, weights, spec, inputs))
     x, y, z = as_autocast(x, y, z)
-    check_dtypes(x, y, z)
+    y, z = states_like(x, y, z)
     block = _AdaptiveBlock(in_dtype(weights, x.dtype), spec, inputs, x)
     x, y, z = (t.reshape(B * T, D) for t in (x, y, z))
     is_token = (

@@ -42,7 +42,7 @@ from trm_kernels.recursion.one_launch.choice import choose_regime
 from trm_kernels.recursion.one_launch.launchers import LaunchOptions, one_launch_recursion
 from trm_kernels.recursion.quantize import dequantize_layers
 from trm_kernels.recursion.saved_bytes import choose_save
-from trm_kernels.recursion.spec import RecursionSpec, check_call, check_dtypes
+from trm_kernels.recursion.spec import RecursionSpec, check_call, states_like
 from trm_kernels.recursion.weights import (
     AttentionWeights,
     LayerWeights,
@@ -222,7 +222,7 @@ def run_recursion(
     if is_on(x):
         x, y, z = as_autocast(x, y, z)
         weights = weights if scales is not None else in_dtype(weights, x.dtype)
-    check_dtypes(x, y, z)
+    y, z = states_like(x, y, z)
     inputs = inputs._replace(angles=rope_table(x, weights, spec, inputs))
     regime, room = choose_regime(x, weights, scales, spec, inputs, (x, y, z))
     if regime != "per_op":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, SavePolicy
@@ -124,9 +125,14 @@ def check_call(x: Tensor, y: Tensor, z: Tensor, weights: Sequence[LayerWeights],
         raise ValueError(f"trm_recursion: expected save to be auto, {', '.join(SAVES)}, got {spec.save!r}.")
 
 
-def check_dtypes(x: Tensor, y: Tensor, z: Tensor) -> None:
-    """Refuse a state of another dtype than x's, where autocast casts neither. Errors: ValueError."""
-    if not x.dtype == y.dtype == z.dtype:
+def states_like(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """y and z in x's dtype: a state that a call under autocast gave out may go into one without.
+
+    Errors: ValueError for a state of a wider dtype, which would be rounded.
+    """
+    if any(torch.promote_types(t.dtype, x.dtype) != x.dtype for t in (y, z)):
         raise ValueError(
-            f"trm_recursion: expected x, y and z of one dtype, got {x.dtype}, {y.dtype} and {z.dtype}."
+            f"trm_recursion: expected y and z of x's dtype or a narrower one, got {y.dtype} and {z.dtype} "
+            f"with x of {x.dtype}."
         )
+    return y.to(x.dtype), z.to(x.dtype)

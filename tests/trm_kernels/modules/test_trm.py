@@ -303,9 +303,11 @@ def test_a_cache_of_every_evaluation_equals_full_recomputation():
         ({"mlp_t": True, "seq_len": 5, "causal": True}, "without causal"),
         ({"mlp_t": True, "seq_len": 0}, "seq_len of at least 1 or None, got 0"),
         ({"intermediate_size": 0}, "intermediate_size of at least 1 or None, got 0"),
-        ({"rope_theta": 0}, "rope_theta above 0 and finite, got 0"),
-        ({"eps": -1.0}, "eps above 0 and finite, got -1.0"),
-        ({"eps": math.nan}, "eps above 0 and finite, got nan"),
+        ({"rope_theta": 0}, "rope_theta above 0 and finite or None, got 0"),
+        ({"eps": -1.0}, "eps of at least 0 and finite, got -1.0"),
+        ({"eps": "1e-5"}, "eps of at least 0 and finite, got '1e-5'"),
+        ({"intermediate_size": 20.0}, r"intermediate_size of at least 1 or None, got 20\.0"),
+        ({"eps": math.nan}, "eps of at least 0 and finite, got nan"),
     ],
 )
 def test_sizes_that_cannot_be_combined(changes, message):
@@ -333,7 +335,7 @@ def test_calls_that_do_not_fit():
     with pytest.raises(ValueError, match="expected y, a tensor like x or None, got int"):
         trm(x, 2, 1)
     for call in (trm, partial(trm.requires_grad_(False), halting=Halting(0.1))):
-        with pytest.raises(ValueError, match="of one dtype, got torch.float32, torch.float64 and"):
+        with pytest.raises(ValueError, match="x's dtype or a narrower one, got torch.float64 and"):
             call(x, x.double(), x)
     for count in (2.0, "2"):
         with pytest.raises(ValueError, match=f"num_cycles of at least 1, got {count} and 2"):
@@ -342,6 +344,17 @@ def test_calls_that_do_not_fit():
         next(trm.supervision_steps(x, 0))
     with pytest.raises(ValueError, match="this TRM's own, which load_state_dict loads"):
         trm.load_reference_state_dict(trm.state_dict())
+
+
+@torch.no_grad()
+def test_a_state_of_autocast_goes_into_a_call_without():
+    trm, x = make(torch.float32), torch.randn(1, 4, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = trm(x)
+    assert y.dtype == z.dtype == torch.bfloat16
+    for more in ({}, {"halting": Halting(0.0)}):
+        for got, want in zip(trm(x, y, z, **more), trm(x, y.float(), z.float(), **more), strict=True):
+            assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
