@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -364,6 +365,7 @@ class HybridConfig(PreTrainedConfig):
         for name in [name for name in self.__dict__ if not self._is_own(name)]:
             value = self.__dict__.pop(name)
             if not name.startswith("_"):
+                self._refuse_misspelt(name, base)  # before, it might have been any base's
                 setattr(_holder(base, name), name, value)
             elif name.endswith("_implementation_internal") and value is not None:
                 setattr(base, name.removesuffix("_internal"), value)
@@ -388,12 +390,12 @@ class HybridConfig(PreTrainedConfig):
             base is not None and (hasattr(_holder(base, name), name) or f"trm_{name}" in ours)
         ):
             return
-        if name in _OF_TRM_ALONE:
+        if base is not None and name in _OF_TRM_ALONE:
             raise ValueError(
                 f"HybridConfig: expected no {name}, which is a setting of TRM: inside a language model the "
                 "recursion is causal, and its layers attend."
             )
-        if near := _OTHER_NAMES.get(name) or nearest(name, ours, cutoff=0.8):
+        if near := nearest(name, ours, cutoff=0.8) if base is None else meant_field(name, ours, cutoff=0.8):
             raise ValueError(f"HybridConfig: there is no field {name!r}{did_you_mean(near)}")
         if name.startswith("trm_"):
             raise ValueError(
@@ -476,6 +478,11 @@ class HybridConfig(PreTrainedConfig):
 def trm_fields(config_class: type[HybridConfig] = HybridConfig) -> list[str]:
     """The names a user may set: all of the class's own but for those that describe the base."""
     return [name for name in _field_names(config_class) if not name.startswith("base_")]
+
+
+def meant_field(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of `names` that is meant: TRM or its paper calls it `name`, or `name` is a slip of it."""
+    return _OTHER_NAMES.get(name) or nearest(name, names, cutoff)
 
 
 def _field_names(config_class: type[HybridConfig]) -> tuple[str, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hybrid.config import HybridConfig, trm_fields
+from hybrid.config import HybridConfig, meant_field, trm_fields
 from hybrid.config_values import read_json_object
-from hybrid.error_text import did_you_mean, nearest
+from hybrid.error_text import did_you_mean
 from hybrid.presets import PRESETS
 
 _SHARES = {"middle": 0.5, "last": 1.0}
@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
     if fields.get("model_type") == HybridConfig.model_type:
         return {name: fields[name] for name in trm_fields() if name in fields}
     if others := [name for name in fields if name not in trm_fields()]:
-        hint = did_you_mean(nearest(others[0], trm_fields()))
+        hint = did_you_mean(meant_field(others[0], trm_fields()))
         raise ValueError(
             f"{path}: expected fields of HybridConfig ({', '.join(trm_fields())}), got {others[0]!r}{hint}"
         )

@@ -287,7 +287,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         config; and for both or neither of input_ids and inputs_embeds. RuntimeError when an injection did not
         happen, or for halting with gradient or under torch.compile.
         """
-        check_names(kwargs)
+        check_names(kwargs, self._base_arguments)
         inputs = inputs_of(input_ids, inputs_embeds)
         rule = rule_of(self, halting)
         if isinstance(rule, TokenHalting):

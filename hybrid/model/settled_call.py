@@ -1,6 +1,6 @@
 """What one forward is run with, settled once before its first layer: halting, n, positions, masks, cache."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,9 +11,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from hybrid.config import trm_fields
+from hybrid.config import meant_field, trm_fields
 from hybrid.config_values import check_steps
-from hybrid.error_text import did_you_mean, nearest
+from hybrid.error_text import did_you_mean
 from hybrid.model.cache import keeps_steps, leave_to_base, make_room
 from hybrid.model.cache_name import as_argument
 from hybrid.model.halting import Halting, TokenHalting
@@ -39,11 +39,13 @@ def inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     return inputs
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(names: Iterable[str], of_base: Container[str]) -> None:
     """Refuse what a base takes in a call and nobody reads: a setting of the config, or a slip of ours."""
     if torch.compiler.is_compiling():
         return
     for name in names:
+        if name in of_base:
+            continue
         if name in _OF_CONFIG:
             raise ValueError(
                 f"HybridModel: expected {name} in the config (model.config.{name} = ...), got it in "
@@ -55,7 +57,7 @@ def check_names(names: Iterable[str]) -> None:
 
 @cache
 def _slip_of(name: str) -> str | None:
-    return nearest(name, ("num_recursion_steps", "halting"), cutoff=0.8)
+    return meant_field(name, ("num_recursion_steps", "halting", *_OF_CONFIG), cutoff=0.9)
 
 
 def settle(

@@ -20,9 +20,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from hybrid.config import HybridConfig, trm_fields
+from hybrid.config import HybridConfig, meant_field, trm_fields
 from hybrid.config_values import read_json_object
-from hybrid.error_text import did_you_mean, first_line, nearest
+from hybrid.error_text import did_you_mean, first_line
 from hybrid.model.quantized_base import as_it_was
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_reference, saved_folder
@@ -133,7 +133,7 @@ def _take_settings(config: HybridConfig, kwargs: dict[str, Any]) -> None:
         if hasattr(config, name):
             setattr(config, name, kwargs.pop(name))
             continue
-        near = nearest(name, [*trm_fields(type(config)), *sorted(known)], cutoff=0.7)
+        near = meant_field(name, [*trm_fields(type(config)), *sorted(known)], cutoff=0.7)
         raise ValueError(
             f"HybridModel.from_pretrained: there is no field or argument {name!r}{did_you_mean(near)}"
         )

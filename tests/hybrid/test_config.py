@@ -11,7 +11,7 @@ from hybrid.cli import main
 from hybrid.config import trm_fields
 from hybrid.config_values import count_parameters
 from hybrid.model.injection import Injection
-from tests.support.tiny import tiny_base, tiny_config
+from tests.support.tiny import tiny_base, tiny_config, tiny_hybrid
 
 
 @pytest.mark.parametrize(
@@ -88,15 +88,28 @@ from tests.support.tiny import tiny_base, tiny_config
         ({"num_recursions_steps": 3}, "no field 'num_recursions_steps'; did you mean 'num_recursion_steps'"),
         ({"trm_frobnicate": 3}, "no field 'trm_frobnicate'. In a saved config it is of a later version"),
         ({"base_conifg": {}}, "no field 'base_conifg'; did you mean 'base_config'"),
-        ({"eps": 1e-5}, "no field 'eps'; did you mean 'trm_rms_norm_eps'"),
-        ({"H_cycles": 3}, "no field 'H_cycles'; did you mean 'num_cycles'"),
-        ({"mlp_t": True}, "expected no mlp_t, which is a setting of TRM"),
-        ({"causal": False}, "expected no causal, which is a setting of TRM"),
     ],
 )
 def test_what_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eps": 1e-5}, "no field 'eps'; did you mean 'trm_rms_norm_eps'"),
+        ({"L_cycles": 3}, "no field 'L_cycles'; did you mean 'num_recursion_steps'"),
+        ({"mlp_t": True}, "expected no mlp_t, which is a setting of TRM"),
+        ({"causal": False}, "expected no causal, which is a setting of TRM"),
+    ],
+)
+def test_a_name_that_is_no_bases_is_refused_when_the_base_is_there(changes, message):
+    config = tiny_config(**changes)  # some base may have it
+    with pytest.raises(ValueError, match=message):
+        HybridModel(llm_model=tiny_base(), config=config)
+    with pytest.raises(ValueError, match=message):
+        tiny_hybrid().config.update(changes)
 
 
 def test_no_injection_layer_is_refused_with_a_base():

@@ -209,7 +209,7 @@ class TRM(nn.Module):
             attend: Does the attention of every evaluation, see recursion/inputs.py; not with halting.
 
         Returns:
-            (y, z), each [B, T, D] in x's dtype; with injection h', of x's shape and dtype.
+            (y, z), each [B, T, D] in x's dtype, or in autocast's; with injection h', of x's shape and dtype.
 
         Raises:
             ValueError: For an x of other sizes, for what nothing would read (a mask with mlp_t, is_token

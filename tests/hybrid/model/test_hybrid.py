@@ -256,7 +256,7 @@ def test_eight_threads_do_not_mix_their_contexts():
     hybrid = tiny_hybrid()
     inputs = [tokens(1 + i % 3, 4 + i, seed=i) for i in range(8)]
     want = [hybrid(ids, num_recursion_steps=1 + i % 3).logits for i, ids in enumerate(inputs)]
-    together = threading.Barrier(8)
+    together = threading.Barrier(8, timeout=600)  # one that fails would be waited for
 
     def wait(*_):
         together.wait()

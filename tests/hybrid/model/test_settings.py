@@ -108,9 +108,12 @@ def test_a_call_takes_no_setting_that_nothing_reads():
     hybrid, ids = tiny_hybrid(), tokens()
     with pytest.raises(ValueError, match=r"num_cycles in the config \(model.config.num_c"):
         hybrid(ids, num_cycles=3)
-    for slip in ("num_recursion_step", "haltin"):
-        with pytest.raises(ValueError, match=f"no argument '{slip}'; did you mean '{slip}"):
+    slips = {"num_recursion_step": "num_recursion_steps", "num_cycle": "num_cycles", "H_cycles": "num_cycles"}
+    for slip, meant in slips.items():
+        with pytest.raises(ValueError, match=f"no argument '{slip}'; did you mean '{meant}'"):
             hybrid(ids, **{slip: 5})
+    hybrid._base_arguments |= {"num_recursion_step"}  # a base that has such an argument
+    hybrid(ids, num_recursion_step=5)
     assert torch.equal(hybrid(ids, output_attentions=False).logits, hybrid(ids).logits)
 
 
@@ -378,13 +381,13 @@ def test_blocks_without_injection_may_overlap_in_threads():
     def other():
         with hybrid.disable_injection():
             entered.set()
-            may_leave.wait()
+            assert may_leave.wait(600)
             found.append(hybrid(ids).logits)
 
     thread = threading.Thread(target=other)
     with hybrid.disable_injection():
         thread.start()
-        entered.wait()
+        assert entered.wait(600)
     found.append(hybrid(ids).logits)  # the other's block is open
     may_leave.set()
     thread.join()

@@ -68,7 +68,7 @@ def test_threads_do_not_mix():
         seen = set()
         for _ in range(50):
             with backend(name):
-                together.wait()
+                together.wait(timeout=600)
                 seen.add(current_backend())
         return seen
 

@@ -62,7 +62,7 @@ def test_threads_do_not_mix():
         with record(f"sm{i}") as launches:
             archs = []
             for _ in range(50):
-                together.wait()
+                together.wait(timeout=600)
                 launch(Kernel(), (i,), torch.zeros(1))
                 archs.append(arch_of(torch.zeros(1)))
             assert all(kept.grid == (i,) for kept in launches)
