@@ -130,6 +130,8 @@ def states_like(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
     Errors: ValueError for a state of a wider dtype, which would be rounded.
     """
+    if x.dtype == y.dtype == z.dtype:  # promote_types is a call of its own in each forward
+        return y, z
     if any(torch.promote_types(t.dtype, x.dtype) != x.dtype for t in (y, z)):
         raise ValueError(
             f"trm_recursion: expected y and z of x's dtype or a narrower one, got {y.dtype} and {z.dtype} "
