@@ -12,7 +12,8 @@ READY := $(VENV)/.installed
 
 # at these sizes one thread a process is fastest, and the processes do not get in each other's way
 # neighbours stay with one worker, as far as both have work: what a file shares is made once
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+# what Python compiled is kept, whatever the shell says: each worker and process would compile it anew
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo real evidence evidence-real test test-oldest mixins peers liger slow deep check format lint types floors map cost \
 	docs gpu bench static cubins resources native serving mutants nightly clean

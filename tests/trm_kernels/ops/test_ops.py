@@ -75,7 +75,8 @@ def error(got: Tensor, true: Tensor) -> float:
 def check_closeness(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Over several seeds: of a few numbers, such as the gate's bias, eager may once come nearer by chance."""
     mine, theirs = defaultdict(list), defaultdict(list)
-    for seed in range(case.seeds):
+    seeds = case.seeds if dtype != torch.float32 else min(case.seeds, 3)  # errors differ much in 16 bits
+    for seed in range(seeds):
         inputs = inputs_of(case, shape, dtype, seed)
         true = run(case.ref, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs], seed)
         eager = run(case.ref, inputs, seed)
@@ -89,7 +90,7 @@ def check_closeness(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> N
             if dtype == torch.float32:
                 assert error(ours[name], eager[name].double()) <= (1e-5 if "output" in name else 5e-5)
     for name in true:
-        numbers = case.seeds * true[name].numel()
+        numbers = seeds * true[name].numel()
         few = 2 * torch.finfo(dtype).eps * numbers**-0.5 if numbers < 100 else 0.0
         limit = 1.1 * rms(theirs[name]) + case.floor[dtype] + few
         assert rms(mine[name]) <= limit, f"{name}: errors {mine[name]}, of eager {theirs[name]}"
