@@ -59,7 +59,7 @@ SOME = ("qwen3, checkpointing",)
     "names", [SOME, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_two_ranks(names, tmp_path):
-    """One test for all cases by night: the processes start once, however the tests are divided among workers."""
+    """All cases by night in one test: the processes start once, however tests are divided among workers."""
     for found in two_ranks(tmp_path, names):
         for name in names:
             for phase in (1, 2):
