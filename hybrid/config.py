@@ -395,7 +395,8 @@ class HybridConfig(PreTrainedConfig):
                 f"HybridConfig: expected no {name}, which is a setting of TRM: inside a language model the "
                 "recursion is causal, and its layers attend."
             )
-        if near := nearest(name, ours, cutoff=0.8) if base is None else meant_field(name, ours, cutoff=0.8):
+        meant = nearest if base is None else meant_field
+        if near := meant(name, ours, cutoff=0.8):
             raise ValueError(f"HybridConfig: there is no field {name!r}{did_you_mean(near)}")
         if name.startswith("trm_"):
             raise ValueError(

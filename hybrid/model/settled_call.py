@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hybrid.model.hybrid_model import HybridModel
 
 
-_OF_CONFIG = frozenset(trm_fields()) - {"num_recursion_steps"}
+_OF_CONFIG = trm_fields()
 
 
 def inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ def check_names(names: Iterable[str], of_base: Container[str]) -> None:
 
 @cache
 def _slip_of(name: str) -> str | None:
-    return meant_field(name, ("num_recursion_steps", "halting", *_OF_CONFIG), cutoff=0.9)
+    return meant_field(name, ("halting", *_OF_CONFIG), cutoff=0.9)
 
 
 def settle(

@@ -1,4 +1,4 @@
-"""What a TRM refuses when it is made: sizes that make no attention, and words that no setting knows."""
+"""What a TRM refuses: sizes that make no attention, words that no setting knows, calls that do not fit."""
 
 import math
 from numbers import Integral, Real

@@ -412,7 +412,8 @@ class TRM(nn.Module):
         Raises:
             ValueError: When a weight is missing, comes twice or has another shape; nothing is loaded then.
         """
-        if state_dict.keys() == self.state_dict().keys():
+        wanted = self.state_dict()
+        if state_dict.keys() == wanted.keys():
             raise ValueError(
                 "load_reference_state_dict: expected the names of the paper's code, got this TRM's own, "
                 "which load_state_dict loads."
@@ -426,7 +427,6 @@ class TRM(nn.Module):
                 raise ValueError(f"load_reference_state_dict: expected {name} once, got it twice ({key}).")
             else:
                 ours[name] = tensor
-        wanted = self.state_dict()
         for name in wanted.keys() | ours.keys():
             got = tuple(ours[name].shape) if name in ours else "no such tensor"
             expected = tuple(wanted[name].shape) if name in wanted else "no such tensor"
