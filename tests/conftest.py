@@ -5,19 +5,25 @@ import os
 import warnings
 
 import pytest
-import torch
+from xdist import is_xdist_controller
 
-from trm_kernels.runtime.backend import backend, interpreting
-
-if interpreting():
-    from tests.support.interpreter import mend
-    from tests.support.quick_interpreter import quicken
-
-    mend()
-    quicken()
-
+# torch is imported where it is used: workers wait for the process that hands out tests, which needs none
 
 gc.disable()  # what is imported stays
+
+
+def pytest_sessionstart(session):
+    """Triton's interpreter, where tests run."""
+    if is_xdist_controller(session):
+        return
+    from trm_kernels.runtime.backend import interpreting
+
+    if interpreting():
+        from tests.support.interpreter import mend
+        from tests.support.quick_interpreter import quicken
+
+        mend()
+        quicken()
 
 
 def pytest_collection_finish():
@@ -31,6 +37,10 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """The marker `kernels` skips a test where no kernel can run."""
+    import torch
+
+    from trm_kernels.runtime.backend import interpreting
+
     if interpreting() or torch.cuda.is_available():
         return
     for item in items:
@@ -41,6 +51,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan():
     """An output that a kernel forgot to write shows itself: `torch.empty` is filled in deterministic mode."""
+    import torch
+
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -63,5 +75,7 @@ def _nothing_waits_for_the_disk():
 
 @pytest.fixture(autouse=True)
 def _backend_is_auto():
+    from trm_kernels.runtime.backend import backend
+
     with backend("auto"):
         yield
