@@ -20,7 +20,7 @@ from hybrid.training.loop import train
 from hybrid.training.phases import enter
 from hybrid.training.settings import TrainSettings
 from tests.support import tiny_text
-from tests.support.tiny import tiny_base, tiny_hybrid, tokens
+from tests.support.tiny import brief_hybrid, tiny_base, tiny_hybrid, tokens
 from tests.trm_kernels.ops.test_ops import compiles
 from trm_kernels import TRM, backend
 from trm_kernels.recursion.weights import InjectionWeights
@@ -291,8 +291,7 @@ def test_quantized_matrices():
 
 @compiles
 def test_in_one_compiled_graph():
-    brief = SHALLOW | {"injection_layers": [2], "num_cycles": 1}
-    hybrid, ids = tiny_hybrid(**brief).freeze_base().train(), tokens()
+    hybrid, ids = brief_hybrid(injection_layers=[1]).freeze_base().train(), tokens()
 
     def loss_of(model):
         with torch.autocast("cpu", torch.bfloat16):
