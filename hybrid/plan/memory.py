@@ -26,7 +26,7 @@ from torch import nn
 from hybrid.model.injection import Injection, decoder_layers
 from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.run import Run, linear_layers
-from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, SHARE_OF_FREE_MEMORY, saved_bytes
+from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, save_that_fits, saved_bytes
 
 CUDA_BYTES = 1.0e9  # assumed: of the context and of cuBLAS, 0.5 to 1 GB are seen
 _STEP_BYTES = 4  # AdamW's float32 count of steps, a tensor each
@@ -144,7 +144,7 @@ def _save(run: Run, free: float) -> str:
     kept = run.kept("all")
     wanted = run.saved_by_trm("all")
     before = kept.checkpointed if run.checkpointing else kept.everything - wanted
-    return "all" if wanted <= SHARE_OF_FREE_MEMORY * (free - before) else "step"
+    return save_that_fits(wanted, free - before)
 
 
 def _one_evaluation(run: Run, save: str) -> int:

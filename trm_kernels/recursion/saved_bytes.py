@@ -75,7 +75,12 @@ def choose_save(save: str, x: Tensor, weights: Sequence[LayerWeights], num_heads
     if x.device.type != "cuda":
         return "all"
     wanted = num_f * saved_bytes("all", x, weights, num_heads)
-    return "all" if wanted <= SHARE_OF_FREE_MEMORY * _free_bytes(x.device.index) else "step"
+    return save_that_fits(wanted, _free_bytes(x.device.index))
+
+
+def save_that_fits(wanted: float, free: float) -> str:
+    """What "auto" is: "all", which keeps `wanted` bytes, or "step"; `free` bytes are left."""
+    return "all" if wanted <= SHARE_OF_FREE_MEMORY * free else "step"
 
 
 @constant_result
