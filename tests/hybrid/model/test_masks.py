@@ -200,7 +200,7 @@ def test_generating_needs_no_general_mask(family, told):
 @pytest.mark.skipif(interpreting(), reason="traced as users would, without the interpreter")
 def test_a_compiled_decoding_gives_the_same_and_needs_no_general_mask(told):
     torch._dynamo.reset()
-    hybrid, ids = brief_hybrid(injection_layers=[1]), tokens()
+    hybrid, ids = brief_hybrid(), tokens()
     want = hybrid.generate(ids, **GREEDY)
     told.clear()
     hybrid.forward = torch.compile(hybrid.forward, backend="aot_eager", fullgraph=True)

@@ -574,6 +574,7 @@ def flash_attends(monkeypatch):
 
 
 @pytest.mark.kernels
+@pytest.mark.skipif(DEVICE == "cuda", reason="flash has no float32 on a GPU; the next test has bfloat16")
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_inside_the_loop_equals_a_loop_under_every_policy(flash_attends, causal):
     check_float32(make(causal=causal, num_recursion_steps=1, num_cycles=1), tensors(2, 7, 64))
@@ -584,7 +585,7 @@ def test_flash_inside_the_loop_equals_a_loop_under_every_policy(flash_attends, c
 
 @pytest.mark.kernels
 def test_flash_in_bfloat16_is_as_close_to_the_truth_as_eager(flash_attends):
-    check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (1, 7, 64), "all", seeds=6)
+    check_bfloat16(make(torch.bfloat16, causal=True, num_cycles=1), (2, 7, 64), "all", seeds=6)
     assert flash_attends
 
 
@@ -595,7 +596,7 @@ def test_flash_in_bfloat16_is_as_close_to_the_truth_as_eager(flash_attends):
 )
 def test_our_kernels_attend_where_flash_cannot_or_was_not_asked(flash_attends, changes, key_mask):
     trm = make(num_recursion_steps=1, num_cycles=1, **changes)
-    check_float32(trm, tensors(2, 7, 64), key_mask, saves=("all",))  # the policies are compared above
+    check_float32(trm, tensors(2, 7, 64), key_mask, saves=("all", "step"))  # step attends again
     assert not flash_attends
 
 
