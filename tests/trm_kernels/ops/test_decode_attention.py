@@ -62,6 +62,18 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 @pytest.mark.kernels
+def test_a_part_with_one_key_counts():
+    """However many keys a part has: one of the rows ends with a part of a single one."""
+    q, k, v = inputs((5, 2, 1, 1025, 16), torch.float32)
+    options = {"ends": torch.tensor([65, 129, 257, 513, 1025], device=DEVICE)}
+    true = decode_attention_ref(q.double(), k.double(), v.double(), **options)
+    with backend("triton"):
+        ours = decode_attention(q, k, v, **options)
+    for row in range(5):
+        assert error(ours[row], true[row]) <= 1e-5, row
+
+
+@pytest.mark.kernels
 def test_a_row_that_sees_nothing_is_zero():
     """No key, no key that counts, in one part and in several; no rows at all."""
     with backend("triton"):

@@ -450,6 +450,7 @@ def _refusals():
             r"linear_residual: expected row_scale \(2,\)",
         ),
         "no tiles": (lambda: rstd_from_squares(torch.zeros(2, 0), 4), "rstd_from_squares: .* at least one"),
+        "no axis": (lambda: rstd_from_squares(torch.tensor(2.0), 4), "rstd_from_squares: .* at least one"),
         "no columns": (lambda: rstd_from_squares(torch.zeros(2, 3), 0), "N of at least 1"),
         "narrow squares": (lambda: rstd_from_squares(x.half(), 4), "float32 or float64, got torch.float16"),
         "in widths": (lambda: injection_in(x, torch.zeros(6, 9)), r"injection_in: expected h \[..., D\]"),
@@ -463,6 +464,11 @@ def _refusals():
         "blend dtypes": (lambda: injection_blend(torch.zeros(2, 6), x.half(), w), f"y and w_out {one_dtype}"),
         "blend of integers": (lambda: injection_blend(x[:, :6].int(), x, w), f"expected h {one_dtype}"),
     }  # fmt: skip
+
+
+def test_rstd_of_one_row_without_leading_axes():
+    got = rstd_from_squares(torch.tensor([9.0, 16.0]), 2, eps=0.5)
+    torch.testing.assert_close(got, torch.tensor(13.0).rsqrt())
 
 
 @pytest.mark.parametrize("name", _refusals())
