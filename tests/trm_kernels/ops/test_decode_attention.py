@@ -63,7 +63,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 @pytest.mark.kernels
 def test_a_part_with_one_key_counts():
-    """However many keys a part has: one of the rows ends with a part of a single one."""
+    """Whether parts have 64 keys, 128 or up to 1,024: one of the rows ends with a part of one key."""
     q, k, v = inputs((5, 2, 1, 1025, 16), torch.float32)
     options = {"ends": torch.tensor([65, 129, 257, 513, 1025], device=DEVICE)}
     true = decode_attention_ref(q.double(), k.double(), v.double(), **options)

@@ -138,7 +138,7 @@ def tensors(B, T, D, dtype=torch.float32, seed=0):
     return [torch.randn(B, T, D, generator=g).to(DEVICE, dtype) for _ in range(5)]
 
 
-def check_float32(trm: TRM, given, key_mask=None, saves=tuple(SAVES)) -> None:
+def check_float32(trm: TRM, given, key_mask=None, saves=SAVES) -> None:
     key_mask = None if key_mask is None else key_mask.to(DEVICE)
     call = {} if key_mask is None else {"key_mask": key_mask}
     true = run_plain(trm, given, key_mask)
