@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from evidence_real.cached import Cache, after
+from evidence_real.cached import Cache, after, parts_of
 from evidence_real.measures import Measures
 from evidence_real.results import Lines, Run
 from evidence_real.tasks import TASKS
@@ -38,12 +38,14 @@ class Lever:
     settings    of HybridConfig
     gate        what the bias of the gate begins at
     from_zero   whether y and z begin at zero, and not at learned states
+    narrow      whether products are in bfloat16 while it is trained, as LoRA on all layers has them
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     plan: TrainingPlan = TrainingPlan(steps=1500)
     gate: float | None = None
     from_zero: bool = False
+    narrow: bool = False
 
 
 def _rate(rate: float) -> Lever:
@@ -63,6 +65,8 @@ LEVERS: dict[str, Lever] = {
     "rate 4e-3": _rate(4e-3),
     "after layer 29": Lever({"injection_layers": [29]}),
     "after layers 29 and 30": Lever({"injection_layers": [29, 30]}),
+    "as it is, in bfloat16": Lever(narrow=True),
+    "after layer 15, in bfloat16": Lever({"injection_layers": [15], "injection_strength": 8.0}, narrow=True),
 }
 
 
@@ -70,6 +74,7 @@ def model_of(lever: Lever, base: Any, seed: int) -> Model:
     """The recursion inside `base`, which is changed."""
     torch.manual_seed(seed)
     model = with_recursion(base, seed, **{"num_recursion_steps": 12} | lever.settings)
+    model.trained_in = torch.bfloat16 if lever.narrow else torch.float32
     for name, parameter in model.trained().items():
         if lever.gate is not None and name.endswith("gate_bias"):
             nn.init.constant_(parameter, lever.gate)
@@ -80,10 +85,13 @@ def model_of(lever: Lever, base: Any, seed: int) -> Model:
 
 def make(lever: Lever, seed: int, cache: Cache) -> dict[str, Any]:
     """Train, and measure on games that nobody looked at."""
-    task, rows = TASKS[TASK], cache.task(TASK)["train"]
-    texts = [task.text(FIRST + i, True, task.longer, task.closings[0]) for i in range(GAMES)]
-    fresh = cache.part(f"{TASK}-fresh", encode(cache.tokenizer, texts))
+    task = TASKS[TASK]
     model = model_of(lever, real_base.load(cache.base_folder), seed)
+    fresh_texts = [task.text(FIRST + i, True, task.longer, task.closings[0]) for i in range(GAMES)]
+    rows, fresh = (
+        cache.part(f"{TASK}-{part}", encode(cache.tokenizer, texts), model.layer)
+        for part, texts in (("train", parts_of(task)["train"]), ("fresh", fresh_texts))
+    )
     known = Known(Questions(rows["ids"], rows["asked"]), model.layer, after(rows, model.layer))
     result: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in model.trained().values())}
     result |= train(model, known, replace(lever.plan, seed=seed))

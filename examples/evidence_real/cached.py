@@ -24,7 +24,7 @@ _FIRST = 10_000  # of what is held out: those before were looked at while settin
 _ROW = {"kept": 64, "help texts": 128, "Python sources": 128}  # tokens
 _ROWS = {"kept": 384, "help texts": 16, "Python sources": 16}
 
-Part = dict[str, Tensor]  # "ids", "asked", and "h29", "h30"
+Part = dict[str, Tensor]  # "ids", "asked", and "h29", "h30", or what comes out of another layer
 
 
 def after(part: Part, layer: int = 0) -> Tensor:
@@ -88,14 +88,17 @@ class Cache:
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: _ROWS[name]]
         return Questions(rows[chosen, :-1].contiguous(), rows[chosen, 1:].contiguous())
 
-    def part(self, name: str, questions: Questions) -> Part:
-        """Questions, and what comes out of LAYERS for them."""
+    def part(self, name: str, questions: Questions, layer: int = 0) -> Part:
+        """Questions, and what comes out of LAYERS for them; of `layer` alone, where it is none of these."""
+        layers = LAYERS if layer in (0, *LAYERS) else (layer,)
+        if layers != LAYERS:
+            name = f"{name}-{layer}"
         digest = hashlib.sha256(questions.ids.numpy().tobytes() + questions.asked.numpy().tobytes())
         path = self.folder / f"{name.replace(' ', '-')}-{digest.hexdigest()[:12]}.safetensors"
         if not path.exists():
             if self._base is None:
                 self._base = real_base.load(self.base_folder, torch.bfloat16)
-            states = hidden_states(self._base, questions.ids, LAYERS, questions.lengths())
+            states = hidden_states(self._base, questions.ids, layers, questions.lengths())
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(path, save({f"h{layer}": h for layer, h in states.items()}))
         return {"ids": questions.ids, "asked": questions.asked, **load_file(path)}

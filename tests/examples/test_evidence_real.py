@@ -197,27 +197,43 @@ def test_levers_run_once_and_their_table_shows_every_seed(tiny, tmp_path, capsys
         "as it is": ablations.Lever({"num_recursion_steps": 1}, few),
         "a gate": ablations.Lever({"blending_strategy": "gated"}, few, gate=-3.0),
         "two points": ablations.Lever({"injection_layers": [1, 2]}, few),
+        "below": ablations.Lever({"injection_layers": [1]}, few, narrow=True),
     }
     page = tmp_path / "page.md"
     page.write_text("<!-- table: ablations -->\n<!-- end -->\n")
     published = tmp_path / "page" / "ablations.jsonl"
+    monkeypatch.setattr(cached, "LAYERS", (2,))  # so that layer 1 is one of which nothing is kept yet
     changed = {"LEVERS": levers, "GAMES": 4, "N": (1, 2), "DOCUMENT": page, "PUBLISHED": published}
     for name, value in changed.items():
         monkeypatch.setattr(ablations, name, value)
     given = [*tiny[:4], "--seeds", "1"]
     assert ablations.main([*given, "--publish"]) == 0
-    assert capsys.readouterr().out.count("seed 1: ") == 3
+    assert capsys.readouterr().out.count("seed 1: ") == 4
     path = tmp_path / "out" / "ablations.jsonl"
     result = Lines(path).of("words", "two points")[1]
     assert [len(moves) for moves in result["by_n"].values()] == [24, 24] and result["steps"] == 2
     made = path.read_bytes()
     assert published.read_bytes() == made
     assert ablations.main(given) == 0 and path.read_bytes() == made, "what is there is not run again"
-    rows = page.read_text().splitlines()[3:6]
+    rows = page.read_text().splitlines()[3:7]
     assert [row.split("|")[1].strip() for row in rows] == list(levers)
     for row, found in zip(rows, Lines(path).runs.values(), strict=True):
         first = statistics.mean(found["result"]["by_n"]["2"][:16])
         assert f" {first:.3f} | - {first:.3f} - - - |" in row, "the mean over the seeds, and each of them"
+
+
+def test_states_of_any_layer_are_kept_in_a_file_of_their_own(tiny, tmp_path):
+    texts = [tasks.TASKS["words"].text(i, False, None, None) for i in range(4)]
+    cache = cached.Cache(tmp_path / "states", tmp_path / "base")
+    questions = encode(cache.tokenizer, texts)
+    both = cache.part("some", questions)
+    assert both.keys() >= {"h1", "h2"} and len(list(cache.folder.iterdir())) == 1
+    (known,) = cache.folder.iterdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached, "LAYERS", (2,))
+        first = cache.part("some", questions, 1)
+    assert torch.equal(first["h1"], both["h1"]) and "h2" not in first
+    assert known.exists() and len(list(cache.folder.iterdir())) == 2
 
 
 def test_a_lever_changes_what_it_says():
@@ -230,6 +246,9 @@ def test_a_lever_changes_what_it_says():
     gated = trained("a gate that opens from .05")
     (bias,) = (parameter for name, parameter in gated.items() if name.endswith("gate_bias"))
     assert torch.sigmoid(bias).item() == pytest.approx(0.047, abs=1e-3)
+    narrow = ablations.LEVERS["as it is, in bfloat16"]
+    narrow = replace(narrow, settings={"injection_layers": [2]})
+    assert ablations.model_of(narrow, word_base(), 0).trained_in == torch.bfloat16
     usual, zero = trained("as it is"), trained("y and z from zero")
     assert {name.rpartition(".")[2] for name in usual.keys() - zero.keys()} == {"y_init", "z_init"}
 
