@@ -41,8 +41,6 @@ def inputs_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
 
 def check_names(names: Iterable[str], of_base: Container[str]) -> None:
     """Refuse what a base takes in a call and nobody reads: a setting of the config, or a slip of ours."""
-    if torch.compiler.is_compiling():
-        return
     for name in names:
         if name in of_base:
             continue
@@ -56,8 +54,13 @@ def check_names(names: Iterable[str], of_base: Container[str]) -> None:
 
 
 @cache
-def _slip_of(name: str) -> str | None:
+def _nearest(name: str) -> str | None:
     return meant_field(name, ("halting", *_OF_CONFIG), cutoff=0.9)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the search, and need not
+def _slip_of(name: str) -> str | None:
+    return _nearest(name)
 
 
 def settle(

@@ -103,9 +103,12 @@ def test_what_is_built_into_the_weights_is_refused(field):
     assert getattr(of_a_copy, field) == BUILT_IN[field]
 
 
-def test_a_call_takes_no_setting_that_nothing_reads():
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_call_takes_no_setting_that_nothing_reads(compiled):
     """A base takes any name. One of its own that is ours nowhere stays the base's affair."""
     hybrid, ids = tiny_hybrid(), tokens()
+    if compiled:
+        hybrid.forward = torch.compile(hybrid.forward, backend="eager")
     with pytest.raises(ValueError, match=r"num_cycles in the config \(model.config.num_c"):
         hybrid(ids, num_cycles=3)
     slips = {"num_recursion_step": "num_recursion_steps", "num_cycle": "num_cycles", "H_cycles": "num_cycles"}
