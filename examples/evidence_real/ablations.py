@@ -48,8 +48,8 @@ class Lever:
     narrow: bool = False
 
 
-def _rate(rate: float) -> Lever:
-    return Lever(plan=replace(Lever().plan, learning_rate=rate))
+def _plan(**changes: Any) -> Lever:
+    return Lever(plan=replace(Lever().plan, **changes))
 
 
 LEVERS: dict[str, Lever] = {
@@ -61,8 +61,9 @@ LEVERS: dict[str, Lever] = {
     "strength 1": Lever({"injection_strength": 1.0}),
     "width 128": Lever({"trm_hidden_size": 128, "trm_intermediate_size": 336}),
     "two layers": Lever({"trm_num_layers": 2}),
-    "rate 1e-3": _rate(1e-3),
-    "rate 4e-3": _rate(4e-3),
+    "rate 1e-3": _plan(learning_rate=1e-3),
+    "rate 4e-3": _plan(learning_rate=4e-3),
+    "warm-up of 300 steps": _plan(warmup_steps=300),
     "after layer 29": Lever({"injection_layers": [29]}),
     "after layers 29 and 30": Lever({"injection_layers": [29, 30]}),
     "as it is, in bfloat16": Lever(narrow=True),
