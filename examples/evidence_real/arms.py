@@ -57,6 +57,8 @@ ARMS: dict[str, Arm] = {
     "n = 1, fillers": Arm("recursion", n=1, fillers=True),
     "LoRA on the last layer": _LORA_ARM,
     "LoRA on the last layer, text kept": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, kept=4)),
+    "LoRA on the last layer, rate 3e-4": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, learning_rate=3e-4)),
+    "LoRA on the last layer, rate 3e-3": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, learning_rate=3e-3)),
     "LoRA on all layers, same CPU time": replace(
         _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
     ),
