@@ -23,7 +23,7 @@ demo: $(READY)
 
 # a real language model, out of Python's index: 5 minutes on two quiet cores
 real: $(READY)
-	$(BIN)/trm-hybrid demo --base smollm2 --output build/real
+	$(BIN)/trm-hybrid demo --base smollm2 --output build/real $(ARGS)
 
 # where recursion pays, and where not: docs/evidence.md; ARGS=--quick for one seed and fewer steps
 evidence: $(READY)

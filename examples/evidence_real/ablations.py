@@ -1,6 +1,6 @@
 """What makes a recursion learn: one lever changed at a time, equal steps. See docs/decisions/real-base.md.
 
-With examples/ on the path: python -m evidence_real.ablations --base FOLDER
+With examples/ on the path: python -m evidence_real.ablations
 """
 
 import argparse
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from evidence_real.cached import Cache, after, parts_of
+from evidence_real.command import BASE, FOLDER
 from evidence_real.measures import Measures
 from evidence_real.results import Lines, Run
 from evidence_real.tasks import TASKS
@@ -137,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m evidence_real.ablations", description=__doc__)
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--base", type=Path, required=True, help="its folder; fetched where there is none")
-    parser.add_argument("--out", type=Path, default=Path("build/evidence-real"))
+    parser.add_argument("--base", type=Path, default=BASE, help="its folder; fetched where there is none")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where results and hidden states are kept")
     parser.add_argument("--publish", action="store_true", help=f"write the results into {DOCUMENT.name}")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)

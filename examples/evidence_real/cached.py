@@ -1,6 +1,8 @@
 """What the base makes of a task's texts, computed once a task and kept in a folder."""
 
 import hashlib
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,17 @@ def parts_of(task: Task, count: int = GAMES) -> dict[str, list[Any]]:
     return found
 
 
+class Parts(dict[str, Part]):
+    """Parts by name, each made by `make` when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Part]) -> None:
+        self._make = make
+
+    def __missing__(self, name: str) -> Part:
+        self[name] = self._make(name)
+        return self[name]
+
+
 class Cache:
     """Hidden states in `folder`; the base is loaded when some are missing.
 
@@ -54,32 +67,26 @@ class Cache:
         self.folder, self.base_folder = folder, base_folder
         self.tokenizer = real_base.load_tokenizer(base_folder)
         self._base: Any = None
-        self._texts: dict[str, Part] = {}
-        self._task: tuple[str, dict[str, Part]] = ("", {})
+        self._task: tuple[str, Parts] | None = None
 
-    def task(self, name: str) -> dict[str, Part]:
+    def task(self, name: str) -> Parts:
         """The parts of a task; those of the last one stay in memory."""
-        if self._task[0] != name:
-            self._task = (name, self._parts(name))
+        if self._task is None or self._task[0] != name:
+            texts = parts_of(TASKS[name])
+            made = Parts(lambda part: self.part(f"{name}-{part}", encode(self.tokenizer, texts[part])))
+            self._task = (name, made)
         return self._task[1]
 
-    def texts(self) -> dict[str, Part]:
+    @cached_property
+    def texts(self) -> Parts:
         """Rows of ordinary text, each token asked for: some that may be kept, and two kinds held out."""
-        self._texts = self._texts or self._ordinary()
-        return self._texts
-
-    def _parts(self, name: str) -> dict[str, Part]:
-        questions = {part: encode(self.tokenizer, texts) for part, texts in parts_of(TASKS[name]).items()}
-        return {part: self.part(f"{name}-{part}", some) for part, some in questions.items()}
-
-    def _ordinary(self) -> dict[str, Part]:
         from pydoc_data.topics import topics
 
         prose = "\n".join(topics[name] for name in sorted(topics))
         cut = len(prose) * 9 // 10
         sources = "\n".join(Path(file).read_text("utf-8") for file in split_sources(500_000, 60_000)[1])
         of = {"kept": prose[:cut], "help texts": prose[cut:], "Python sources": sources}
-        return {name: self.part(name, self._rows(name, text)) for name, text in of.items()}
+        return Parts(lambda name: self.part(name, self._rows(name, of[name])))
 
     def _rows(self, name: str, text: str) -> Questions:
         length = _ROW[name] + 1

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def make(run: Run, cache: Cache) -> dict[str, Any]:
     """Train and measure one arm."""
     arm = ARMS[run.arm]
     name = run.task + FILLERS if arm.fillers else run.task
-    task, parts, texts = TASKS[name], cache.task(name), cache.texts()
+    task, parts, texts = TASKS[name], cache.task(name), cache.texts
     model = model_of(arm, real_base.load(cache.base_folder), run.seed)
     result: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in model.trained().values())}
     if arm.learns != "nothing":
@@ -63,25 +63,48 @@ def wanted(tasks: list[str], arms: list[str], seeds: list[int]) -> Iterator[Run]
                     yield Run(task, arm, seed)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence_real",
+        description=__doc__,
+        epilog="make evidence-real ARGS='--tasks words --seeds 0' is the same.",
+    )
+
+    def add(name: str, all_of: Iterable[str], what: str) -> None:
+        names = list(all_of)
+        known = "; ".join(f'"{name}"' for name in names)
+        help = f"{what}; not given: all of {known}"
+        parser.add_argument(name, nargs="+", choices=names, default=names, metavar="NAME", help=help)
+
+    add("--tasks", _MAIN, "what is to be learned")
+    add("--arms", ARMS, "what learns it")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, default=list(SEEDS), help="not given: 0 to 4; none named: no run"
+    )
+    parser.add_argument("--base", type=Path, default=BASE, help="its folder; fetched where there is none")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where results and hidden states are kept")
+    parser.add_argument("--afresh", action="store_true", help="make published runs again, in a new --out")
+    parser.add_argument("--publish", action="store_true", help="write the results into docs/evidence-real.md")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
-    parser = argparse.ArgumentParser(prog="make evidence-real", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=_MAIN, default=_MAIN)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--base", type=Path, default=BASE, help="its folder; fetched where there is none")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--publish", action="store_true", help="write the results into docs/evidence-real.md")
-    chosen = parser.parse_args(argv)
+    chosen = _parser().parse_args(argv)
     torch.set_num_threads(1)
+    path = chosen.out / RESULTS
+    if chosen.afresh and path.exists():
+        told = f"expected a new --out with --afresh, got {path}, which is gone on with without --afresh."
+        _parser().error(told)
     try:
-        lines = Lines(chosen.out / RESULTS, begin_with=PUBLISHED)
+        lines = Lines(path, begin_with=None if chosen.afresh else PUBLISHED)
+        runs = wanted(chosen.tasks, chosen.arms, chosen.seeds)
+        todo = [run for run in runs if not lines.find(run, settings(run))]
+        for task in dict.fromkeys(run.task for run in todo):
+            TASKS[task].check()
         cache = Cache(chosen.out / "states", real_base.folder_of(chosen.base))
     except ValueError as error:
-        parser.error(str(error))
-    todo = [
-        run for run in wanted(chosen.tasks, chosen.arms, chosen.seeds) if not lines.find(run, settings(run))
-    ]
+        _parser().error(str(error))
     print(f"{len(todo)} runs to make", flush=True)
     for done, run in enumerate(todo, start=1):
         began = time.perf_counter()

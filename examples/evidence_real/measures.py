@@ -29,22 +29,33 @@ class Measures:
         self.model, self.task, self.parts, self.texts = model, task, parts, texts
 
     @torch.no_grad()
-    def right(self, part: Part, n: int | None = None) -> Tensor:
-        """[N, T]: 1 where the likeliest token is the answer, 0 where not, NaN where nothing is asked."""
+    def right(self, part: Part, n: int | None = None, among: Tensor | None = None) -> Tensor:
+        """[N, T]: 1 where the likeliest token is the answer, 0 where not, NaN where nothing is asked.
+
+        among   the tokens, sorted, that are looked at; None: all
+        """
         found = []
+        head = self.model.head if among is None else self.model.head[among]
         for rows in torch.arange(len(part["ids"])).split(_ROWS):
             h = part[f"h{self.model.layer}"][rows] if self.model.layer else None
             asked = part["asked"][rows]
             _, states = self.model.last_states(part["ids"][rows], h, n)
             right = torch.full(asked.shape, torch.nan)
             is_asked = asked != NOTHING
-            right[is_asked] = ((states[is_asked] @ self.model.head.T).argmax(-1) == asked[is_asked]).float()
+            likeliest = (states[is_asked] @ head.T).argmax(-1)
+            likeliest = likeliest if among is None else among[likeliest]
+            right[is_asked] = (likeliest == asked[is_asked]).float()
             found.append(right)
         return torch.cat(found)
 
-    def by_moves(self, n: int | None = None) -> list[float]:
-        """Accuracy after move 1, 2, ...: held-out games that go on beyond the training's length."""
-        right = self.right(self.parts["longer"], n)
+    def by_moves(self, n: int | None = None, among_answers: bool = False) -> list[float]:
+        """Accuracy after move 1, 2, ...: held-out games that go on beyond the training's length.
+
+        among_answers   the likeliest of the task's answers counts, not of all tokens
+        """
+        part = self.parts["longer"]
+        among = part["asked"][part["asked"] != NOTHING].unique() if among_answers else None
+        right = self.right(part, n, among)
         answers = right[~right.isnan()].view(len(right), -1)
         return rounded(answers.mean(0)[:-1].tolist())  # the last is the question at the end
 
@@ -94,6 +105,7 @@ class Measures:
         result |= {name: self.loss(self.texts[name]) for name in ("help texts", "Python sources")}
         if self.task.asks_often:
             result["by_moves"] = self.by_moves()
+            result["by_moves_among_answers"] = self.by_moves(among_answers=True)
         if isinstance(self.model.whole, HybridModel) and arm.learns == "recursion":
             result["by_n"] = {
                 str(n): {

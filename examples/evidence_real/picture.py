@@ -13,7 +13,11 @@ from evidence_real.tasks import TASKS
 from hybrid.saving.files import replace_file
 
 RECURSION = "n random in 1..12, text kept"
-_BESIDE = {"n = 1": "tab:red", "LoRA on the last layer": "tab:green"}
+_BESIDE = {
+    "n = 1": "tab:red",
+    "LoRA on the last layer": "tab:green",
+    "LoRA on all layers, 3,000 steps": "tab:purple",
+}
 _TASKS = ("words", "permutations of five")
 
 

@@ -50,6 +50,7 @@ class Task:
     most, longer the length of the longest text in training, and of those beyond it
     closings     those that are trained on, and last one that is not
     asks_often   whether something is asked before the end
+    check        raises ValueError where a package that it needs is missing
     """
 
     name: str
@@ -58,6 +59,7 @@ class Task:
     longer: int
     closings: tuple[str, ...]
     asks_often: bool = True
+    check: Callable[[], None] = lambda: None
 
 
 def _of(game: Game, longer: int) -> Task:
@@ -75,12 +77,15 @@ def with_fillers(task: Task) -> Task:
     return replace(task, name=f"{task.name}, fillers", text=text)
 
 
-@lru_cache(maxsize=2)
-def _letter_counting(shortest: int, longest: int) -> Any:
+def _check_reasoning_gym() -> None:
     if find_spec("reasoning_gym") is None:
         raise ValueError(
-            "letter counting: expected the package reasoning-gym (pip install reasoning-gym==0.1.25)."
+            "letter counting: expected reasoning-gym (pip install reasoning-gym==0.1.25), got none."
         )
+
+
+@lru_cache(maxsize=2)
+def _letter_counting(shortest: int, longest: int) -> Any:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(
@@ -111,7 +116,7 @@ TASKS = {
         _of(WORDS, longer=24),
         _of(S5, longer=24),
         _of(SENTENCES, longer=16),
-        Task("letter counting", letter_counting, 15, 20, _COUNTS, asks_often=False),
+        Task("letter counting", letter_counting, 15, 20, _COUNTS, False, _check_reasoning_gym),
     )
 }
 TASKS[f"{WORDS.name}, fillers"] = with_fillers(TASKS[WORDS.name])

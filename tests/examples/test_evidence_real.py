@@ -63,7 +63,10 @@ def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, 
     lines = Lines(path)
     for arm in KINDS:
         result = lines.of("words", arm)[0]
-        assert len(result["by_moves"]) == 24 and len(result["closing"]) == len(result["generate"]) == 4
+        assert len(result["by_moves"]) == len(result["by_moves_among_answers"]) == 24
+        pairs = zip(result["by_moves"], result["by_moves_among_answers"], strict=True)
+        assert all(of_all <= of_answers for of_all, of_answers in pairs)
+        assert len(result["closing"]) == len(result["generate"]) == 4
         assert ("by_n" in result) == (arms.ARMS[arm].learns == "recursion")
         assert result["trained_parameters"] > 0 or arm == "frozen base"
     losses = [lines.of("words", arm)[0]["help texts"] for arm in KINDS]
@@ -85,6 +88,33 @@ def test_an_arm_of_every_kind_runs_and_is_not_run_again(tiny, tmp_path, capsys, 
     assert (tmp_path / "page" / command.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert f"\nNot run: {'; '.join(lacking)}.\n" in page.read_text()
     assert "sentences-by-n -->\nNothing was run.\n" in page.read_text()
+
+
+def test_published_runs_can_be_made_again(tiny, tmp_path, capsys, monkeypatch):
+    published = Lines(tmp_path / "published.jsonl")
+    run = Run("words", "frozen base", 0)
+    published.add(run, command.settings(run), {"closing": [0.5]})
+    monkeypatch.setattr(command, "PUBLISHED", published.path)
+    given = [*tiny, "--seeds", "0", "--arms", run.arm]
+    assert command.main(given) == 0 and "0 runs to make" in capsys.readouterr().out
+    given[given.index("--out") + 1] = str(tmp_path / "again")
+    assert command.main([*given, "--afresh"]) == 0 and "1 runs to make" in capsys.readouterr().out
+    made = Lines(tmp_path / "again" / command.RESULTS).of("words", run.arm)
+    assert made[0]["by_moves"] and Lines(published.path).of("words", run.arm) == {0: {"closing": [0.5]}}
+    states = {path.name.rsplit("-", 1)[0] for path in (tmp_path / "again" / "states").iterdir()}
+    assert "words-longer" in states and not states & {"words-train", "kept"}, "what nothing learns from"
+    with pytest.raises(SystemExit):
+        command.main([*given, "--afresh"])
+    assert "expected a new --out with --afresh" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_said_before_the_first_run(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    given = [*tiny[:4], "--tasks", "words", "letter counting", "--arms", "frozen base"]
+    with pytest.raises(SystemExit):
+        command.main(given)
+    printed = capsys.readouterr()
+    assert "expected reasoning-gym (pip install reasoning-gym==0.1.25)" in printed.err and not printed.out
 
 
 def test_a_run_of_other_settings_is_made_again(tmp_path):
