@@ -12,6 +12,7 @@ from hybrid.options import flag_of
 def run(arguments: argparse.Namespace) -> int:
     from hybrid.data.chats import prompt_of_chat
     from hybrid.data.special_tokens import prompt_tokens
+    from hybrid.data.tokenize import beyond
 
     for name in ("top_k", "top_p", "seed"):
         if arguments.temperature is None and getattr(arguments, name) is not None:
@@ -20,6 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("generate: expected --chat with --chat-template; got none.")
     model, tokenizer = load(arguments)
     prompt = (prompt_of_chat if arguments.chat else prompt_tokens)(arguments.prompt, tokenizer)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if (largest := int(prompt["input_ids"].max())) >= vocabulary:
+        raise ValueError(f"generate: {beyond(vocabulary, largest)}")
     inputs = {name: t.to(model.device) for name, t in prompt.items()}
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
     if arguments.temperature is not None:

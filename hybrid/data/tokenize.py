@@ -83,7 +83,9 @@ class Tokenize(Dataset):
     def _checked(self, ids: np.ndarray) -> np.ndarray | str:
         if self.vocabulary is None or not ids.size or ids.max() < self.vocabulary:
             return ids
-        return (
-            f"expected a tokenizer for the model's vocabulary of {self.vocabulary} tokens, "
-            f"got token {ids.max()}."
-        )
+        return beyond(self.vocabulary, int(ids.max()))
+
+
+def beyond(vocabulary: int, token: int) -> str:
+    """The error about a token that the model has no embedding for."""
+    return f"expected a tokenizer for the model's vocabulary of {vocabulary} tokens, got token {token}."

@@ -303,4 +303,10 @@ def _halting_of(cache: Cache) -> Halting | None:
 
 
 def _is_filled(cache: Cache) -> bool:
-    return int(cache.get_seq_length()) > 0
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError as error:  # transformers', of a cache that has states alone
+        raise ValueError(
+            "HybridModel: expected a base whose cache counts its tokens, as attention layers do, got one of "
+            "states alone (a state space model's): pass use_cache=False, to a call and to generate()."
+        ) from error

@@ -119,6 +119,11 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         super().__init_subclass__(**kwargs)
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers looks in this file for what the language model's own file says of its experts."""
+        return True
+
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is not None:
             check_base(llm_model)
@@ -496,6 +501,15 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         """
         if self.needs_input_gradients:
             super().enable_input_require_grads()
+
+    def initialize_weights(self) -> None:
+        """Give tensors that came from no file their values: the language model's by its own rule first.
+
+        Of a class outside its package, as this one, transformers passes over each module that has no tensors
+        itself, where FalconH1 fills the buffers of its layers.
+        """
+        self.llm_model.initialize_weights()
+        super().initialize_weights()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -245,7 +245,9 @@ def trm_evaluations(config: HybridConfig, spec: RecursionSpec, halting: Halting 
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The language model's decoder layers: the shallowest list of as many equal modules as it has layers.
+    """The language model's decoder layers: the shallowest list of as many modules as it has layers.
+
+    They are of one class; where no list has one class alone (Jamba's layers have two), of several.
 
     Errors: ValueError when there is no such list, or more than one.
     """
@@ -253,10 +255,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     lists = [
         (name, module)
         for name, module in model.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and len({type(layer) for layer in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
+    lists = [(name, found) for name, found in lists if len({type(layer) for layer in found}) == 1] or lists
     depth = min((name.count(".") for name, _ in lists), default=0)
     shallowest = [module for name, module in lists if name.count(".") == depth]
     if len(shallowest) != 1:

@@ -29,12 +29,13 @@ def add_lora(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
     )
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
-    for layer in _adapted(model):
+    for layer in adapted(model):
         for part in (layer.lora_A, layer.lora_B):
             part.to(dtype)
 
 
-def _adapted(model: nn.Module) -> list[Any]:
+def adapted(model: nn.Module) -> list[Any]:
+    """The layers that have an adapter of `add_lora`."""
     return [m for m in model.modules() if ADAPTER in getattr(m, "lora_A", {})]
 
 
@@ -46,7 +47,7 @@ def is_merged(model: nn.Module) -> bool:
 def remove_lora(model: nn.Module) -> None:
     """Put the layers back that `add_lora` wrapped, without what was merged into them."""
     names = {layer: name for name, layer in model.named_modules()}
-    for layer in _adapted(model):
+    for layer in adapted(model):
         if layer.merged:
             layer.unmerge()
         parent, _, child = names[layer].rpartition(".")
@@ -58,7 +59,7 @@ def remove_lora(model: nn.Module) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the layers answer without their adapters, where they have any."""
-    layers = _adapted(model)
+    layers = adapted(model)
     learning = {p: p.requires_grad for layer in layers for p in layer.parameters()}
     for layer in layers:
         layer.enable_adapters(False)

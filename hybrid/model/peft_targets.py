@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hybrid.model.injection import Injection
+from hybrid.model.lora import ADAPTER, adapted
 from hybrid.model.trm_names import is_injection_name, is_trm_key
 
 _ADVICE = "a TRM's matrices go to its kernels and cannot be adapted; modules_to_save=['trm'] trains it whole"
@@ -36,6 +37,12 @@ _OF_NO_FOLDER = (
     "HybridModel: the adapter that was saved names no base, for the hybrid was wrapped in this process and "
     "is in no folder; nor does it hold the HybridConfig. To load it, wrap the base with the same config and "
     "call PeftModel.from_pretrained(hybrid, folder). Or save the hybrid, load it, and get_peft_model then."
+)
+
+_OVER_LORA_RANK = (
+    "HybridModel: PEFT expected a hybrid without lora_rank, got one that has PEFT's layers already: another "
+    "adapter would switch its LoRA off. Train with lora_rank alone, or wrap the base without it and give "
+    "PEFT the rank: LoraConfig(r=..., target_modules='all-linear', modules_to_save=['trm'])."
 )
 
 
@@ -52,8 +59,19 @@ def tell_peft() -> None:
 
     @wraps(their_inject)
     def inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with _for_the_base(tuner, model, tuner.peft_config[adapter_name]):
+        of_trms = _names_in_trms(model)
+        if not of_trms:
             their_inject(tuner, model, adapter_name, *args, **kwargs)
+            return
+        try:
+            if adapter_name != ADAPTER and adapted(model):
+                raise ValueError(_OVER_LORA_RANK)
+            with _for_the_base(tuner, model, tuner.peft_config[adapter_name], of_trms):
+                their_inject(tuner, model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if not hasattr(model, "peft_config"):  # transformers' add_adapter notes one beforehand
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
 
     @wraps(their_config)
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -80,15 +98,11 @@ def tell_peft() -> None:
 
 
 @contextmanager
-def _for_the_base(tuner: Any, model: nn.Module, config: Any) -> Iterator[None]:
-    """Within the block PEFT's `tuner` finds no module that is in a TRM of `model`.
+def _for_the_base(tuner: Any, model: nn.Module, config: Any, of_trms: set[str]) -> Iterator[None]:
+    """Within the block PEFT's `tuner` finds no module of `model` that is one of `of_trms`.
 
     Errors: ValueError for a config that asks for what is inside a TRM.
     """
-    of_trms = _names_in_trms(model)
-    if not of_trms:
-        yield
-        return
     if config.peft_type == "SHADOW":
         raise ValueError(
             "HybridModel: PEFT's Shadow builds a second model out of the decoder's class, which a hybrid "

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from hybrid.error_text import first_line
 from hybrid.model.quantized_base import is_quantized
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum
@@ -192,7 +193,11 @@ def _compare_with_loaded(model: Any, tensors: Mapping[str, Tensor]) -> str | Non
                 local_files_only=True,
                 **where,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError):
+    except OSError as error:
+        if Path(config.base_model_name_or_path).is_dir():  # with the files of a variant alone, for one
+            return f"its folder does not give it without further arguments ({first_line(error)})"
+        return False
+    except (ValueError, RuntimeError, KeyError, ImportError):
         return False
     there = again.state_dict()
     for name, t in tensors.items():

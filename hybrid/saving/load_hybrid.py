@@ -67,10 +67,12 @@ def _load(
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
     config.update(fields)
     _take_settings(config, kwargs)
+    adapter = None
     if llm_model is None:
         if config.base_model_name_or_path is None:
             _refuse_no_numbers(_read(path, hub, is_trm_key), path)  # which would be cast without a word
             return _load_whole(load_whole, path, *args, config=config, **kwargs)
+        adapter = _adapter_of(kwargs)
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
         if Path(config.base_model_name_or_path).resolve() == Path(path).resolve():
             raise ValueError(f"HybridModel: expected the base of {path} elsewhere, got the same folder.")
@@ -95,10 +97,25 @@ def _load(
     try:
         base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
         _fill(model, tensors, path)
-        return _as_saved(model, path, config, hub)
+        model = _as_saved(model, path, config, hub)
+        if adapter is not None:
+            model.load_adapter(**adapter)
+        return model
     except BaseException:
         model.unwrap()  # a base that was passed goes back as it came
         raise
+
+
+def _adapter_of(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """What load_adapter is told where an Auto class was given an adapter's folder; taken out of `kwargs`.
+
+    None where it was given the hybrid's own.
+    """
+    found = dict(kwargs.pop("adapter_kwargs", None) or {})
+    name = kwargs.pop("adapter_name", None)
+    if (path := found.pop("_adapter_model_path", None)) is None:
+        return None
+    return {"peft_model_id": path, "adapter_name": name, "adapter_kwargs": found}
 
 
 def _reference_of(config: HybridConfig, given: dict[str, Any]) -> dict[str, Any]:

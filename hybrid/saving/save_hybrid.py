@@ -114,6 +114,8 @@ def _save(
             )
     else:
         state_dict = {name: t for name, t in state_dict.items() if is_trm_key(name)}
+        # else the names of a base's own files would be given to the TRMs' tensors, as to its experts
+        kwargs["save_original_format"] = False
     reference = model.config.base_model_name_or_path
     model.config.base_model_name_or_path = None if save_base else reference
     model.config.base_checksums = None if save_base else _digests(model)

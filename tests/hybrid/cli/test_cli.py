@@ -393,6 +393,17 @@ def test_a_chat_that_cannot_be(base, tmp_path, capsys):
         assert message in refused(capsys, *command, "--chat", "--chat-template", template)
 
 
+def test_a_prompt_of_tokens_that_the_base_has_no_embedding_for(base, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base")  # not resized
+    tokenizer.save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    said = refused(capsys, "generate", "--model", tmp_path / "base", "--prompt", "12<new>")
+    assert f"expected a tokenizer for the model's vocabulary of {known} tokens, got token {known}" in said
+
+
 def test_sampling_repeats_by_its_seed(base, capsys):
     outs = []
     for seed in ("0", "0", "1"):

@@ -97,6 +97,46 @@ def test_transformers_own_way_to_add_an_adapter():
     assert adapted(hybrid) == adapted(get_peft_model(tiny_base(), LoraConfig(target_modules=USUAL)))
 
 
+@pytest.mark.parametrize("modules_to_save", [None, ["trm"]], ids=["adapter", "and TRMs"])
+def test_an_adapters_folder_is_loaded_by_the_auto_class(tmp_path, modules_to_save):
+    tiny_base().save_pretrained(tmp_path / "base")
+    hybrid = HybridModel(
+        llm_model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config=tiny_hybrid().config
+    )
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    config = LoraConfig(target_modules=USUAL, task_type="CAUSAL_LM", modules_to_save=modules_to_save)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid"), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(again, HybridModel)
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("add", ["get_peft_model", "add_adapter"])
+def test_no_adapter_over_a_hybrid_with_lora_rank(tmp_path, add):
+    """PEFT would make its own the only active one: what lora_rank has learned would be off, unsaid."""
+    tiny_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    hybrid = HybridModel(llm_model=base, config=tiny_hybrid(lora_rank=2).config).eval()
+    with torch.no_grad():
+        for name, parameter in hybrid.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    want = hybrid(tokens()).logits
+    with pytest.raises(ValueError, match="expected a hybrid without lora_rank.*or wrap the base without it"):
+        if add == "add_adapter":
+            hybrid.add_adapter(LoraConfig(target_modules=USUAL))
+        else:
+            get_peft_model(hybrid, LoraConfig(target_modules=USUAL))
+    assert torch.equal(hybrid(tokens()).logits, want)
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")(tokens()).logits, want)
+
+
 @pytest.mark.parametrize(
     ("arguments", "got"),
     [

@@ -165,6 +165,15 @@ def test_a_subfolder_is_found(folder, tmp_path):
     assert torch.equal(loaded(tmp_path / "hybrid")(tokens()).logits, hybrid(tokens()).logits)
 
 
+def test_a_base_of_variant_files_alone_is_saved_whole(tmp_path, caplog):
+    tiny_base().save_pretrained(tmp_path / "base", variant="fp16")
+    hybrid = wrapped(loaded(tmp_path / "base", variant="fp16"))
+    check_comes_back(hybrid, tmp_path / "hybrid", is_whole_then=True)
+    assert "saved with the TRM, for its folder does not give it without further arguments" in caplog.text
+    with pytest.raises(ValueError, match="save_base=False expected a base that can be loaded again"):
+        hybrid.save_pretrained(tmp_path / "other", save_base=False)
+
+
 @pytest.mark.parametrize("is_changed", [False, True])
 def test_files_that_are_no_safetensors_are_loaded_again(folder, tmp_path, is_changed):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -73,7 +73,7 @@ def attend(
     if name == "flash_attn":
         return _flash_attn(op, q, k, v, is_causal)
     # with a mask or without flash, CUDA has no SDPA kernel for grouped heads
-    is_grouped = q.shape[1] != k.shape[1]
+    is_grouped = bool(q.shape[1] != k.shape[1])  # torch.jit.trace makes a tensor of it
     if is_grouped and (visible is not None or name == "sdpa_efficient"):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         is_grouped = False

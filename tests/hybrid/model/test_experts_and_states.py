@@ -1,0 +1,79 @@
+"""Bases whose layers have experts, or states in the place of attention, and whose layers differ."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from hybrid import HybridModel
+from tests.support.tiny import WIDTH, awaken, tiny_config, tokens
+
+_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+# what each has that others have not
+FAMILIES = {
+    "Mixtral": {"num_local_experts": 4},  # files with other names than its modules
+    "Qwen3Moe": _EXPERTS | {"head_dim": 8, "decoder_sparse_step": 1},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "Jamba": {  # layers of two classes
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_expand": 1,
+        "mamba_dt_rank": 4,
+    },
+    "FalconH1": _STATES | {"mamba_d_ssm": 64},  # buffers that no file has, filled from above the layers
+}
+
+
+def base_of(family, **sizes):
+    config = getattr(transformers, f"{family}Config")(**_SIZES | sizes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_it_equals_its_base_generates_and_is_saved_with_and_without_it(family, tmp_path):
+    base_of(family, **FAMILIES[family]).save_pretrained(tmp_path / "base")
+    base, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokens()
+    want = base(ids).logits
+    hybrid = HybridModel(llm_model=base, config=tiny_config()).eval()
+    assert torch.equal(hybrid(ids).logits, want)
+
+    changed = awaken(hybrid)(ids).logits
+    assert (changed - want).abs().max() > 1e-3
+    said = [hybrid.generate(ids, max_new_tokens=4, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*said)
+
+    for whole in (False, True):
+        hybrid.save_pretrained(tmp_path / f"saved-{whole}", save_base=whole)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / f"saved-{whole}")
+        assert torch.equal(again(ids).logits, changed)
+
+
+@torch.no_grad()
+def test_a_cache_of_states_alone_is_refused_with_a_way_to_go_without():
+    mamba = transformers.MambaConfig(vocab_size=99, hidden_size=WIDTH, num_hidden_layers=3)
+    base, ids = transformers.MambaForCausalLM(mamba).eval(), tokens()
+    want = base(ids, use_cache=False).logits
+    hybrid = HybridModel(llm_model=base, config=tiny_config()).eval()
+    for call in (hybrid, lambda ids: hybrid.generate(ids, max_new_tokens=2, do_sample=False)):
+        with pytest.raises(ValueError, match="states alone.*pass use_cache=False"):
+            call(ids)
+    assert torch.equal(hybrid(ids, use_cache=False).logits, want)
+    said = hybrid.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False)
+    assert said.shape == (2, 11)
