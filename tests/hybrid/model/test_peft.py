@@ -18,6 +18,10 @@ from tests.support import fresh, tiny_text
 from tests.support.peft_methods import METHODS, STEPS, outcome
 from tests.support.tiny import tiny_base, tiny_hybrid, tokens
 
+by_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer",
+)
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -87,10 +91,7 @@ def test_a_second_adapter_and_the_trms_beside_it():
     assert trained and all("modules_to_save.default" in name for name in trained)
 
 
-@pytest.mark.skipif(
-    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
-    reason=f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer",
-)
+@by_transformers
 def test_transformers_own_way_to_add_an_adapter():
     hybrid = tiny_hybrid()
     hybrid.add_adapter(LoraConfig(target_modules=USUAL))
@@ -116,7 +117,7 @@ def test_an_adapters_folder_is_loaded_by_the_auto_class(tmp_path, modules_to_sav
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
-@pytest.mark.parametrize("add", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("add", ["get_peft_model", pytest.param("add_adapter", marks=by_transformers)])
 def test_no_adapter_over_a_hybrid_with_lora_rank(tmp_path, add):
     """PEFT would make its own the only active one: what lora_rank has learned would be off, unsaid."""
     tiny_base().save_pretrained(tmp_path / "base")
