@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from trm_kernels.recursion.adaptive import Halting
 from trm_kernels.recursion.inputs import CacheRoom
@@ -300,6 +301,15 @@ def _refuse_gaps(cache: Cache, num_base_layers: int) -> None:
 
 def _halting_of(cache: Cache) -> Halting | None:
     return getattr(cache, "trm_halting", None)
+
+
+def counts_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a cache of this language model knows how many tokens it has; one of states alone does not."""
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 def _is_filled(cache: Cache) -> bool:

@@ -33,6 +33,7 @@ from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_checks import TRM_DTYPES
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
+from hybrid.model.cache import counts_tokens
 from hybrid.model.cache_name import CACHE_NAME, takes_cache
 from hybrid.model.generation import HybridGenerationMixin
 from hybrid.model.halting import (
@@ -148,6 +149,9 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
             config.name_or_path = llm_model.config.name_or_path or ""
         self.generation_config = copy.deepcopy(llm_model.generation_config)
+        self.takes_cache = counts_tokens(llm_model.config)
+        if not self.takes_cache:
+            self.generation_config.use_cache = False
         self.injection_enabled = True  # for good; disable_injection() is for a moment
         self._blocks = 0  # of disable_injection() that are open
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved

@@ -76,7 +76,8 @@ def settle(
     """(what the injection points share, None where they are off; mask and cache as the base gets them)"""
     hybrid.training_warnings.look(hybrid, inputs, hybrid.is_injecting)
     if use_cache is None:
-        use_cache = not hybrid.training and bool(getattr(hybrid.config.get_text_config(), "use_cache", True))
+        wants_cache = bool(getattr(hybrid.config.get_text_config(), "use_cache", True))
+        use_cache = wants_cache and hybrid.takes_cache and not hybrid.training
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=hybrid.llm_model.config)
     call, base_mask = None, attention_mask

@@ -66,14 +66,17 @@ def test_it_equals_its_base_generates_and_is_saved_with_and_without_it(family, t
 
 
 @torch.no_grad()
-def test_a_cache_of_states_alone_is_refused_with_a_way_to_go_without():
+def test_a_base_of_states_alone_goes_without_a_cache(tmp_path):
     mamba = transformers.MambaConfig(vocab_size=99, hidden_size=WIDTH, num_hidden_layers=3)
-    base, ids = transformers.MambaForCausalLM(mamba).eval(), tokens()
-    want = base(ids, use_cache=False).logits
+    transformers.MambaForCausalLM(mamba).save_pretrained(tmp_path / "base")
+    base, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokens()
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    want, said = base(ids).logits, base.generate(ids, **greedy)
     hybrid = HybridModel(llm_model=base, config=tiny_config()).eval()
-    for call in (hybrid, lambda ids: hybrid.generate(ids, max_new_tokens=2, do_sample=False)):
+    assert torch.equal(hybrid(ids).logits, want) and torch.equal(hybrid.generate(ids, **greedy), said)
+    for call in (hybrid, hybrid.generate):
         with pytest.raises(ValueError, match="states alone.*pass use_cache=False"):
-            call(ids)
-    assert torch.equal(hybrid(ids, use_cache=False).logits, want)
-    said = hybrid.generate(ids, max_new_tokens=2, do_sample=False, use_cache=False)
-    assert said.shape == (2, 11)
+            call(ids, use_cache=True)
+    awaken(hybrid).save_pretrained(tmp_path / "hybrid")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+    assert torch.equal(again.generate(ids, **greedy), hybrid.generate(ids, **greedy))
