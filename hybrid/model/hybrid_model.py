@@ -439,7 +439,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
-        config: HybridConfig | None = None,
+        config: HybridConfig | str | os.PathLike[str] | None = None,
         llm_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Self:

@@ -40,7 +40,7 @@ def load(
     load_whole: Callable[..., Any],
     path: str | os.PathLike[str] | None,
     *args: Any,
-    config: HybridConfig | None,
+    config: HybridConfig | str | os.PathLike[str] | None,
     llm_model: Any,
     **kwargs: Any,
 ) -> Any:
@@ -48,7 +48,7 @@ def load(
     if path is None:  # as transformers has it: `config` and `state_dict` are the whole model
         return _load_whole(load_whole, None, *args, config=config, **kwargs)
     with saved_folder.as_saved(path) as place:
-        return _load(cls, load_whole, place, *args, config=config, llm_model=llm_model, **kwargs)
+        return _load(cls, load_whole, place, *args, given=config, llm_model=llm_model, **kwargs)
 
 
 def _load(
@@ -56,14 +56,12 @@ def _load(
     load_whole: Callable[..., Any],
     path: str,
     *args: Any,
-    config: HybridConfig | None,
+    given: HybridConfig | str | os.PathLike[str] | None,
     llm_model: Any,
     **kwargs: Any,
 ) -> Any:
     hub = {name: kwargs[name] for name in (*_PLACE_OF_TRM, *_HUB) if name in kwargs}
-    if config is None:
-        check_folder("a saved hybrid", path)
-        config = cls.config_class.from_pretrained(path, **hub)
+    config = _config_of(cls, path, given, hub)
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
     config.update(fields)
     _take_settings(config, kwargs)
@@ -104,6 +102,23 @@ def _load(
     except BaseException:
         model.unwrap()  # a base that was passed goes back as it came
         raise
+
+
+def _config_of(
+    cls: Any, path: str, given: HybridConfig | str | os.PathLike[str] | None, hub: dict[str, Any]
+) -> HybridConfig:
+    """The saved config, or the one that was given, itself or by its folder."""
+    if isinstance(given, HybridConfig):
+        return given
+    if given is None:
+        check_folder("a saved hybrid", path)
+    elif not isinstance(given, str | os.PathLike):
+        raise ValueError(
+            "HybridModel.from_pretrained: expected config to be a HybridConfig or the folder of one, got "
+            f"{type(given).__name__}."
+        )
+    config: HybridConfig = cls.config_class.from_pretrained(path if given is None else given, **hub)
+    return config
 
 
 def _adapter_of(kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -63,6 +63,20 @@ def test_fields_can_be_given_when_loading(whole, loader, base_folder, tmp_path):
         loader.from_pretrained(tmp_path / "hybrid", num_recursion_steps=0)
 
 
+@WHOLE
+def test_a_config_can_be_given_itself_or_by_its_folder(whole, base_folder, tmp_path):
+    hybrid = loaded(base_folder)
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=whole or None)
+    more = HybridConfig.from_pretrained(tmp_path / "hybrid", num_recursion_steps=5)
+    more.save_pretrained(tmp_path / "config")
+    for config in (more, tmp_path / "config", str(tmp_path / "config")):
+        again = HybridModel.from_pretrained(tmp_path / "hybrid", config=config)
+        assert torch.equal(again(tokens()).logits, hybrid(tokens(), num_recursion_steps=5).logits)
+    for config in (hybrid.llm_model.config, {"num_recursion_steps": 5}):
+        with pytest.raises(ValueError, match=f"config to be a HybridConfig.*{type(config).__name__}"):
+            HybridModel.from_pretrained(tmp_path / "hybrid", config=config)
+
+
 # Layers on the disk
 
 ON_DISK = {
