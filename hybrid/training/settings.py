@@ -144,6 +144,10 @@ class TrainSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"TrainSettings: expected {name} above 0, got {getattr(self, name)!r}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"TrainSettings: expected weight_decay of at least 0, got {self.weight_decay!r}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"TrainSettings: expected betas of at least 0 and below 1, got {self.betas!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"TrainSettings: expected schedule to be one of {', '.join(SCHEDULES)}, "
