@@ -145,7 +145,7 @@ class TrainSettings:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"TrainSettings: expected {name} above 0, got {getattr(self, name)!r}.")
         if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"TrainSettings: expected weight_decay of at least 0, got {self.weight_decay!r}.")
+            raise ValueError(f"TrainSettings: expected weight_decay from 0 on, got {self.weight_decay!r}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"TrainSettings: expected betas of at least 0 and below 1, got {self.betas!r}.")
         if self.schedule not in SCHEDULES:

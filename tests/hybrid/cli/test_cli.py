@@ -698,7 +698,7 @@ def test_a_text_longer_than_the_base_can_read(base, texts, tmp_path, capsys):
         (["--steps", "0"], "expected steps to be a count of at least 1, got 0"),
         (["--batch-size", "-2"], "expected batch_size to be a count of at least 1, got -2"),
         (["--learning-rate", "-1"], "expected learning_rate above 0, got -1"),
-        (["--weight-decay", "-1"], "TrainSettings: expected weight_decay of at least 0, got -1"),
+        (["--weight-decay", "-1"], "TrainSettings: expected weight_decay from 0 on, got -1"),
         (["--betas", "0.9", "1"], "expected betas of at least 0 and below 1, got"),
         (["--phase", "3"], "argument --phase: invalid choice: 3"),
         (["--resume"], "expected a run to resume in"),
