@@ -21,7 +21,8 @@ def report(found: Mapping[str, Learned], game: Game, seed: int, quick: bool) -> 
     parts = [
         f"# A real language model follows a ball\n\nSmolLM2-135M-Instruct, frozen; seed {seed}. "
         f"{len(game.cups)} cups, {game.most} swaps, a word each; chance is one in {len(game.cups)}. "
-        "All games are held out by their beginning. An answer is what `generate` goes on with.",
+        "Games of six swaps and more are held out by their beginning; nearly all shorter ones are trained "
+        "on. An answer is what `generate` goes on with.",
     ]
     if quick:
         parts.append("**A quick run: the same path with few steps. Its figures say nothing.**")
