@@ -274,6 +274,11 @@ class HybridConfig(PreTrainedConfig):
         base = self.__dict__.get("base_config")  # asked for before the constructor has come to it
         return self if base is None else base.get_text_config(decoder=decoder)
 
+    def validate(self) -> None:
+        """The language model's config checks itself, by its own rules; ours is checked as it is set."""
+        if self.base_config is not None:
+            self.base_config.validate()
+
     # What is read and set here, and what on the language model's config
 
     def __getattribute__(self, name: str) -> Any:

@@ -92,13 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code."""
     chosen = _parser().parse_args(argv)
     torch.set_num_threads(1)
-    path = chosen.out / RESULTS
-    if chosen.afresh and path.exists():
-        told = f"expected a new --out with --afresh, got {path}, which is gone on with without --afresh."
-        _parser().error(told)
+    if chosen.afresh and chosen.out.exists():
+        told = "expected a new --out with --afresh, got"
+        _parser().error(f"{told} {chosen.out}, which is gone on with without --afresh.")
+    if chosen.afresh and chosen.publish:
+        _parser().error("expected --afresh or --publish, got both: what is published would be lost.")
     try:
-        lines = Lines(path, begin_with=None if chosen.afresh else PUBLISHED)
-        runs = wanted(chosen.tasks, chosen.arms, chosen.seeds)
+        lines = Lines(chosen.out / RESULTS, begin_with=None if chosen.afresh else PUBLISHED)
+        runs = dict.fromkeys(wanted(chosen.tasks, chosen.arms, chosen.seeds))
         todo = [run for run in runs if not lines.find(run, settings(run))]
         for task in dict.fromkeys(run.task for run in todo):
             TASKS[task].check()

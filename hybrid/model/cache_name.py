@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,6 +33,11 @@ def check_cache_name() -> None:
             f"HybridModel: expected a transformers that calls a cache {' or '.join(_NAMES)}, got "
             f"{transformers.__version__}, which calls it otherwise (pip install 'transformers<5.25')."
         )
+
+
+def is_argument_of(names: Container[str]) -> bool:
+    """Whether a function whose arguments have these names takes a cache."""
+    return any(name in names for name in _NAMES)
 
 
 def as_argument(cache: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -34,7 +35,7 @@ from hybrid.config_checks import TRM_DTYPES
 from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
 from hybrid.model.cache import counts_tokens
-from hybrid.model.cache_name import CACHE_NAME, takes_cache
+from hybrid.model.cache_name import CACHE_NAME, is_argument_of, takes_cache
 from hybrid.model.generation import HybridGenerationMixin
 from hybrid.model.halting import (
     ForwardSteps,
@@ -51,6 +52,7 @@ from hybrid.model.injection import (
     detach,
     keep_call_in_checkpoints,
     repeat_for_answers,
+    taken_out,
 )
 from hybrid.model.language_model import accepts_loss_kwargs, check_base, refer_to, unloaded_base
 from hybrid.model.lora import add_lora, disabled, remove_lora
@@ -66,13 +68,14 @@ from trm_kernels.modules.curriculum import Depth
 from trm_kernels.modules.layers import Matrix
 
 _CONFIGS = frozenset(trm_fields())
-# what depends on the language model's attention alone
+# what depends on the language model's layers alone
 _SUPPORTS = (
     "_supports_sdpa",
     "_supports_flash_attn",
     "_supports_flex_attn",
     "_supports_attention_backend",
     "_can_compile_fullgraph",
+    "_is_stateful",
 )
 _NO_LABELS = (
     "HybridModel: deep_supervision expected the loss to be the model's own, over several answers, so labels "
@@ -149,7 +152,8 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         if not config.name_or_path:  # a fresh hybrid is its base; a loaded one has its own folder
             config.name_or_path = llm_model.config.name_or_path or ""
         self.generation_config = copy.deepcopy(llm_model.generation_config)
-        self.takes_cache = counts_tokens(llm_model.config)
+        self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
+        self.takes_cache = is_argument_of(self._base_arguments) and counts_tokens(llm_model.config)
         if not self.takes_cache:
             self.generation_config.use_cache = False
         self.injection_enabled = True  # for good; disable_injection() is for a moment
@@ -157,7 +161,6 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         self.halting: Halting | TokenHalting | None = None  # of calls that say nothing about it; not saved
         self.training_depth: Depth | None = None  # of training forwards; not saved, see training/depth.py
         self.num_base_layers = llm_model.config.get_text_config(decoder=True).num_hidden_layers
-        self._base_arguments = frozenset(inspect.signature(llm_model.forward).parameters)
         self.draws = 0  # forwards that drew a number of recursion steps; trainer_callback.py keeps it
         self.training_warnings = TrainingWarnings()
         self._added: list[Tensor] | None = None
@@ -506,19 +509,24 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         if self.needs_input_gradients:
             super().enable_input_require_grads()
 
-    def initialize_weights(self) -> None:
-        """Give tensors that came from no file their values: the language model's by its own rule first.
-
-        Of a class outside its package, as this one, transformers passes over each module that has no tensors
-        itself, where FalconH1 fills the buffers of its layers.
-        """
-        self.llm_model.initialize_weights()
-        super().initialize_weights()
+    def init_weights(self) -> None:
+        """Draw nothing when a hybrid is made: its base came with values, its TRMs drew theirs."""
+        self.tie_weights(recompute_mapping=False)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Matrix | TRM | Injection):
-            module.reset_parameters()
+    def initialize_weights(self) -> None:
+        """Give tensors that came from no file their values, as from_pretrained wants it.
+
+        Those of the language model by its own rule, which may draw whatever it finds in a layer: so the TRMs
+        are taken out for it. By transformers' rule for a class outside its package, as this one, FalconH1
+        would not fill the buffers of its layers.
+        """
+        with taken_out(self.llm_model) as injections:
+            self.llm_model.initialize_weights()
+        with guard_torch_init_functions():  # leaves what came from a file
+            for module in (m for one in injections for m in reversed(list(one.modules()))):
+                if isinstance(module, Matrix | TRM | Injection):
+                    module.reset_parameters()
 
     @property
     def base_model(self) -> Backbone:

@@ -7,8 +7,8 @@ closure would point at the original after a deepcopy.
 """
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -285,6 +285,24 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         else:
             layer.trm = injection
             layer.register_forward_hook(_after_layer)
+
+
+@contextmanager
+def taken_out(model: PreTrainedModel) -> Iterator[list[Injection]]:
+    """Within the block the layers are without their injections, which are given."""
+    places = [
+        (layer, name, part)
+        for layer in decoder_layers(model)
+        for name, part in layer.named_children()
+        if isinstance(part, Injection)
+    ]
+    for layer, name, _ in places:
+        delattr(layer, name)
+    try:
+        yield [injection for _, _, injection in places]
+    finally:
+        for layer, name, injection in places:
+            setattr(layer, name, injection)
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -28,6 +28,8 @@ def add_lora(model: PreTrainedModel, rank: int, dtype: torch.dtype) -> None:
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
     )
+    # peft_targets.py lets no other adapter have its name, or come beside it
+    lora.of_hybrid = True  # type: ignore[attr-defined]
     inject_adapter_in_model(lora, model, adapter_name=ADAPTER)
     for layer in adapted(model):
         for part in (layer.lora_A, layer.lora_B):

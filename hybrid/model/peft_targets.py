@@ -64,8 +64,8 @@ def tell_peft() -> None:
             their_inject(tuner, model, adapter_name, *args, **kwargs)
             return
         try:
-            if adapter_name != ADAPTER and adapted(model):
-                raise ValueError(_OVER_LORA_RANK)
+            if not hasattr(tuner.peft_config[adapter_name], "of_hybrid"):
+                _check_beside_our_own(model, adapter_name)
             with _for_the_base(tuner, model, tuner.peft_config[adapter_name], of_trms):
                 their_inject(tuner, model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -133,6 +133,17 @@ def _for_the_base(tuner: Any, model: nn.Module, config: Any, of_trms: set[str]) 
         yield
     finally:
         del tuner._check_target_module_exists, tuner._add_targets_to_tie
+
+
+def _check_beside_our_own(model: nn.Module, adapter_name: str) -> None:
+    """Errors: ValueError for an adapter over that of `lora_rank`, or by its name."""
+    if adapted(model):
+        raise ValueError(_OVER_LORA_RANK)
+    if adapter_name == ADAPTER:
+        raise ValueError(
+            f"HybridModel: PEFT expected another adapter_name than {ADAPTER!r}, by which a hybrid's own LoRA "
+            "is known: that is frozen, saved and switched off with the TRMs."
+        )
 
 
 def _names_in_trms(model: nn.Module) -> set[str]:

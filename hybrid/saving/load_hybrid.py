@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -32,6 +33,8 @@ logger = logging.get_logger(__name__)
 
 # what says where the TRM's files are, and not how the base is to be loaded
 _PLACE_OF_TRM = ("revision", "subfolder")
+# of a load in which every tensor came and fitted, as one that returns must
+_LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
@@ -65,12 +68,12 @@ def _load(
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in trm_fields(type(config))}
     config.update(fields)
     _take_settings(config, kwargs)
-    adapter = None
+    if llm_model is None and config.base_model_name_or_path is None:
+        _refuse_no_numbers(_read(path, hub, is_trm_key), path)  # which would be cast without a word
+        return _load_whole(load_whole, path, *args, config=config, **kwargs)
+    adapter, wants_info = _adapter_of(kwargs, path), kwargs.pop("output_loading_info", False)
     if llm_model is None:
-        if config.base_model_name_or_path is None:
-            _refuse_no_numbers(_read(path, hub, is_trm_key), path)  # which would be cast without a word
-            return _load_whole(load_whole, path, *args, config=config, **kwargs)
-        adapter = _adapter_of(kwargs)
+        assert config.base_model_name_or_path is not None
         of_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_TRM}
         if Path(config.base_model_name_or_path).resolve() == Path(path).resolve():
             raise ValueError(f"HybridModel: expected the base of {path} elsewhere, got the same folder.")
@@ -98,7 +101,7 @@ def _load(
         model = _as_saved(model, path, config, hub)
         if adapter is not None:
             model.load_adapter(**adapter)
-        return model
+        return (model, {kind: set() for kind in _LOADING_INFO}) if wants_info else model
     except BaseException:
         model.unwrap()  # a base that was passed goes back as it came
         raise
@@ -110,27 +113,28 @@ def _config_of(
     """The saved config, or the one that was given, itself or by its folder."""
     if isinstance(given, HybridConfig):
         return given
-    if given is None:
-        check_folder("a saved hybrid", path)
-    elif not isinstance(given, str | os.PathLike):
+    place = path if given is None else given
+    if not isinstance(place, str | os.PathLike):
         raise ValueError(
             "HybridModel.from_pretrained: expected config to be a HybridConfig or the folder of one, got "
             f"{type(given).__name__}."
         )
-    config: HybridConfig = cls.config_class.from_pretrained(path if given is None else given, **hub)
+    check_folder("a saved hybrid", place)
+    config: HybridConfig = cls.config_class.from_pretrained(place, **hub)
     return config
 
 
-def _adapter_of(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _adapter_of(kwargs: dict[str, Any], path: str) -> dict[str, Any] | None:
     """What load_adapter is told where an Auto class was given an adapter's folder; taken out of `kwargs`.
 
-    None where it was given the hybrid's own.
+    Else of the adapter in the hybrid's own folder; None where there is none.
     """
     found = dict(kwargs.pop("adapter_kwargs", None) or {})
     name = kwargs.pop("adapter_name", None)
-    if (path := found.pop("_adapter_model_path", None)) is None:
+    place = found.pop("_adapter_model_path", path)
+    if place == path and not Path(path, ADAPTER_CONFIG_NAME).is_file():
         return None
-    return {"peft_model_id": path, "adapter_name": name, "adapter_kwargs": found}
+    return {"peft_model_id": str(place), "adapter_name": name, "adapter_kwargs": found}
 
 
 def _reference_of(config: HybridConfig, given: dict[str, Any]) -> dict[str, Any]:

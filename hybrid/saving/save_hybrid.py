@@ -178,14 +178,14 @@ def _write(
     **kwargs: Any,
 ) -> None:
     """transformers' save_pretrained, told that it has to fetch the tensors that are offloaded."""
-    is_offloaded = any(t.device.type == "meta" for t in state_dict.values())
-    if is_offloaded:
+    had = {name: model.__dict__[name] for name in ("hf_device_map",) if name in model.__dict__}
+    if any(t.device.type == "meta" for t in state_dict.values()):
         model.hf_device_map = {"": "disk"}
     try:
         write(place, True, dict(state_dict), *args, **kwargs)
     finally:
-        if is_offloaded:
-            del model.hf_device_map
+        model.__dict__.pop("hf_device_map", None)
+        model.__dict__.update(had)
 
 
 def _places_of_tokenizer(config: HybridConfig, reference: str | None) -> list[tuple[Path, str | None]]:

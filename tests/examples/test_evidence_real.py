@@ -103,9 +103,11 @@ def test_published_runs_can_be_made_again(tiny, tmp_path, capsys, monkeypatch):
     assert made[0]["by_moves"] and Lines(published.path).of("words", run.arm) == {0: {"closing": [0.5]}}
     states = {path.name.rsplit("-", 1)[0] for path in (tmp_path / "again" / "states").iterdir()}
     assert "words-longer" in states and not states & {"words-train", "kept"}, "what nothing learns from"
-    with pytest.raises(SystemExit):
-        command.main([*given, "--afresh"])
-    assert "expected a new --out with --afresh" in capsys.readouterr().err
+    for more, message in ((["--afresh"], "a new --out with --afresh"), (["--publish"], "got both")):
+        given[given.index("--out") + 1] = str(tmp_path / ("again" if more == ["--afresh"] else "new"))
+        with pytest.raises(SystemExit):
+            command.main([*given, "--afresh", *more])
+        assert message in capsys.readouterr().err
 
 
 def test_a_missing_package_is_said_before_the_first_run(tiny, monkeypatch, capsys):

@@ -124,6 +124,38 @@ def test_training_moves_every_trm_and_nothing_of_the_base(family):
         assert moved == ("trm" in name), name
 
 
+@pytest.mark.parametrize("part", ["head", "norm", "in a layer"])
+def test_what_was_put_into_a_base_before_keeps_its_values(part, tmp_path):
+    """transformers draws what it did not load itself, when a model is made around it."""
+    tiny_base().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if part == "head":
+        base.lm_head = new = torch.nn.Linear(WIDTH, base.config.vocab_size, bias=False)
+    elif part == "norm":
+        base.model.norm = new = type(base.model.norm)(WIDTH)
+        torch.nn.init.normal_(new.weight)
+    else:
+        base.model.layers[1].mlp.down_proj = new = torch.nn.Linear(64, WIDTH, bias=False)
+    before, want = new.weight.detach().clone(), base(tokens()).logits
+    hybrid = HybridModel(llm_model=base, config=tiny_config())
+    assert torch.equal(new.weight, before) and torch.equal(hybrid(tokens()).logits, want)
+
+
+def test_a_hybrid_of_no_file_draws_all_its_values():
+    """Made without memory, as accelerate does it, then given some: the TRMs as well, W_out at zero."""
+    with torch.device("meta"):
+        hybrid = AutoModelForCausalLM.from_config(tiny_hybrid().config)
+    hybrid.to_empty(device="cpu")
+    for parameter in hybrid.parameters():
+        torch.nn.init.constant_(parameter, 777.0)
+    hybrid.initialize_weights()
+    values = dict(hybrid.named_parameters())
+    assert [name for name, p in values.items() if (p == 777.0).any()] == []
+    drawn = [p for name, p in values.items() if "trm" in name and not name.endswith("out_proj.weight")]
+    assert all(0 < p.std() < 2 for p in drawn if p.ndim == 2)
+    assert not any(p.any() for name, p in values.items() if "trm" in name and ".out_proj." in name)
+
+
 def test_names_and_freezing():
     base = tiny_base()
     assert CombinedTRMLLM is HybridModel

@@ -112,8 +112,13 @@ def test_an_adapters_folder_is_loaded_by_the_auto_class(tmp_path, modules_to_sav
             if parameter.requires_grad:
                 parameter.add_(0.2)
     model.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert isinstance(again, HybridModel)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for given in ({}, {"llm_model": base}):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **given)
+        assert isinstance(again, HybridModel)
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    model.save_pretrained(tmp_path / "hybrid")  # into the hybrid's own folder
+    again = HybridModel.from_pretrained(tmp_path / "hybrid")
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
@@ -128,11 +133,18 @@ def test_no_adapter_over_a_hybrid_with_lora_rank(tmp_path, add):
             if "lora_B" in name:
                 parameter.add_(0.3)
     want = hybrid(tokens()).logits
-    with pytest.raises(ValueError, match="expected a hybrid without lora_rank.*or wrap the base without it"):
-        if add == "add_adapter":
-            hybrid.add_adapter(LoraConfig(target_modules=USUAL))
-        else:
-            get_peft_model(hybrid, LoraConfig(target_modules=USUAL))
+
+    def added(to, **name):
+        with pytest.raises(ValueError, match="HybridModel: PEFT expected") as error:
+            if add == "add_adapter":
+                to.add_adapter(LoraConfig(target_modules=USUAL), **name)
+            else:
+                get_peft_model(to, LoraConfig(target_modules=USUAL), **name)
+        return str(error.value)
+
+    for name in ({}, {"adapter_name": "trm"}):
+        assert "a hybrid without lora_rank" in added(hybrid, **name)
+    assert "expected another adapter_name than 'trm'" in added(tiny_hybrid(), adapter_name="trm")
     assert torch.equal(hybrid(tokens()).logits, want)
     hybrid.save_pretrained(tmp_path / "hybrid")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")(tokens()).logits, want)

@@ -72,6 +72,10 @@ def test_a_config_can_be_given_itself_or_by_its_folder(whole, base_folder, tmp_p
     for config in (more, tmp_path / "config", str(tmp_path / "config")):
         again = HybridModel.from_pretrained(tmp_path / "hybrid", config=config)
         assert torch.equal(again(tokens()).logits, hybrid(tokens(), num_recursion_steps=5).logits)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        HybridModel.from_pretrained(tmp_path / "hybrid", config=tmp_path / "nowhere")
+    _, info = HybridModel.from_pretrained(tmp_path / "hybrid", output_loading_info=True)
+    assert not any(info.values()) and "missing_keys" in info
     for config in (hybrid.llm_model.config, {"num_recursion_steps": 5}):
         with pytest.raises(ValueError, match=f"config to be a HybridConfig.*{type(config).__name__}"):
             HybridModel.from_pretrained(tmp_path / "hybrid", config=config)
