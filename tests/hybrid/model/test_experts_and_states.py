@@ -35,7 +35,7 @@ FAMILIES = {
         "mamba_expand": 1,
         "mamba_dt_rank": 4,
     },
-    # draws every matrix by a name that TRMs have too; a kind of layer that transformers' own rule does not know
+    # draws matrices by a name that TRMs have too; has kinds of layers that transformers' own rule refuses
     "NemotronH": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
     "FalconH1": _STATES | {"mamba_d_ssm": 64},  # buffers that no file has, filled from above the layers
 }
