@@ -123,11 +123,6 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         super().__init_subclass__(**kwargs)
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{HybridConfig.model_type}.{cls.__name__}"] = cls.__name__
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """transformers looks in this file for what the language model's own file says of its experts."""
-        return True
-
     def __init__(self, config: HybridConfig, llm_model: PreTrainedModel | None = None) -> None:
         if llm_model is not None:
             check_base(llm_model)
@@ -142,6 +137,10 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         refer_to(llm_model, config)
         config.base_config = llm_model.config
         config.check_base(llm_model.config)
+        # asked by super().__init__, which would look in this file for what the base's own says of experts
+        self._can_set_experts_implementation = (  # type: ignore[method-assign]
+            llm_model._can_set_experts_implementation
+        )
         super().__init__(config)
 
         self.llm_model = llm_model
@@ -170,7 +169,9 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         tell_peft()
         keep_gradients(llm_model)
         keep_call_in_checkpoints(llm_model)  # of a base that came with checkpointing switched on
+        self._draws_values = False  # the base came with its values, and the TRMs drew theirs
         self.post_init()
+        self._draws_values = True
         if config.lora_rank is not None:  # after post_init, which would draw its second product anew
             add_lora(llm_model, config.lora_rank, TRM_DTYPES[config.trm_dtype])
         self.train(llm_model.training)
@@ -509,18 +510,16 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         if self.needs_input_gradients:
             super().enable_input_require_grads()
 
-    def init_weights(self) -> None:
-        """Draw nothing when a hybrid is made: its base came with values, its TRMs drew theirs."""
-        self.tie_weights(recompute_mapping=False)
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Give tensors that came from no file their values, as from_pretrained wants it.
+        """Give tensors that came from no file their values, as from_pretrained and init_weights want it.
 
         Those of the language model by its own rule, which may draw whatever it finds in a layer: so the TRMs
         are taken out for it. By transformers' rule for a class outside its package, as this one, FalconH1
         would not fill the buffers of its layers.
         """
+        if not self._draws_values:
+            return
         with taken_out(self.llm_model) as injections:
             self.llm_model.initialize_weights()
         with guard_torch_init_functions():  # leaves what came from a file
