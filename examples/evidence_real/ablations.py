@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from evidence_real.cached import Cache, after, parts_of
+from evidence_real.cached import Cache, after
 from evidence_real.command import BASE, FOLDER
 from evidence_real.measures import Measures
 from evidence_real.results import Lines, Run
@@ -89,11 +89,9 @@ def make(lever: Lever, seed: int, cache: Cache) -> dict[str, Any]:
     """Train, and measure on games that nobody looked at."""
     task = TASKS[TASK]
     model = model_of(lever, real_base.load(cache.base_folder), seed)
-    fresh_texts = [task.text(FIRST + i, True, task.longer, task.closings[0]) for i in range(GAMES)]
-    rows, fresh = (
-        cache.part(f"{TASK}-{part}", encode(cache.tokenizer, texts), model.layer)
-        for part, texts in (("train", parts_of(task)["train"]), ("fresh", fresh_texts))
-    )
+    rows = cache.task(TASK, model.layer)["train"]
+    texts = [task.text(FIRST + i, True, task.longer, task.closings[0]) for i in range(GAMES)]
+    fresh = cache.part(f"{TASK}-fresh", encode(cache.tokenizer, texts), model.layer)
     known = Known(Questions(rows["ids"], rows["asked"]), model.layer, after(rows, model.layer))
     result: dict[str, Any] = {"trained_parameters": sum(p.numel() for p in model.trained().values())}
     result |= train(model, known, replace(lever.plan, seed=seed))

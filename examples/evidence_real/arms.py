@@ -37,6 +37,10 @@ class Arm:
     plan: TrainingPlan = TrainingPlan()
 
 
+def _planned(arm: Arm, **changes: Any) -> Arm:
+    return replace(arm, plan=replace(arm.plan, **changes))
+
+
 _RANDOM = Arm("recursion", sampling="uniform")
 _LORA_ARM = Arm("LoRA on the last layer", plan=TrainingPlan(learning_rate=1e-3))
 _LORA_ALL = Arm("LoRA on all layers", rank=2, plan=TrainingPlan(learning_rate=1e-3))
@@ -56,14 +60,12 @@ ARMS: dict[str, Arm] = {
     "untied, same FLOPs": Arm("untied"),
     "n = 1, fillers": Arm("recursion", n=1, fillers=True),
     "LoRA on the last layer": _LORA_ARM,
-    "LoRA on the last layer, text kept": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, kept=4)),
-    "LoRA on the last layer, rate 3e-4": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, learning_rate=3e-4)),
-    "LoRA on the last layer, rate 3e-3": replace(_LORA_ARM, plan=replace(_LORA_ARM.plan, learning_rate=3e-3)),
-    "LoRA on all layers, same CPU time": replace(
-        _LORA_ALL, plan=replace(_LORA_ALL.plan, seconds=_SECONDS, steps=80)
-    ),
-    "LoRA on all layers, 400 steps": replace(_LORA_ALL, plan=replace(_LORA_ALL.plan, steps=400)),
-    "LoRA on all layers, 1,500 steps": replace(_LORA_BF16, plan=replace(_LORA_ALL.plan, steps=1500)),
+    "LoRA on the last layer, text kept": _planned(_LORA_ARM, kept=4),
+    "LoRA on the last layer, rate 3e-4": _planned(_LORA_ARM, learning_rate=3e-4),
+    "LoRA on the last layer, rate 3e-3": _planned(_LORA_ARM, learning_rate=3e-3),
+    "LoRA on all layers, same CPU time": _planned(_LORA_ALL, seconds=_SECONDS, steps=80),
+    "LoRA on all layers, 400 steps": _planned(_LORA_ALL, steps=400),
+    "LoRA on all layers, 1,500 steps": _planned(_LORA_BF16, steps=1500),
     "LoRA on all layers, 3,000 steps": _LORA_BF16,
 }
 

@@ -67,14 +67,14 @@ class Cache:
         self.folder, self.base_folder = folder, base_folder
         self.tokenizer = real_base.load_tokenizer(base_folder)
         self._base: Any = None
-        self._task: tuple[str, Parts] | None = None
+        self._task: tuple[tuple[str, int], Parts] | None = None
 
-    def task(self, name: str) -> Parts:
-        """The parts of a task; those of the last one stay in memory."""
-        if self._task is None or self._task[0] != name:
+    def task(self, name: str, layer: int = 0) -> Parts:
+        """The parts of a task, as part() gives them; those of the last one stay in memory."""
+        if self._task is None or self._task[0] != (name, layer):
             texts = parts_of(TASKS[name])
-            made = Parts(lambda part: self.part(f"{name}-{part}", encode(self.tokenizer, texts[part])))
-            self._task = (name, made)
+            made = Parts(lambda part: self.part(f"{name}-{part}", encode(self.tokenizer, texts[part]), layer))
+            self._task = ((name, layer), made)
         return self._task[1]
 
     @cached_property

@@ -90,13 +90,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code."""
-    chosen = _parser().parse_args(argv)
+    parser = _parser()
+    chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
     if chosen.afresh and chosen.out.exists():
         told = "expected a new --out with --afresh, got"
-        _parser().error(f"{told} {chosen.out}, which is gone on with without --afresh.")
+        parser.error(f"{told} {chosen.out}, which is gone on with without --afresh.")
     if chosen.afresh and chosen.publish:
-        _parser().error("expected --afresh or --publish, got both: what is published would be lost.")
+        parser.error("expected --afresh or --publish, got both: what is published would be lost.")
     try:
         lines = Lines(chosen.out / RESULTS, begin_with=None if chosen.afresh else PUBLISHED)
         runs = dict.fromkeys(wanted(chosen.tasks, chosen.arms, chosen.seeds))
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
             TASKS[task].check()
         cache = Cache(chosen.out / "states", real_base.folder_of(chosen.base))
     except ValueError as error:
-        _parser().error(str(error))
+        parser.error(str(error))
     print(f"{len(todo)} runs to make", flush=True)
     for done, run in enumerate(todo, start=1):
         began = time.perf_counter()

@@ -172,7 +172,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         self._draws_values = False  # the base came with its values, and the TRMs drew theirs
         self.post_init()
         self._draws_values = True
-        if config.lora_rank is not None:  # after post_init, which would draw its second product anew
+        if config.lora_rank is not None:
             add_lora(llm_model, config.lora_rank, TRM_DTYPES[config.trm_dtype])
         self.train(llm_model.training)
         config.belongs_to_model()

@@ -290,12 +290,7 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
 @contextmanager
 def taken_out(model: PreTrainedModel) -> Iterator[list[Injection]]:
     """Within the block the layers are without their injections, which are given."""
-    places = [
-        (layer, name, part)
-        for layer in decoder_layers(model)
-        for name, part in layer.named_children()
-        if isinstance(part, Injection)
-    ]
+    places = _places(model)
     for layer, name, _ in places:
         delattr(layer, name)
     try:
@@ -303,6 +298,16 @@ def taken_out(model: PreTrainedModel) -> Iterator[list[Injection]]:
     finally:
         for layer, name, injection in places:
             setattr(layer, name, injection)
+
+
+def _places(model: PreTrainedModel) -> list[tuple[nn.Module, str, Any]]:
+    """(layer, name in it, injection) of all injections, in the order of the layers' parts."""
+    return [
+        (layer, name, part)
+        for layer in decoder_layers(model)
+        for name, part in layer.named_children()
+        if name in INJECTION_NAMES
+    ]
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -313,9 +318,8 @@ def detach(model: PreTrainedModel) -> None:
             for key in [key for key, hook in hooks.items() if hook in ours]:
                 del hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-        for name in INJECTION_NAMES:
-            if name in layer._modules:
-                delattr(layer, name)
+    for layer, name, _ in _places(model):
+        delattr(layer, name)
 
 
 def _check_memory(model: PreTrainedModel, config: HybridConfig, hidden_size: int) -> None:
