@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hybrid import HybridConfig, HybridModel
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 
 ROWS_IN_STEP = 4
 

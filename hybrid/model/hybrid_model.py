@@ -1,7 +1,7 @@
 """HybridModel: a frozen language model with recursive blocks inside; inject, run, switch off.
 
-One forward: positions, mask and cache are settled once (settled_call.py) -> the language model's own
-layers -> after layer k a hook hands the hidden state to that layer's TRM (injection.py) -> the remaining
+One forward: positions, mask and cache are settled once (settled_call.py) -> the language model's own layers
+-> after layer k a hook hands the hidden state to that layer's TRM (injection_points.py) -> the remaining
 layers -> logits. With W_out at zero the output equals the language model's, bit for bit.
 """
 
@@ -36,6 +36,7 @@ from hybrid.model.as_it_came import AsItCame, GivenBack, has_checkpoints
 from hybrid.model.backbone import Backbone
 from hybrid.model.cache import counts_tokens
 from hybrid.model.cache_name import CACHE_NAME, is_argument_of, takes_cache
+from hybrid.model.deep_supervision import answers_of, check_labels, of_last_rows, repeat_rows
 from hybrid.model.generation import HybridGenerationMixin
 from hybrid.model.halting import (
     ForwardSteps,
@@ -44,14 +45,11 @@ from hybrid.model.halting import (
     mean_over_points,
     recording,
 )
-from hybrid.model.injection import (
-    Injection,
-    InjectionCall,
+from hybrid.model.injection import Injection, InjectionCall, current_call
+from hybrid.model.injection_points import (
     attach,
-    current_call,
     detach,
     keep_call_in_checkpoints,
-    repeat_for_answers,
     taken_out,
 )
 from hybrid.model.language_model import accepts_loss_kwargs, check_base, refer_to, unloaded_base
@@ -76,12 +74,6 @@ _SUPPORTS = (
     "_supports_attention_backend",
     "_can_compile_fullgraph",
     "_is_stateful",
-)
-_NO_LABELS = (
-    "HybridModel: deep_supervision expected the loss to be the model's own, over several answers, so labels "
-    "in each training forward, got {}. A trainer's label smoothing and loss functions keep the labels from "
-    "the model: leave them out, or set config.deep_supervision = False, which trains on the last answer. "
-    "Where nothing is to learn, torch.no_grad() or eval()."
 )
 _BLOCKS = threading.Lock()  # of all models; a lock of its own could not be copied with a model
 
@@ -310,26 +302,18 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
             return forward_until_settled(
                 self, inputs, rule, given, labels, logits_to_keep, num_recursion_steps, kwargs
             )
-        answers = self._answers(labels)
+        answers = answers_of(self, labels, is_recorded=self._added is not None)
         call, given = settle(
             self, inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
         if answers > 1 and call is not None:
-            if call.cache is not None:
-                raise ValueError("HybridModel: deep_supervision expected no cache in training, got one.")
-            repeat_for_answers(self.llm_model, self.config.injection_layers[-1])
-            call.answers = answers
-            labels = None if labels is None else torch.cat([labels] * answers)
-            if (shifted := kwargs.get("shift_labels")) is not None:
-                kwargs["shift_labels"] = torch.cat([shifted] * answers)
-            if (of_batch := kwargs.get("num_items_in_batch")) is not None:  # the loss is a sum over so many
-                kwargs["num_items_in_batch"] = of_batch * answers
+            labels = repeat_rows(self, call, answers, labels, kwargs)
 
         arguments = {"position_ids": position_ids, "logits_to_keep": logits_to_keep, "labels": labels}
         arguments = {k: v for k, v in arguments.items() if v is not None and k in self._base_arguments}
         given |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         output = self._run(self.llm_model, call, inputs, **given, **arguments, **kwargs)
-        return output if answers == 1 else _of_last_rows(output, len(inputs))
+        return output if answers == 1 else of_last_rows(output, len(inputs))
 
     def run_decoder(
         self,
@@ -348,8 +332,7 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         inputs, rule = inputs_of(input_ids, inputs_embeds), rule_of(self, halting)
         if isinstance(rule, TokenHalting):
             raise ValueError("HybridModel: TokenHalting chooses among logits, got a call without the head.")
-        if self._wants_labels():
-            raise ValueError(_NO_LABELS.format("one that takes the last hidden state"))
+        check_labels(self, "one that takes the last hidden state")
         call, given = settle(
             self, inputs, attention_mask, position_ids, past_key_values, use_cache, num_recursion_steps, rule
         )
@@ -375,21 +358,6 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
         if call is not None and (record := recording()) is not None:
             record.forwards.append(self._steps_of(call, inputs))
         return output
-
-    def _answers(self, labels: Tensor | None) -> int:
-        """How many answers of the last injection point the loss of this forward is over.
-
-        Errors: ValueError where the loss is made elsewhere, of what is one answer.
-        """
-        if labels is None and self._added is None and self._wants_labels():
-            raise ValueError(_NO_LABELS.format("a forward without labels"))
-        is_supervised = self.is_injecting and self.training and labels is not None
-        return self.config.supervised_answers if is_supervised else 1
-
-    def _wants_labels(self) -> bool:
-        """Whether something is to learn from this forward by a loss that the model alone can make."""
-        is_learning = self.training and torch.is_grad_enabled()
-        return is_learning and self.is_injecting and self.config.supervised_answers > 1
 
     def _steps_of(self, call: InjectionCall, inputs: Tensor) -> ForwardSteps:
         B, T = inputs.shape[:2]
@@ -565,15 +533,6 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
 
 CombinedTRMLLM = HybridModel
 """The name of HybridModel in the training guide."""
-
-
-def _of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWithPast:
-    if output.logits is not None:
-        output.logits = output.logits[-rows:]
-    for name in ("hidden_states", "attentions"):
-        if (of_layers := getattr(output, name, None)) is not None:
-            setattr(output, name, tuple(t[-rows:] for t in of_layers))
-    return output
 
 
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HybridConfig.model_type] = HybridModel.__name__

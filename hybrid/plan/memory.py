@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.run import Run, linear_layers
 from trm_kernels.recursion.saved_bytes import POLICIES, SAVES, save_that_fits, saved_bytes

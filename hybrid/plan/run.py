@@ -15,7 +15,8 @@ from hybrid.config import HybridConfig, trm_fields
 from hybrid.config_checks import TRM_DTYPES
 from hybrid.info import on_meta, saved_by_injection
 from hybrid.model.hybrid_model import HybridModel
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.plan.cards import Card
 from hybrid.plan.kept import ATTENTION, Kept, kept_by_step
 

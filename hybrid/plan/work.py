@@ -23,7 +23,8 @@ from typing import NamedTuple, Self
 
 from hybrid.bases import KNOWN_BASES
 from hybrid.info import count
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.model.trm_names import is_trm_key
 from hybrid.plan.memory import memory
 from hybrid.plan.run import Run

@@ -22,7 +22,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from hybrid.config import HybridConfig
-from hybrid.model.injection import Injection, decoder_layers, trm_evaluations
+from hybrid.model.injection import Injection, trm_evaluations
+from hybrid.model.injection_points import decoder_layers
 from hybrid.serving.vllm_attention import PagedAttention, RowAttention, TokenRow
 from trm_kernels.ops.attention.rope import rope_angles
 from trm_kernels.recursion.weights import InjectionWeights

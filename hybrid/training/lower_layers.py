@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid.model.hybrid_model import HybridModel
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from hybrid.training.processes import seed_everything
 
 

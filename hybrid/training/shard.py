@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hybrid.model.hybrid_model import HybridModel
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.model.trm_names import is_trm_key
 
 _FILE_BYTES = 5 * 10**9  # the largest file, about

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, Qwen3Config
 
 from hybrid import HybridConfig, HybridModel
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.plan.cards import CARDS
 from hybrid.plan.memory import memory, units
 from hybrid.plan.run import Run

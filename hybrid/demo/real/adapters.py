@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from hybrid.config import HybridConfig
 from hybrid.demo.real.training import Model
 from hybrid.model.hybrid_model import HybridModel
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 
 _MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

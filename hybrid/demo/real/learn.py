@@ -18,7 +18,7 @@ from hybrid.demo.real.questions import AskedText, Questions
 from hybrid.demo.real.training import Known, Model, TrainingPlan, train
 from hybrid.demo.texts import split_sources
 from hybrid.model.hybrid_model import HybridModel
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from hybrid.training.evaluate import text_loss
 from hybrid.training.processes import seed_everything
 

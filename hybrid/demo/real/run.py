@@ -31,7 +31,7 @@ from hybrid.demo.real.learn import (
 from hybrid.demo.real.questions import encode
 from hybrid.demo.real.states import hidden_states
 from hybrid.extras import installed
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from hybrid.saving.files import replace_file
 from hybrid.training import run_folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 
 _AT_ONCE = 2048  # tokens in one forward
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from hybrid import Halting, TokenHalting
 from hybrid.model.cache_name import as_argument
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from tests.support.tiny import FAMILIES, tiny_hybrid, tokens
 
 PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])

@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybrid import CombinedTRMLLM, HybridModel
 from hybrid.model.cache_name import as_argument
-from hybrid.model.injection import keep_call_in_checkpoints
+from hybrid.model.injection_points import keep_call_in_checkpoints
 from hybrid.model.settled_call import recursion_steps
 from tests.support.tiny import FAMILIES, LAYERS, WIDTH, awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 from trm_kernels.ops.attention import library as library_attention

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hybrid import HybridConfig, HybridModel
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from hybrid.saving import base_checksum
 from hybrid.saving.base_reference import base_tensors
 from tests.support import forked

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybrid.cli import main
 from hybrid.data.sources import Sources
 from hybrid.data.stream import TokenStream
-from hybrid.model.injection import decoder_layers
+from hybrid.model.injection_points import decoder_layers
 from hybrid.training import contents, hidden_states
 from hybrid.training.batches import LengthCurriculum
 from hybrid.training.loop import train

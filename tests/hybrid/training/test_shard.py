@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hybrid import HybridModel, presets
 from hybrid.bases import KNOWN_BASES
 from hybrid.info import on_meta
-from hybrid.model.injection import Injection, decoder_layers
+from hybrid.model.injection import Injection
+from hybrid.model.injection_points import decoder_layers
 from hybrid.training import checkpoints as run_state
 from hybrid.training import shard
 from hybrid.training.loop import train
