@@ -49,23 +49,32 @@ class Lever:
     narrow: bool = False
 
 
-def _plan(**changes: Any) -> Lever:
-    return Lever(plan=replace(Lever().plan, **changes))
+def _planned(lever: Lever, **changes: Any) -> Lever:
+    return replace(lever, plan=replace(lever.plan, **changes))
 
+
+_AS_IT_IS = Lever()
+_WIDE = Lever({"trm_hidden_size": 128, "trm_intermediate_size": 336})
+_TWO_LAYERS = Lever({"trm_num_layers": 2})
+_LAYER_29 = Lever({"injection_layers": [29]})
 
 LEVERS: dict[str, Lever] = {
-    "as it is": Lever(),
+    "as it is": _AS_IT_IS,
     "no norm behind W_in": Lever({"trm_input_norm": False}),
     "n from 1..8": Lever({"num_recursion_steps": 8}),
     "a gate that opens from .05": Lever({"blending_strategy": "gated"}, gate=-3.0),
     "y and z from zero": Lever(from_zero=True),
     "strength 1": Lever({"injection_strength": 1.0}),
-    "width 128": Lever({"trm_hidden_size": 128, "trm_intermediate_size": 336}),
-    "two layers": Lever({"trm_num_layers": 2}),
-    "rate 1e-3": _plan(learning_rate=1e-3),
-    "rate 4e-3": _plan(learning_rate=4e-3),
-    "warm-up of 300 steps": _plan(warmup_steps=300),
-    "after layer 29": Lever({"injection_layers": [29]}),
+    "width 128": _WIDE,
+    "two layers": _TWO_LAYERS,
+    "rate 1e-3": _planned(_AS_IT_IS, learning_rate=1e-3),
+    "rate 4e-3": _planned(_AS_IT_IS, learning_rate=4e-3),
+    "warm-up of 300 steps": _planned(_AS_IT_IS, warmup_steps=300),
+    "rate 4e-3, warm-up of 300 steps": _planned(_AS_IT_IS, learning_rate=4e-3, warmup_steps=300),
+    "width 128, warm-up of 300 steps": _planned(_WIDE, warmup_steps=300),
+    "two layers, warm-up of 300 steps": _planned(_TWO_LAYERS, warmup_steps=300),
+    "after layer 29": _LAYER_29,
+    "after layer 29, warm-up of 300 steps": _planned(_LAYER_29, warmup_steps=300),
     "after layers 29 and 30": Lever({"injection_layers": [29, 30]}),
     "as it is, in bfloat16": Lever(narrow=True),
     "after layer 15, in bfloat16": Lever({"injection_layers": [15], "injection_strength": 8.0}, narrow=True),

@@ -54,6 +54,9 @@ ARMS: dict[str, Arm] = {
     "n random in 1..12": replace(_RANDOM, n=12),
     "n random in 1..12, text kept": replace(_RANDOM, n=12, plan=TrainingPlan(kept=4)),
     "n random in 1..12, 1,500 steps": replace(_RANDOM, n=12, plan=TrainingPlan(steps=1500)),
+    "n random in 1..12, text kept, 1,500 steps, warm-up of 300": replace(
+        _RANDOM, n=12, plan=TrainingPlan(steps=1500, warmup_steps=300, kept=4)
+    ),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
     "n = 8": Arm("recursion"),
@@ -63,6 +66,7 @@ ARMS: dict[str, Arm] = {
     "LoRA on the last layer, text kept": _planned(_LORA_ARM, kept=4),
     "LoRA on the last layer, rate 3e-4": _planned(_LORA_ARM, learning_rate=3e-4),
     "LoRA on the last layer, rate 3e-3": _planned(_LORA_ARM, learning_rate=3e-3),
+    "LoRA on the last layer, warm-up of 300": _planned(_LORA_ARM, warmup_steps=300),
     "LoRA on all layers, same CPU time": _planned(_LORA_ALL, seconds=_SECONDS, steps=80),
     "LoRA on all layers, 400 steps": _planned(_LORA_ALL, steps=400),
     "LoRA on all layers, 1,500 steps": _planned(_LORA_BF16, steps=1500),
