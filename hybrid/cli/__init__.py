@@ -28,8 +28,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"trm-hybrid: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "trm-hybrid: interrupted; a training goes on from its last checkpoint with --resume",
-            file=sys.stderr,
-        )
+        print("trm-hybrid: interrupted", file=sys.stderr)
         return 130

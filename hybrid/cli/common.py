@@ -53,7 +53,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     halting = _halting(arguments)
     tokenizer = tokenizer_of(arguments.model, arguments)
-    model = load_model(arguments.model, arguments.dtype or "auto", arguments.trust_remote_code)
+    dtype, base = arguments.dtype or "auto", arguments.hybrid_base
+    model = load_model(arguments.model, dtype, arguments.trust_remote_code, hybrid_base=base)
     n = arguments.num_recursion_steps
     if n is not None:
         if not isinstance(model, HybridModel):
@@ -74,7 +75,7 @@ def tokenizer_of(name_or_path: str, arguments: argparse.Namespace) -> Any:
     from hybrid.saving.loading import load_tokenizer
 
     template = None if arguments.chat_template is None else read_template(arguments.chat_template)
-    tokenizer = load_tokenizer(name_or_path, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(name_or_path, arguments.trust_remote_code, arguments.hybrid_base)
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
@@ -115,14 +116,12 @@ def sequence_length(config: PreTrainedConfig, arguments: argparse.Namespace) -> 
     return arguments.sequence_length
 
 
-def read_blocks(
-    sources: list[str], tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace
-) -> Any:
-    """TokenBlocks or Examples whose tokens the model has, no longer than it can read."""
+def read_blocks(sources: Any, tokenizer: Any, config: PreTrainedConfig, arguments: argparse.Namespace) -> Any:
+    """TokenBlocks or Examples of Sources, whose tokens the model has, no longer than it can read."""
     from hybrid.data.blocks import read_rows
 
     return read_rows(
-        sources_of(sources, arguments),
+        sources,
         tokenizer,
         sequence_length(config, arguments),
         separate=arguments.documents == "separate",
@@ -134,6 +133,14 @@ def sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
     from hybrid.data.sources import Sources
 
     return Sources(names, arguments.field, arguments.loss_on)
+
+
+def known_sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
+    """Those of --known and --keep: of chats --loss-on says what counts, of plain text all of it does."""
+    from hybrid.data.sources import Sources
+
+    sources = Sources(names, arguments.field)
+    return sources_of(names, arguments) if sources.has_completions else sources
 
 
 def _halting(arguments: argparse.Namespace) -> Halting | TokenHalting | None:

@@ -24,15 +24,16 @@ def run(arguments: argparse.Namespace) -> int:
         )
     model, tokenizer = load(arguments)
     for source in arguments.data or ():
-        if names := unused_columns(sources_of([source], arguments), tokenizer):
+        sources = sources_of([source], arguments)
+        if names := unused_columns(sources, tokenizer):
             print(f"{source}: not used: the columns {', '.join(names)}")
-        blocks = read_blocks([source], tokenizer, model.config, arguments)
+        blocks = read_blocks(sources, tokenizer, model.config, arguments)
         with record_steps() as record:
             loss = text_loss(model, blocks, arguments.batch_size)
         what = f"{source}: loss {loss.per_token:.4f} nats per token, perplexity {loss.perplexity:.4g}, "
         if isinstance(blocks, Examples):
             labelled = f"{loss.tokens:,} labelled tokens in {len(blocks):,} rows"
-            print(f"{what}{loss.accuracy:.2%} right of {labelled}")
+            print(f"{what}{loss.accuracy:.2%} right of {labelled}; {loss.rows:,} rows wholly right")
         else:
             print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}")
         if getattr(model, "halting", None) is not None:

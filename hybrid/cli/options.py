@@ -23,6 +23,16 @@ class TrustOptions:
 
 
 @dataclass
+class HybridBaseOptions:
+    hybrid_base: str | None = option(
+        None,
+        "of a saved hybrid: where its base is now, a name on the hub or a folder",
+        shown="where its config says",
+        metavar="PLACE",
+    )
+
+
+@dataclass
 class BackendOptions:
     backend: Literal["auto", "triton", "reference"] = option(
         "auto",

@@ -12,7 +12,14 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from hybrid.cli.common import block, read_blocks, sequence_length, sources_of, tokenizer_of
+from hybrid.cli.common import (
+    block,
+    known_sources_of,
+    read_blocks,
+    sequence_length,
+    sources_of,
+    tokenizer_of,
+)
 from hybrid.config import HybridConfig
 from hybrid.data.sources import unused_columns
 from hybrid.data.stream import TokenStream
@@ -122,13 +129,14 @@ def _read(
     held_out = {
         "new": data.held_out_rows()
         if arguments.held_out is None
-        else read_blocks(arguments.held_out, tokenizer, start, arguments)
+        else read_blocks(sources_of(arguments.held_out, arguments), tokenizer, start, arguments)
     }
     if arguments.known is not None:
-        held_out["known"] = read_blocks(arguments.known, tokenizer, start, arguments)
+        known = known_sources_of(arguments.known, arguments)
+        held_out["known"] = read_blocks(known, tokenizer, start, arguments)
     keep = None
     if arguments.keep is not None:
-        keep = stream(sources_of(arguments.keep, arguments), held_out=held[1])
+        keep = stream(known_sources_of(arguments.keep, arguments), held_out=held[1])
         if arguments.known is None:
             held_out["known"] = keep.held_out_rows()
     return _Texts(data, keep, held_out)
@@ -139,10 +147,11 @@ def _load(
 ) -> HybridModel:
     learns_in = "bfloat16" if arguments.stochastic_rounding else "float32"
     dtype = arguments.dtype or (learns_in if phase.trains_base else "auto")
+    place = {"trust_remote_code": arguments.trust_remote_code, "hybrid_base": arguments.hybrid_base}
     if arguments.shard and processes.num_processes > 1:
-        loaded: PreTrainedModel = load_on_first(arguments.base, dtype, arguments.trust_remote_code)
+        loaded: PreTrainedModel = load_on_first(arguments.base, dtype, **place)
     else:
-        loaded = load_model(arguments.base, dtype, arguments.trust_remote_code, arguments.quantize_base)
+        loaded = load_model(arguments.base, dtype, quantize_base=arguments.quantize_base, **place)
     model = loaded if isinstance(loaded, HybridModel) else HybridModel(llm_model=loaded, config=config)
     enter(model, arguments.phase)
     if arguments.gradient_checkpointing:

@@ -62,7 +62,8 @@ def _content(row: dict[str, Any], field: str, has_nulls: bool) -> tuple[Content,
     got = f"{value!r:.40}" if name in row else ", ".join(map(str, row)) or "no fields"
     missing = [] if name in row else list(map(str, row))
     near = next((near for key in missing if (near := nearest(key, names, cutoff=0.8))), None)
-    raise ValueError(f"expected text or a chat in the field {name!r}, got {got}{did_you_mean(near)}")
+    other = " Another field: --field, or field=." if missing and near is None else ""
+    raise ValueError(f"expected text or a chat in the field {name!r}, got {got}{did_you_mean(near)}{other}")
 
 
 def _completion(content: Content) -> Content:

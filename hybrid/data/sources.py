@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid.data.chats import Chat, taken
 from hybrid.data.formats import Format, format_of, is_file_name
-from hybrid.data.labelled import LabelledChat, LabelledRow
+from hybrid.data.labelled import LabelledChat, LabelledRow, LabelledText
 from hybrid.data.readers import Read, read_data_set, read_json, read_lines, read_table, read_text
 from hybrid.data.rows import LOSS_ON, Content, RowContent, read_row
 from hybrid.training.contents import of_files
@@ -65,10 +65,12 @@ class Sources:
     def __init__(self, names: Sequence[str], field: str = "text", loss_on: str = "all") -> None:
         if loss_on not in LOSS_ON:
             raise ValueError(f"data: expected a loss on {' or '.join(LOSS_ON)}, got {loss_on!r}.")
-        self.name = ", ".join(names)
+        self._names, self.name = names, ", ".join(names)
         self.field, self.loss_on = field, loss_on
         self._parts: list[Path | str] = []
         for name in names:
+            if not name:
+                raise ValueError("data: expected names of files or data sets, got an empty one.")
             paths = _files(name)
             self._parts += [name] if paths is None else paths
 
@@ -88,6 +90,15 @@ class Sources:
         """Whether the rows bring their own labels: whether the first does."""
         first = next(self._read(), None)
         return first is not None and isinstance(first.content, LabelledRow)
+
+    @cached_property
+    def has_completions(self) -> bool:
+        """Whether the rows say what answers what, chats or prompts and completions: the first does."""
+        first = next(Sources(self._names, self.field)._read(), None)
+        return first is not None and (
+            isinstance(first.content, Chat)
+            or (isinstance(first.content, LabelledText) and first.content.closes)
+        )
 
     def columns_beside(self) -> tuple[set[str], bool]:
         """(columns of the first rows that nothing is made of, whether these rows are chats)"""
@@ -133,7 +144,9 @@ class Sources:
         if isinstance(part, Path) and format_of(part).kind in (None, "text"):
             if self.loss_on == "all":
                 return RowContent(read.found, ())
-            raise ValueError(f"data: {read.where}: expected chats for a loss on completions, got a text.")
+            raise ValueError(
+                f"data: {read.where}: expected chats for a loss on completions (--loss-on), got a text."
+            )
         try:
             return read_row(read.found, self.field, self.loss_on, has_nulls=_is_arrow(part))
         except ValueError as error:

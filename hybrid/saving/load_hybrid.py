@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 _PLACE_OF_TRM = ("revision", "subfolder")
 # of a load in which every tensor came and fitted, as one that returns must
 _LOADING_INFO = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+_MOVED = "If it has moved, base_model_name_or_path= says where to, on a command line --hybrid-base."
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
@@ -81,7 +82,7 @@ def _load(
             if config.base_gguf_file is None and config.base_subfolder is None:
                 check_folder("the base model", config.base_model_name_or_path)
         except ValueError as error:
-            raise ValueError(f"HybridModel: {first_line(error)}. Pass llm_model= if it has moved.") from None
+            raise ValueError(f"HybridModel: {first_line(error)}. {_MOVED}") from None
         try:
             of_base |= _reference_of(config, of_base)
             llm_model = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, **of_base)
@@ -90,7 +91,7 @@ def _load(
                 raise  # else tensors of other sizes than the config's
             raise ValueError(
                 f"HybridModel: expected the base model at {config.base_model_name_or_path!r}, got: "
-                f"{first_line(error)}. Pass llm_model= if it has moved."
+                f"{first_line(error)}. {_MOVED}"
             ) from error
     tensors = _read(path, hub)
     config.name_or_path = str(path)  # as of any model: by it PEFT and TRL find the hybrid again

@@ -34,17 +34,26 @@ def load_config(name_or_path: str, trust_remote_code: bool = False) -> PreTraine
 
 
 def load_model(
-    name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False, quantize_base: str | None = None
+    name_or_path: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quantize_base: str | None = None,
+    hybrid_base: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model, hybrid or not; see load_config for what may be named.
 
     dtype           of its parameters: "float32", "bfloat16", "float16", or "auto", as its files say
     quantize_base   "int8" or "nf4", see quantized_base.py; None: as its files say, or as it was saved
+    hybrid_base     where a hybrid's base is now, a name or a folder; None: where its config says
 
-    Errors: ValueError when there is none, its files are damaged, or a package to quantize it is missing.
+    Errors: ValueError when there is none, its files are damaged, a package to quantize it is missing, or
+    hybrid_base is given for a model that has no base in another place.
     """
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     what, config = "a causal language model", load_config(name_or_path, trust_remote_code)
+    if hybrid_base is not None:
+        _check_base_elsewhere(config, name_or_path)
+        arguments["base_model_name_or_path"] = hybrid_base
     if quantize_base is not None:
         of_files = config.get_text_config(decoder=True).dtype
         in_half = of_files if of_files in (torch.bfloat16, torch.float16) else None
@@ -66,14 +75,19 @@ def load_model(
     return model
 
 
-def load_on_first(name_or_path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_on_first(
+    name_or_path: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    hybrid_base: str | None = None,
+) -> PreTrainedModel:
     """As load_model, by all processes of a group: the first reads the weights, the others nothing.
 
     Theirs are on the meta device, for shard() to fill in.
     """
     model, dtypes = None, [dict[str, torch.dtype]()]
     if torch.distributed.get_rank() == 0:
-        model = load_model(name_or_path, dtype, trust_remote_code)
+        model = load_model(name_or_path, dtype, trust_remote_code, hybrid_base=hybrid_base)
         dtypes = [{name: p.dtype for name, p in model.named_parameters()}]
     broadcast_object_list(dtypes)
     if model is not None:
@@ -91,7 +105,9 @@ def load_on_first(name_or_path: str, dtype: str = "auto", trust_remote_code: boo
     return model.eval()
 
 
-def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool = False, hybrid_base: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in the model's folder; for a hybrid without one, that of its base.
 
     Errors: ValueError when there is none.
@@ -102,8 +118,18 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool = False) -> PreTra
         and config.base_model_name_or_path
         and not _has_tokenizer(name_or_path)
     ):
-        name_or_path = config.base_model_name_or_path
+        name_or_path = hybrid_base or config.base_model_name_or_path
     return _load(AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code)
+
+
+def _check_base_elsewhere(config: PreTrainedConfig, name_or_path: str) -> None:
+    if isinstance(config, HybridConfig) and config.base_model_name_or_path is not None:
+        return
+    got = "the whole of one" if isinstance(config, HybridConfig) else f"a {type(config).__name__}"
+    raise ValueError(
+        f"expected a saved hybrid whose base is in a place of its own for --hybrid-base, got {got} at "
+        f"{name_or_path}."
+    )
 
 
 def _load(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:

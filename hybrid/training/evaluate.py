@@ -22,14 +22,17 @@ class TextLoss:
     nats     the sum of -ln p(token | the tokens before it), natural logarithm
     tokens   how many tokens were predicted
     right    of how many the likeliest token was the label
+    rows     in how many items it was that of all labels, and there were any
     """
 
     nats: float
     tokens: int
     right: int = 0
+    rows: int = 0
 
     def __add__(self, other: "TextLoss") -> "TextLoss":
-        return TextLoss(self.nats + other.nats, self.tokens + other.tokens, self.right + other.right)
+        nats, tokens = self.nats + other.nats, self.tokens + other.tokens
+        return TextLoss(nats, tokens, self.right + other.right, self.rows + other.rows)
 
     @property
     def per_token(self) -> float:
@@ -66,8 +69,9 @@ def text_loss(model: PreTrainedModel, data: Dataset, batch_size: int) -> TextLos
             tokens = int((labels != IGNORED).sum())
             output = model(**batch, use_cache=False)  # also of no tokens: others may be waiting in it
             if tokens:
-                right = int((output.logits[:, :-1].argmax(-1) == labels).sum())
-                total += TextLoss(output.loss.item() * tokens, tokens, right)
+                is_right, counts = output.logits[:, :-1].argmax(-1) == labels, labels != IGNORED
+                rows = int(((is_right | ~counts).all(1) & counts.any(1)).sum())
+                total += TextLoss(output.loss.item() * tokens, tokens, int(is_right.sum()), rows)
     finally:
         model.train(was_training)
     return total

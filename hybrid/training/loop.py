@@ -91,7 +91,8 @@ def train(
 
     The global random generators (Python's, NumPy's, torch's) are seeded anew in every step.
 
-    On SIGTERM or SIGHUP the step is finished and saved, then the signal ends the process (stop_signals.py).
+    On SIGINT (Ctrl-C), SIGTERM or SIGHUP the step is finished and saved, then the signal ends the process
+    (stop_signals.py).
 
     Errors: ValueError when nothing requires gradients, when the folder cannot be written to, holds another
     run or is in use by one, when a resumed run differs, or when loss or gradient are no numbers too often:

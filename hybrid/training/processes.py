@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_see
 
 T = TypeVar("T")
 _LOOKS_EVERY = 1.0  # seconds
-_OF_SCHEDULERS = {signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
+_TO_ALL = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
 
 _ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -69,22 +69,22 @@ def on_main(processes: PartialState, call: Callable[[], T]) -> T:
 def end_with_parent() -> None:
     """In a worker process: end when its parent has ended, however that was; and not before.
 
-    What a scheduler sends to all processes of a job (SIGTERM, SIGHUP) is the parent's to answer: it may need
-    its workers to finish a step. From the parent itself it ends this process.
+    What a terminal (Ctrl-C) or a scheduler sends to all processes of a job is the parent's to answer: it may
+    need its workers to finish a step. From the parent itself it ends this process.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     waits = hasattr(signal, "sigtimedwait")
     if waits:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _OF_SCHEDULERS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
     began_under = os.getppid()
 
     def watch() -> None:
         while parent.is_alive() and os.getppid() == began_under:
             if not waits:
                 time.sleep(_LOOKS_EVERY)
-            elif (came := signal.sigtimedwait(_OF_SCHEDULERS, _LOOKS_EVERY)) and came.si_pid == began_under:
+            elif (came := signal.sigtimedwait(_TO_ALL, _LOOKS_EVERY)) and came.si_pid == began_under:
                 break
         os._exit(0)
 

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGHUP while a run trains: the step is finished and saved, then the signal ends the process.
+"""SIGINT, SIGTERM, SIGHUP while a run trains: the step is finished and saved, then the signal ends it.
 
-A scheduler that takes a machine back, a closed terminal and `kill` send them. A second one ends the process
-at once. Where a launcher started several processes it passes on what it got, so that one signal may come
-twice: what comes within _SAME_SECONDS of the first is the same there.
+Ctrl-C, a scheduler that takes a machine back, a closed terminal and `kill` send them. A second one ends the
+process at once. Where a launcher started several processes it passes on what it got, so that one signal may
+come twice: what comes within _SAME_SECONDS of the first is the same there.
 """
 
 import os
@@ -10,13 +10,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import PartialState
 
-NOTED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+NOTED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _SAME_SECONDS = 2.0
 
 
@@ -49,8 +50,14 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._came:
             self._came, self._since = number, time.monotonic()
+            if self._processes.is_main_process:
+                name = signal.Signals(number).name
+                told = f"\n{name}: the step is finished and saved first; a second one ends the run at once\n"
+                with suppress(OSError):
+                    os.write(2, told.encode())  # print may be what was interrupted
         elif self._processes.num_processes == 1 or time.monotonic() - self._since > _SAME_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            # Python's own handler of Ctrl-C raises KeyboardInterrupt, which lets the caller clear up
+            signal.signal(number, self._before[number] if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def agreed(self) -> int:

@@ -245,9 +245,13 @@ def test_rows_with_labels(base, texts, tmp_path, capsys):
     assert main([str(word) for word in (*evaluation, tmp_path / "rows.jsonl", texts / "new.txt")]) == 0
     labels, text = capsys.readouterr().out.splitlines()
     found = re.search(
-        r"rows.jsonl: loss \S+ nats per token, perplexity \S+, (\S+)% right of 180 labelled tokens", labels
+        r"rows.jsonl: loss \S+ nats per token, perplexity \S+, (\S+)% right of 180 labelled tokens in 90 "
+        r"rows; (\d+) rows wholly right",
+        labels,
     )
     assert found and float(found[1]) > 60
+    right = round(float(found[1]) * 1.8)
+    assert right - 90 <= int(found[2]) <= right / 2, "two labels a row"
     assert text.endswith("tokens in sequences of 16")
     error = refused(capsys, *command, "--sequence-length", 4, "--output", tmp_path / "again")
     assert "rows.jsonl, line 1: expected at most 4 tokens (the sequence length), got 5" in error
@@ -634,7 +638,10 @@ def test_an_error_is_one_line_whatever_is_in_it(base, texts, tmp_path, capsys):
 def test_a_jsonl_line_without_the_field(base, texts, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     error = refused(capsys, *train_command(base, texts, tmp_path / "run", "--data", tmp_path / "data.jsonl"))
-    assert "data.jsonl, line 2: expected text or a chat in the field 'text', got body" in error
+    assert (
+        "data.jsonl, line 2: expected text or a chat in the field 'text', got body. Another field: --field"
+        in error
+    )
 
 
 def test_an_output_folder_that_cannot_be_written_to(base, texts, tmp_path, capsys):

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from hybrid import HybridConfig
+from hybrid import HybridConfig, HybridModel
 from hybrid.cli import main
 from hybrid.cli.block import config_of
 from hybrid.cli.options import PRESETS, BackendOptions, BlockOptions, InferenceOptions, TrainOptions
@@ -349,6 +350,78 @@ def test_loss_on_completions(tmp_path, texts, capsys):  # noqa: F811
         "a.jsonl, line 1: expected a chat template that marks what the assistant says"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("target", ["labels", "base"])
+def test_what_is_kept_beside_chats_may_be_plain_text(target, tmp_path, texts, capsys):  # noqa: F811
+    from tests.hybrid.data.test_chats import CHAT, MARKED
+
+    folder = save_base(tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(MARKED)
+    for name in ("a.jsonl", "kept.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(60)))
+    command = ["train", "--base", folder, "--data", tmp_path / "a.jsonl", "--steps", 2, "--batch-size", 4]
+    command += ["--sequence-length", 32, "--loss-on", "completions", *options(FIELDS)]
+    for name, known in ((texts / "known.txt", "sequences of 32"), (tmp_path / "kept.jsonl", "rows")):
+        kept = ["--keep", name, "--keep-ratio", 0.25, "--keep-target", target, "--known", name]
+        run = tmp_path / f"{Path(name).stem}"
+        assert main([str(word) for word in (*command, *kept, "--output", run)]) == 0
+        out = capsys.readouterr().out
+        assert f"kept: {name}, 25.0% of each step" in out
+        loss = re.findall(r"held-out loss, known text: \S+ -> (\S+) nats", out)[0]
+        more = ["--loss-on", "completions"] * (known == "rows")
+        evaluation = ["eval", "--model", run, "--data", name, "--sequence-length", 32, *more]
+        assert main([str(word) for word in evaluation]) == 0
+        out = capsys.readouterr().out
+        assert f"loss {loss} nats" in out and known in out
+    error = refused(capsys, *command, "--output", tmp_path / "b", "--held-out", texts / "known.txt")
+    assert "known.txt: expected chats for a loss on completions (--loss-on), got a text." in error
+
+
+def test_the_base_of_a_hybrid_that_moved(trained, base, texts, tmp_path, capsys):  # noqa: F811
+    model = shutil.copytree(trained / "checkpoint-000006", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/not/here"}))
+    for path in model.glob("token*"):
+        path.unlink()  # then it is the base's that is read
+    for command in (
+        ["generate", "--prompt", "1 and", "--max-new-tokens", 4],
+        ["eval", "--data", texts / "new.txt", "--sequence-length", 16],
+    ):
+        moved = [str(word) for word in (*command, "--model", model)]
+        assert "/not/here" in refused(capsys, *moved)
+        assert main([*moved, "--hybrid-base", str(base)]) == 0
+        out = capsys.readouterr().out
+        assert main([str(word) for word in (*command, "--model", trained)]) == 0
+        assert capsys.readouterr().out == out
+    command = ["train", "--base", model, "--data", texts / "new.txt", "--sequence-length", 16, "--steps", 1]
+    output = ["--output", tmp_path / "run"]
+    assert main([str(word) for word in (*command, *output, "--hybrid-base", base)]) == 0
+    saved = json.loads((tmp_path / "run" / "checkpoint-000001" / "config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(base)
+    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match="base_model_name_or_path= says where to, on a command line --hybrid"
+    ):
+        HybridModel.from_pretrained(model)
+    assert HybridModel.from_pretrained(model, base_model_name_or_path=str(base)).llm_model is not None
+
+
+def test_a_base_elsewhere_of_what_has_none(trained, base, tmp_path, capsys):  # noqa: F811
+    command = ["generate", "--prompt", "1 and", "--hybrid-base", base, "--model"]
+    assert "for --hybrid-base, got a LlamaConfig at" in refused(capsys, *command, base)
+    whole = tmp_path / "whole"
+    HybridModel.from_pretrained(trained / "checkpoint-000006").save_pretrained(whole, save_base=True)
+    shutil.copy(base / "tokenizer.json", whole)
+    shutil.copy(base / "tokenizer_config.json", whole)
+    assert "for --hybrid-base, got the whole of one at" in refused(capsys, *command, whole)
+
+
+def test_a_source_without_a_name(base, texts, tmp_path, capsys):  # noqa: F811
+    """As a variable of the shell that is not set."""
+    for option in ("--data", "--known"):
+        error = refused(capsys, *train_command(base, texts, tmp_path / "run", option, ""))
+        assert "data: expected names of files or data sets, got an empty one." in error
 
 
 def test_a_chat_template_from_a_file_is_saved_with_the_tokenizer(base, tmp_path, capsys):  # noqa: F811

@@ -1,6 +1,7 @@
 """Rows that bring their own labels: what they say, how they are streamed, padded, trained on and measured."""
 
 import json
+import types
 from dataclasses import asdict
 from itertools import islice
 
@@ -298,3 +299,22 @@ def test_only_labels_are_counted(games):
     assert tokens == sum(len(swaps) for _, swaps in GAMES)
     assert loss.per_token == pytest.approx(nats / tokens, rel=1e-5)
     assert loss.accuracy == right / tokens
+
+
+class Knowing(torch.nn.Module):
+    """Its likeliest token is the label, but for tokens that it does not know."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, labels, unknown=9, **given):
+        following = torch.cat([labels[:, 1:], labels[:, :1]], dim=1).clamp(min=0)
+        following[following == unknown] = 0
+        logits = torch.nn.functional.one_hot(following, 10).float()
+        return types.SimpleNamespace(logits=logits, loss=torch.tensor(1.0))
+
+
+def test_a_row_is_right_when_all_its_labels_are():
+    labels = [[7, -100, 3, 4], [-100, 9, 3, -100], [-100, -100, 5, -100], [6, -100, -100, -100]]
+    rows = [{"input_ids": torch.zeros(4, dtype=torch.int64), "labels": torch.tensor(row)} for row in labels]
+    loss = text_loss(Knowing(), rows, batch_size=2)
+    assert (loss.tokens, loss.right, loss.rows) == (5, 4, 2), "the first of a row is not predicted"

@@ -141,9 +141,7 @@ def test_a_base_of_the_callers(saved, base_folder):
     shutil.rmtree(base_folder)
     again = HybridModel.from_pretrained(folder, llm_model=base)
     assert again.llm_model is base and same(again, hybrid)
-    with pytest.raises(
-        ValueError, match=r"expected the base model at .*base.*Pass llm_model= if it has moved"
-    ):
+    with pytest.raises(ValueError, match=r"expected the base model at .*base.*If it has moved, base_model"):
         HybridModel.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP while a run trains: the step is finished and saved; workers end with their parent."""
+"""Ctrl-C, SIGTERM, SIGHUP in training: the step is finished and saved; workers end with their parent."""
 
 import multiprocessing
 import os
@@ -54,6 +54,27 @@ def test_the_step_is_finished_and_saved(number, tmp_path):
     assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
 
 
+def test_ctrl_c_saves_the_step_and_is_an_interrupt(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        on_step = sends(signal.SIGINT, at=13)
+        train(phase_1(), Counting(), settings_for(tmp_path), on_step=on_step)
+    assert run_state.latest(tmp_path).name == "checkpoint-000013"
+    assert (
+        "SIGINT: the step is finished and saved first; a second one ends the run at once"
+        in capfd.readouterr().err
+    )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        on_step = sends(signal.SIGINT, signal.SIGINT, at=13)
+        train(phase_1(), Counting(), settings_for(tmp_path), on_step=on_step)
+    assert run_state.latest(tmp_path).name == "checkpoint-000010"
+    with run_folder.held(tmp_path, PartialState()):
+        pass
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path):
     def act():
         on_step = sends(signal.SIGTERM, signal.SIGTERM, at=13)
@@ -64,7 +85,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 
 
 def test_what_a_launcher_sends_once_more_is_the_same_signal(monkeypatch):
-    processes, now = type("Two", (), {"num_processes": 2})(), [100.0]
+    processes = type("Two", (), {"num_processes": 2, "is_main_process": True})()
+    now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     killed = []
     monkeypatch.setattr(os, "kill", lambda process, number: killed.append(number))
@@ -186,11 +208,12 @@ def test_workers_end_with_a_parent_that_is_killed(stream, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="told by whom a signal is sent")
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_last_step(stream, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_last_step(number, stream, tmp_path):
     process, workers = train_until_told(stream, tmp_path / "run", tmp_path / "told")
     for one in (*workers, process):
-        os.kill(one, signal.SIGTERM)
-    assert forked.wait(process) == -signal.SIGTERM
+        os.kill(one, number)
+    assert forked.wait(process) == (-number if number == signal.SIGTERM else 1)  # 1: KeyboardInterrupt
     assert run_state.step_of(run_state.latest(tmp_path / "run")) >= 3
     all_end(workers)
 
