@@ -18,6 +18,7 @@ else:
 CACHE_DTYPES = ("float32", "bfloat16")
 KEEP_TARGETS = ("labels", "base")
 SCHEDULES = ("cosine", "constant-then-decay")
+_LONGEST_RISE = 300  # steps, where none are given: see docs/decisions/real-base.md
 _DECAY = 0.2  # of the steps after the warm-up: those in which a constant rate falls
 
 
@@ -50,7 +51,9 @@ class TrainSettings:
     learning_rate: float = option(
         1e-4, "AdamW's, at its highest", cli_default=None, shown="1e-4 in phase 1, 1e-5 in phase 2"
     )
-    warmup_steps: int = option(0, "steps in which the rate rises to it, evenly")
+    warmup_steps: int | None = option(
+        None, "steps in which the rate rises to it, evenly", shown=f"a fifth of them, at most {_LONGEST_RISE}"
+    )
     weight_decay: float = option(0.01, "AdamW's")
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's", nargs=2)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this Euclidean norm")
@@ -137,7 +140,7 @@ class TrainSettings:
             from hybrid.training import trackers
 
             trackers.check(self.report_to)
-        if not 0 <= self.warmup_steps <= self.steps:
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"TrainSettings: expected warmup_steps in 0..{self.steps} (steps), got {self.warmup_steps!r}."
             )
@@ -195,11 +198,14 @@ class TrainSettings:
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0: a linear rise, then as the schedule says."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        falling = max(1, self.steps - self.warmup_steps)
+        rising = self.warmup_steps
+        if rising is None:
+            rising = min(_LONGEST_RISE, self.steps // 5)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        falling = max(1, self.steps - rising)
         if self.schedule == "cosine":
-            height = (1 + math.cos(math.pi * (step - self.warmup_steps) / falling)) / 2
+            height = (1 + math.cos(math.pi * (step - rising) / falling)) / 2
         else:
             height = min(1.0, (self.steps - step) / (_DECAY * falling))
         return self.learning_rate * (self.final_rate_fraction + (1 - self.final_rate_fraction) * height)

@@ -139,6 +139,10 @@ def test_what_metrics_hold(tmp_path):
 
 
 def test_the_rate_rises_and_falls():
+    for steps, rising in ((4, 0), (100, 20), (1500, 300), (9000, 300)):
+        settings = TrainSettings("unused", steps=steps, learning_rate=2.0)
+        rates = [settings.rate_at(step) for step in range(rising + 1)]
+        assert rates == pytest.approx([*(2.0 * (k + 1) / rising for k in range(rising)), 2.0])
     settings = TrainSettings("unused", steps=100, learning_rate=2.0, warmup_steps=10, final_rate_fraction=0.1)
     assert [settings.rate_at(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
     assert settings.rate_at(10) == 2.0
