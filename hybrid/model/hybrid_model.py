@@ -396,6 +396,9 @@ class HybridModel(PreTrainedModel, HybridGenerationMixin):
                     and is as it came; else the whole model, and a warning says why. False: the TRMs' tensors
                     only, or an error
 
+        After add_adapter or load_adapter the adapter alone is written, as of any model of transformers; then
+        a save_base, and a TRM that is neither in it nor in the folder that the hybrid came from, is an error.
+
         Errors: ValueError for the base's own folder and one of another model, when the base carries adapters
         of its own (LoRA), which a file could not load, when its config was changed so that its tensors do
         not fit, and with save_base=False where the reference cannot give this base again.

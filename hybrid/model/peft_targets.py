@@ -33,10 +33,11 @@ from hybrid.model.trm_names import is_injection_name, is_trm_key
 
 _ADVICE = "a TRM's matrices go to its kernels and cannot be adapted; modules_to_save=['trm'] trains it whole"
 
-_OF_NO_FOLDER = (
+OF_NO_FOLDER = (
     "HybridModel: the adapter that was saved names no base, for the hybrid was wrapped in this process and "
     "is in no folder; nor does it hold the HybridConfig. To load it, wrap the base with the same config and "
-    "call PeftModel.from_pretrained(hybrid, folder). Or save the hybrid, load it, and get_peft_model then."
+    "call PeftModel.from_pretrained(hybrid, folder), or hybrid.load_adapter(folder). Or save the hybrid, "
+    "load it, and add the adapter then."
 )
 
 _OVER_LORA_RANK = (
@@ -89,7 +90,7 @@ def tell_peft() -> None:
         saved = list(model.peft_config) if saved is None else saved
         is_nameless = not all(model.peft_config[name].base_model_name_or_path for name in saved)
         if is_nameless and given.get("is_main_process", True) and _names_in_trms(model):
-            warnings.warn(_OF_NO_FOLDER, stacklevel=2)
+            warnings.warn(OF_NO_FOLDER, stacklevel=2)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
     inject_adapter.leaves_trms_alone = True  # type: ignore[attr-defined]

@@ -155,11 +155,15 @@ def recursion_steps(hybrid: "HybridModel", requested: int | None, cache: Cache |
     most = hybrid.config.num_recursion_steps
     if hybrid.config.recursion_sampling == "fixed" or not hybrid.training or cache is not None:
         return most
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "HybridModel: under torch.compile, recursion_sampling='uniform' expected num_recursion_steps "
-            "in the call (draw_recursion_steps gives one), got none."
-        )
+    return _draw(hybrid)
+
+
+# a graph would keep the first number that was drawn; what follows is compiled once for each
+@torch.compiler.disable(
+    reason="HybridModel: under torch.compile(fullgraph=True), recursion_sampling='uniform' expected "
+    "num_recursion_steps in the call (draw_recursion_steps gives one), got none."
+)
+def _draw(hybrid: "HybridModel") -> int:
     return hybrid.draw_recursion_steps()
 
 

@@ -242,7 +242,7 @@ def _load_whole(load_whole: Callable[..., Any], path: Any, *args: Any, **kwargs:
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
             raise ValueError(f"HybridModel: {path}: {len(keys)} tensors are {kind}, the first is {keys[0]}.")
-    if model.config.base_is_frozen:
+    if model.config.base_is_frozen and not model._hf_peft_config_loaded:  # whose adapter froze all else
         model.freeze_base()
     return (model, info) if wants_info else model
 
@@ -267,6 +267,15 @@ def _read(
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(_damaged(file, error)) from error
     return tensors
+
+
+def trms_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The TRMs' tensors of a saved hybrid that was loaded from there in this process.
+
+    Errors: as from_pretrained.
+    """
+    with saved_folder.as_saved(path) as place:
+        return _read(place, {"local_files_only": True}, is_trm_key)
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], path: Any) -> None:

@@ -4,12 +4,13 @@ Nothing is written here; save_hybrid.py asks before it begins.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hybrid.config import HybridConfig
@@ -105,6 +106,40 @@ def check_complete(model: Any, state_dict: Mapping[str, Tensor], save_base: bool
         )
 
 
+def refuse_computed(model: Any, save_base: bool) -> None:
+    """ValueError where pruning or a parametrization makes a tensor, which then would be in no file."""
+    of_base, prefix = set(), "llm_model."
+    names = list(_computed(model))
+    if save_base and not all(map(is_trm_key, names)):
+        of_base = set(_made_anew(model.llm_model))  # else the class computes it by itself, and loads it so
+    lost = [name for name in names if is_trm_key(name) or name.removeprefix(prefix) in of_base]
+    if lost:
+        some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        raise ValueError(
+            f"save_pretrained: expected plain parameters, got {len(lost)} that are computed from others and "
+            f"would be missing on loading: {some}. First make each plain, by torch.nn.utils.prune.remove("
+            "module, name) or torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+        )
+
+
+def _computed(model: nn.Module) -> Iterator[str]:
+    """The tensors that torch's pruning, weight norm or a parametrization computes from others."""
+    for name, module in model.named_modules():
+        found = list(module.parametrizations) if is_parametrized(module) else []
+        for hook in module._forward_pre_hooks.values():  # of pruning; of weight_norm and spectral_norm
+            tensor = getattr(hook, "_tensor_name", getattr(hook, "name", None))
+            if isinstance(tensor, str) and tensor not in module._parameters and hasattr(module, tensor):
+                found.append(tensor)
+        yield from (f"{name}.{tensor}" for tensor in found)
+
+
+def _made_anew(base: Any) -> dict[str, Tensor]:
+    """The tensors, without values, of a language model made by its config."""
+    with torch.device("meta"):
+        made: dict[str, Tensor] = type(base)(copy.deepcopy(base.config)).state_dict()
+    return made
+
+
 def check_config_fits(model: Any) -> None:
     """ValueError where the language model's config was changed so that its tensors could not be loaded."""
     base, of_shapes = model.llm_model, {"vocab_size", "tie_word_embeddings"}
@@ -113,12 +148,11 @@ def check_config_fits(model: Any) -> None:
         return
     have = {name: t.shape for name, t in base_reference.base_tensors(model, once=False)}
     try:
-        with torch.device("meta"):
-            made = type(base)(copy.deepcopy(base.config))
+        made = _made_anew(base)
     except Exception as error:  # each family has its own kinds
         why = f"no model can be made of it ({first_line(error)})"
     else:
-        want = {name: t.shape for name, t in made.state_dict().items()}
+        want = {name: t.shape for name, t in made.items()}
         odd = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
         if not odd and not _loses_its_head(base):
             return

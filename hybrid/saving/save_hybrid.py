@@ -24,8 +24,10 @@ from hybrid.saving.may_be_saved import (
     not_kept,
     refuse_adapters,
     refuse_another_model,
+    refuse_computed,
 )
 from hybrid.saving.modeling_file import AUTO_MAP, write_modeling_file
+from hybrid.saving.save_adapter import check_adapter, save_adapter
 from hybrid.saving.saved_tokenizer import copy_tokenizer, has_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -45,9 +47,16 @@ def save(
 ) -> None:
     """Write `model` into `folder` by transformers' own save_pretrained, then rename into place.
 
+    Of a hybrid with an adapter the adapter alone, as transformers does it: save_adapter.py.
+
     Errors: see HybridModel.save_pretrained.
     """
     with _SAVING:
+        if model._hf_peft_config_loaded:  # by add_adapter or load_adapter; not inside of PEFT's own model
+            refuse_computed(model, save_base=False)
+            check_adapter(model, folder, save_base, state_dict)
+            save_adapter(model, write, folder, state_dict, *args, **kwargs)
+            return
         saves_base = _saves_base(model, save_base, state_dict)
         for line in not_kept(model):
             logger.warning(line)
@@ -103,6 +112,7 @@ def _save(
         raise ValueError(f"save_pretrained: expected a folder, got the file {folder}.")
     base_reference.refuse_bases_folder(folder, model.config)
     refuse_another_model(folder)
+    refuse_computed(model, save_base)
     check_complete(model, state_dict, save_base, kwargs)
     check_config_fits(model)
     if save_base:

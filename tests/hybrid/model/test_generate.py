@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 from hybrid import HybridModel
@@ -130,6 +131,28 @@ def test_uniform_sampling_under_compile_asks_for_a_number():
     torch.testing.assert_close(
         compiled(ids, num_recursion_steps=1).logits, hybrid(ids, num_recursion_steps=1).logits
     )
+
+
+def test_uniform_sampling_is_compiled_once_for_each_number():
+    """The number is drawn between two graphs, as often as without a compiler; gradients are eager ones."""
+    torch._dynamo.reset()
+    counters.clear()
+    changes = {"recursion_sampling": "uniform", "num_recursion_steps": 2, "injection_layers": [2]}
+    hybrids = [brief_hybrid(**changes).freeze_base().train() for _ in range(2)]
+    ids, compiled = tokens(), torch.compile(hybrids[0], backend="eager")
+    for draw in range(8):
+        for hybrid, call in zip(hybrids, (compiled, hybrids[1]), strict=True):
+            hybrid.zero_grad()
+            call(ids, labels=ids).loss.backward()
+        if draw == 5:
+            assert {hybrids[1].draw_recursion_steps(i) for i in range(6)} == {1, 2}
+            graphs = counters["stats"]["unique_graphs"]
+        for a, b in zip(*(hybrid.trm_parameters() for hybrid in hybrids), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    assert [hybrid.draws for hybrid in hybrids] == [8, 8]
+    assert counters["stats"]["unique_graphs"] == graphs
+    (why,) = counters["graph_break"]
+    assert "expected num_recursion_steps in the call" in why
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """PEFT on a hybrid: its targets mean the language model, and the TRMs are left alone."""
 
 import copy
+import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,13 +12,13 @@ import torch
 from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hybrid import HybridModel
 from tests.support import fresh, tiny_text
 from tests.support.peft_methods import METHODS, STEPS, outcome
-from tests.support.tiny import tiny_base, tiny_hybrid, tokens
+from tests.support.tiny import awaken, tiny_base, tiny_hybrid, tokens
 
 by_transformers = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
@@ -122,6 +124,96 @@ def test_an_adapters_folder_is_loaded_by_the_auto_class(tmp_path, modules_to_sav
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
+def saved_hybrid(tmp_path, save_base=None):
+    tiny_base().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    hybrid = awaken(HybridModel(llm_model=base, config=tiny_hybrid().config)).freeze_base()
+    hybrid.save_pretrained(tmp_path / "hybrid", save_base=save_base)
+    return tmp_path / "hybrid"
+
+
+@by_transformers
+@pytest.mark.parametrize("is_whole", [False, True], ids=["TRMs", "whole"])
+@pytest.mark.parametrize("learns", [None, ["trm", "trm_before"]], ids=["adapter", "and TRMs"])
+def test_trainer_saves_what_add_adapter_gave_and_it_is_loaded(tmp_path, learns, is_whole):
+    """The adapter alone, as of any model: by its folder, in the hybrid's own, and loaded into a hybrid."""
+    folder = saved_hybrid(tmp_path, save_base=is_whole or None)
+    hybrid = HybridModel.from_pretrained(folder)
+    before = hybrid(tokens()).logits
+    hybrid.add_adapter(LoraConfig(r=2, target_modules=USUAL, modules_to_save=learns))
+    run = TrainingArguments(
+        tmp_path / "run", max_steps=2, save_steps=1, learning_rate=0.1, use_cpu=True, report_to="none"
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*learns nothing")
+        Trainer(hybrid, run, train_dataset=rows).train()
+    want, saved = hybrid.eval()(tokens()).logits, tmp_path / "run" / "checkpoint-2"
+    assert not torch.allclose(want, before)
+    names = {path.name for path in saved.iterdir()}
+    assert "adapter_model.safetensors" in names and not names & {"config.json", "model.safetensors"}
+    assert any("trm" in name for name in load_file(saved / "adapter_model.safetensors")) == bool(learns)
+
+    loaded = HybridModel.from_pretrained(folder)
+    loaded.load_adapter(saved)
+    hybrid.save_pretrained(folder)
+    models = (loaded, *(AutoModelForCausalLM.from_pretrained(place) for place in (saved, folder)))
+    for again in models:
+        assert torch.equal(again(tokens()).logits, want)
+        again.save_pretrained(tmp_path / "again")  # over what the one before has saved there
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens()).logits, want)
+
+
+@by_transformers
+def test_a_trm_that_an_adapters_files_would_lose_is_refused(tmp_path):
+    folder, alone = saved_hybrid(tmp_path), LoraConfig(r=2, target_modules=USUAL)
+
+    def refused(hybrid, config=alone, **given):
+        hybrid.add_adapter(copy.copy(config))
+        with pytest.raises(ValueError, match="save_pretrained: ") as error:
+            hybrid.save_pretrained(tmp_path / "adapter", **given)
+        assert not (tmp_path / "adapter").exists()
+        return str(error.value)
+
+    loaded = HybridModel.from_pretrained(folder)
+    assert "expected no save_base" in refused(loaded, save_base=True)
+    loaded.base_model.layers[1].trm.out_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="layers.1.trm.out_proj.weight requires gradients. Give the adapter"):
+        loaded.save_pretrained(tmp_path / "adapter")
+    for part in ("trm", "trm_before"):  # of which the adapter has one, in the second round
+        changed = HybridModel.from_pretrained(folder)
+        with torch.no_grad():
+            next(p for name, p in changed.named_parameters() if f".{part}.recursion" in name).add_(0.1)
+        config = LoraConfig(r=2, target_modules=USUAL, modules_to_save=None if part == "trm" else ["trm"])
+        assert f".{part}.recursion" in (why := refused(changed, config)) and "other values than in" in why
+    assert "trm_before is in no folder" in refused(tiny_hybrid())
+    into_base = HybridModel.from_pretrained(folder)
+    into_base.add_adapter(copy.copy(alone))
+    with pytest.raises(ValueError, match="another folder than the base's own"):
+        into_base.save_pretrained(tmp_path / "base")
+    gone = HybridModel.from_pretrained(folder)
+    shutil.rmtree(folder)
+    assert "cannot be read" in refused(gone)
+
+
+@by_transformers
+@pytest.mark.parametrize("learns", [None, ["trm", "trm_before"]], ids=["adapter", "and TRMs"])
+def test_an_adapter_that_was_added_to_a_fresh_hybrid_says_how_to_load_it(tmp_path, learns):
+    hybrid = tiny_hybrid(awake=False)
+    config = LoraConfig(target_modules=USUAL, modules_to_save=learns, init_lora_weights=False)
+    hybrid.add_adapter(config)
+    if learns:
+        with torch.no_grad():
+            for name, parameter in hybrid.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(0.1)
+    with pytest.warns(UserWarning, match="names no base, .*hybrid.load_adapter"):
+        hybrid.save_pretrained(tmp_path)
+    again = tiny_hybrid(awake=False)
+    again.load_adapter(tmp_path)
+    assert torch.equal(again(tokens()).logits, hybrid.eval()(tokens()).logits)
+
+
 @pytest.mark.parametrize("add", ["get_peft_model", pytest.param("add_adapter", marks=by_transformers)])
 def test_no_adapter_over_a_hybrid_with_lora_rank(tmp_path, add):
     """PEFT would make its own the only active one: what lora_rank has learned would be off, unsaid."""
@@ -174,7 +266,7 @@ def test_adapting_a_trm_is_refused_with_a_sentence(arguments, got):
 
 def test_models_without_a_trm_are_as_before_and_peft_may_be_imported_late():
     code = (
-        "from tests.support.tiny import tiny_base, tiny_hybrid; hybrid = tiny_hybrid()\n"
+        "from tests.support.tiny import awaken, tiny_base, tiny_hybrid; hybrid = tiny_hybrid()\n"
         "from peft import LoraConfig, get_peft_model\n"
         f"targets = {USUAL}\n"
         "for model in (hybrid, tiny_base()):\n"

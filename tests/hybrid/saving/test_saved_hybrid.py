@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize, prune
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hybrid import HybridConfig, HybridModel
 from tests.support import fresh
-from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
+from tests.support.tiny import awaken, tiny_base, tiny_config, tiny_hybrid, tokens
 from tests.support.tiny_text import character_tokenizer
 
 
@@ -243,3 +244,49 @@ def test_a_mistyped_folder_asks_no_hub(name, monkeypatch):
 def test_a_base_is_no_hybrid(load, base_folder):
     with pytest.raises(ValueError, match=r"without TRMs \(llama\). HybridModel\(llm_model=.* puts them into"):
         load.from_pretrained(base_folder)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+COMPUTED = {
+    "pruned": (lambda m: prune.l1_unstructured(m, "weight", 0.5), lambda m: prune.remove(m, "weight")),
+    "parametrized": (
+        lambda m: parametrize.register_parametrization(m, "weight", Doubled()),
+        lambda m: parametrize.remove_parametrizations(m, "weight"),
+    ),
+    "spectral norm": (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.parametrize("place", ["trm.in_proj", "self_attn.q_proj"])
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_tensor_that_is_computed_is_refused_until_it_is_plain(how, place, tmp_path):
+    """Its file would hold weight_orig, or the like, and not the weight that loading looks for."""
+    put, remove = COMPUTED[how]
+    hybrid = tiny_hybrid()
+    layer = hybrid.base_model.layers[1]
+    put(layer.get_submodule(place))
+    with pytest.raises(
+        ValueError, match=f"1 that are computed .* loading: llm_model.*layers.1.{place}.weight"
+    ):
+        hybrid.save_pretrained(tmp_path, save_base=True)
+    assert not list(tmp_path.iterdir())
+    want = hybrid(tokens()).logits
+    remove(layer.get_submodule(place))
+    hybrid.save_pretrained(tmp_path, save_base=True)
+    assert torch.equal(HybridModel.from_pretrained(tmp_path)(tokens()).logits, want)
+
+
+def test_a_computed_tensor_of_the_base_is_no_matter_where_the_trms_are_saved(tmp_path):
+    bases = [tiny_base() for _ in range(2)]
+    for base in bases:
+        prune.l1_unstructured(base.model.layers[1].self_attn.q_proj, "weight", 0.5)
+    hybrid = awaken(HybridModel(llm_model=bases[0], config=tiny_config()))
+    hybrid.save_pretrained(tmp_path, save_base=False)
+    again = HybridModel.from_pretrained(tmp_path, llm_model=bases[1])
+    assert all(
+        torch.equal(a, b) for a, b in zip(hybrid.trm_parameters(), again.trm_parameters(), strict=True)
+    )
