@@ -139,8 +139,7 @@ def known_sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
     """Those of --known and --keep: of chats --loss-on says what counts, of plain text all of it does."""
     from hybrid.data.sources import Sources
 
-    sources = Sources(names, arguments.field)
-    return sources_of(names, arguments) if sources.has_completions else sources
+    return Sources(names, arguments.field, arguments.loss_on, text_counts=True)
 
 
 def _halting(arguments: argparse.Namespace) -> Halting | TokenHalting | None:

@@ -6,7 +6,9 @@ What the template renders is what is trained on: nothing is put before it, and n
 import functools
 import inspect
 import json
+import os
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,12 @@ _NOT_A_ROWS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
     "continue_final_message",
     "kwargs",
 }
+# transformers compiles a template once and notes in it what is marked, which two threads would mix up
+_RENDERING = threading.Lock()
+if hasattr(os, "register_at_fork"):  # no process is forked in the middle of it: a child could not end it
+    os.register_at_fork(
+        before=_RENDERING.acquire, after_in_parent=_RENDERING.release, after_in_child=_RENDERING.release
+    )
 _LONGEST_MARKED = 2**22  # characters of a chat whose completions are looked for: 1 GB of memory
 
 
@@ -180,7 +188,8 @@ def _applied(chat: Chat, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Any:
     """What apply_chat_template gives. Errors: ValueError where the template refuses the chat."""
     given = _arguments(tokenizer, chat)
     try:
-        return tokenizer.apply_chat_template(chat.turns, **how, **given)
+        with _RENDERING:
+            return tokenizer.apply_chat_template(chat.turns, **how, **given)
     except Exception as error:  # whatever the template's author lets it raise
         raise _refused(error) from error
 

@@ -23,13 +23,16 @@ class RowContent(NamedTuple):
     beside: tuple[str, ...]
 
 
-def read_row(row: object, field: str, loss_on: str = "all", has_nulls: bool = False) -> RowContent:
+def read_row(
+    row: object, field: str, loss_on: str = "all", has_nulls: bool = False, text_counts: bool = False
+) -> RowContent:
     """What `row` says.
 
-    field       holds the text or the chat; "text" may be messages or conversations as well
-    loss_on     "completions": of a chat what the assistant says is learned; of rows that bring their labels
-                only those of prompt and completion will do
-    has_nulls   a column or a key that a row does not have came as null, as from parquet
+    field         holds the text or the chat; "text" may be messages or conversations as well
+    loss_on       "completions": of a chat what the assistant says is learned; of rows that bring their
+                  labels only those of prompt and completion will do
+    has_nulls     a column or a key that a row does not have came as null, as from parquet
+    text_counts   with "completions" a text will do as well
 
     Errors: ValueError, without the place, for a row that says nothing of this kind, or is no text.
     """
@@ -39,7 +42,7 @@ def read_row(row: object, field: str, loss_on: str = "all", has_nulls: bool = Fa
     if has_nulls:
         row = {name: value for name, value in row.items() if value is not None}
     content, used = _content(row, field, has_nulls)
-    if loss_on == "completions":
+    if loss_on == "completions" and not (text_counts and isinstance(content, str)):
         content = _completion(content)
     for text in _texts(content):
         check_unicode(text)

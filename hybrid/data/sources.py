@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hybrid.data.chats import Chat, taken
 from hybrid.data.formats import Format, format_of, is_file_name
-from hybrid.data.labelled import LabelledChat, LabelledRow, LabelledText
+from hybrid.data.labelled import LabelledChat, LabelledRow
 from hybrid.data.readers import Read, read_data_set, read_json, read_lines, read_table, read_text
 from hybrid.data.rows import LOSS_ON, Content, RowContent, read_row
 from hybrid.training.contents import of_files
@@ -51,10 +51,12 @@ class Piece:
 class Sources:
     """Everything that `names` name, in their order; a glob's files come in the order of their names.
 
-    names   files, globs, or NAME[:CONFIG[:SPLIT]] of data sets for datasets.load_dataset (a folder is one
-            too); the split is "train" where none is given
-    field   of a row that holds the text or the chat; where a row has no "text", messages or conversations
-    loss_on "all", or "completions": of chats what the assistant says (labelled.py)
+    names         files, globs, or NAME[:CONFIG[:SPLIT]] of data sets for datasets.load_dataset (a folder is
+                  one too); the split is "train" where none is given
+    field         of a row that holds the text or the chat; where a row has no "text", messages or
+                  conversations
+    loss_on       "all", or "completions": of chats what the assistant says (labelled.py)
+    text_counts   whether with "completions" plain text will do as well, all of which counts
 
     All rows bring their own labels (labelled.py), or none does.
 
@@ -62,11 +64,13 @@ class Sources:
     what its name says, a row without the field, labels in some rows only, a data set that cannot be loaded.
     """
 
-    def __init__(self, names: Sequence[str], field: str = "text", loss_on: str = "all") -> None:
+    def __init__(
+        self, names: Sequence[str], field: str = "text", loss_on: str = "all", text_counts: bool = False
+    ) -> None:
         if loss_on not in LOSS_ON:
             raise ValueError(f"data: expected a loss on {' or '.join(LOSS_ON)}, got {loss_on!r}.")
-        self._names, self.name = names, ", ".join(names)
-        self.field, self.loss_on = field, loss_on
+        self.name = ", ".join(names)
+        self.field, self.loss_on, self.text_counts = field, loss_on, text_counts
         self._parts: list[Path | str] = []
         for name in names:
             if not name:
@@ -90,15 +94,6 @@ class Sources:
         """Whether the rows bring their own labels: whether the first does."""
         first = next(self._read(), None)
         return first is not None and isinstance(first.content, LabelledRow)
-
-    @cached_property
-    def has_completions(self) -> bool:
-        """Whether the rows say what answers what, chats or prompts and completions: the first does."""
-        first = next(Sources(self._names, self.field)._read(), None)
-        return first is not None and (
-            isinstance(first.content, Chat)
-            or (isinstance(first.content, LabelledText) and first.content.closes)
-        )
 
     def columns_beside(self) -> tuple[set[str], bool]:
         """(columns of the first rows that nothing is made of, whether these rows are chats)"""
@@ -142,13 +137,13 @@ class Sources:
 
     def _said(self, read: Read, part: Path | str) -> RowContent:
         if isinstance(part, Path) and format_of(part).kind in (None, "text"):
-            if self.loss_on == "all":
+            if self.loss_on == "all" or self.text_counts:
                 return RowContent(read.found, ())
             raise ValueError(
                 f"data: {read.where}: expected chats for a loss on completions (--loss-on), got a text."
             )
         try:
-            return read_row(read.found, self.field, self.loss_on, has_nulls=_is_arrow(part))
+            return read_row(read.found, self.field, self.loss_on, _is_arrow(part), self.text_counts)
         except ValueError as error:
             raise ValueError(f"data: {read.where}: {error}") from None
 

@@ -52,7 +52,7 @@ def load_model(
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     what, config = "a causal language model", load_config(name_or_path, trust_remote_code)
     if hybrid_base is not None:
-        _check_base_elsewhere(config, name_or_path)
+        _check_base_elsewhere(config, name_or_path, hybrid_base)
         arguments["base_model_name_or_path"] = hybrid_base
     if quantize_base is not None:
         of_files = config.get_text_config(decoder=True).dtype
@@ -122,7 +122,9 @@ def load_tokenizer(
     return _load(AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code)
 
 
-def _check_base_elsewhere(config: PreTrainedConfig, name_or_path: str) -> None:
+def _check_base_elsewhere(config: PreTrainedConfig, name_or_path: str, hybrid_base: str) -> None:
+    if not hybrid_base:
+        raise ValueError("expected the place of a base for --hybrid-base, got an empty one.")
     if isinstance(config, HybridConfig) and config.base_model_name_or_path is not None:
         return
     got = "the whole of one" if isinstance(config, HybridConfig) else f"a {type(config).__name__}"

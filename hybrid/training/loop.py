@@ -252,6 +252,7 @@ class _Training:
         assert checkpoint is not None  # the last step saved one, or there was no step left
         if after is None:
             after = {} if self.ended_by else self._measure(None)
+            self.ended_by = self.ended_by or signals.agreed()
         return TrainResult(
             steps=settings.steps,
             held_out_before=before,

@@ -199,8 +199,9 @@ def check_same_run(folder: Path, before: dict[str, Any], what: dict[str, Any]) -
     then, now = _as_far_as_both_know(then, now), _as_far_as_both_know(now, then)
     if difference := first_difference(then, now):
         name, was, now_is = difference
+        option = f" (--{name.replace('_', '-')} {was})" if now_is is None and name in before else ""
         raise ValueError(
-            f"train: to resume the run in {folder}, expected {name} {was} as it began, got {now_is}. "
+            f"train: to resume the run in {folder}, expected {name} {was} as it began{option}, got {now_is}. "
             f"{_CANNOT}"
         )
 

@@ -374,6 +374,10 @@ def test_what_is_kept_beside_chats_may_be_plain_text(target, tmp_path, texts, ca
         assert main([str(word) for word in evaluation]) == 0
         out = capsys.readouterr().out
         assert f"loss {loss} nats" in out and known in out
+    both = [texts / "known.txt", tmp_path / "kept.jsonl"]
+    for names in (both, both[::-1]):
+        error = refused(capsys, *command, "--keep", *names, "--keep-ratio", 0.25, "--output", tmp_path / "c")
+        assert re.search("expected (labels|text), as in the first row of .*, got (text|labels)", error)
     error = refused(capsys, *command, "--output", tmp_path / "b", "--held-out", texts / "known.txt")
     assert "known.txt: expected chats for a loss on completions (--loss-on), got a text." in error
 
@@ -410,6 +414,8 @@ def test_the_base_of_a_hybrid_that_moved(trained, base, texts, tmp_path, capsys)
 def test_a_base_elsewhere_of_what_has_none(trained, base, tmp_path, capsys):  # noqa: F811
     command = ["generate", "--prompt", "1 and", "--hybrid-base", base, "--model"]
     assert "for --hybrid-base, got a LlamaConfig at" in refused(capsys, *command, base)
+    nowhere = ["generate", "--prompt", "1 and", "--model", trained, "--hybrid-base", ""]
+    assert "for --hybrid-base, got an empty one" in refused(capsys, *nowhere)
     whole = tmp_path / "whole"
     HybridModel.from_pretrained(trained / "checkpoint-000006").save_pretrained(whole, save_base=True)
     shutil.copy(base / "tokenizer.json", whole)

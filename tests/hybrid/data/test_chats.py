@@ -1,13 +1,15 @@
 """Chats: what a template renders is what is trained on; or, of it, what the assistant says."""
 
 import json
+import threading
+import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from hybrid.data.blocks import TokenBlocks, read_rows
-from hybrid.data.chats import Chat, read_template, render_marked
+from hybrid.data.chats import Chat, read_template, render, render_marked
 from hybrid.data.sources import Sources, unused_columns
 from hybrid.data.stream import TokenStream
 from tests.support.tiny_text import CHARACTERS, character_tokenizer
@@ -272,3 +274,24 @@ def test_the_marked_template_of_smollm2_renders_what_its_own_does(first):
     ids, mask = render_marked(Chat(turns), marked)
     said = "".join(CHARACTERS[i] if counts else "|" for i, counts in zip(ids, mask, strict=True))
     assert [part for part in said.split("|") if part] == ["yes\n <", "im_end", ">", "no<", "im_end", ">"]
+
+
+def test_a_template_renders_for_one_thread_at_a_time():
+    """transformers keeps what it finds of the marks in the compiled template, which all threads share."""
+    tokenizer = with_template(MARKED)
+    apply, inside, most = tokenizer.apply_chat_template, [], []
+
+    def slow(*given, **more):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)  # time for another thread to come in
+        inside.pop()
+        return apply(*given, **more)
+
+    tokenizer.apply_chat_template = slow
+    threads = [threading.Thread(target=render, args=(Chat(CHAT), tokenizer)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]

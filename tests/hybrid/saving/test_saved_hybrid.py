@@ -280,6 +280,19 @@ def test_a_tensor_that_is_computed_is_refused_until_it_is_plain(how, place, tmp_
     assert torch.equal(HybridModel.from_pretrained(tmp_path)(tokens()).logits, want)
 
 
+def test_a_hook_of_somebody_elses_computes_no_weight(tmp_path):
+    class Named:
+        name = "forward"
+
+        def __call__(self, module, given):
+            return None
+
+    hybrid = tiny_hybrid()
+    hybrid.base_model.layers[1].trm.register_forward_pre_hook(Named())
+    hybrid.save_pretrained(tmp_path, save_base=True)
+    HybridModel.from_pretrained(tmp_path)
+
+
 def test_a_computed_tensor_of_the_base_is_no_matter_where_the_trms_are_saved(tmp_path):
     bases = [tiny_base() for _ in range(2)]
     for base in bases:

@@ -337,6 +337,13 @@ class Other(Dataset):
         return {name: torch.cat([t[:-1], t[-1:] + 1]) for name, t in item.items()}
 
 
+def test_a_run_from_before_the_rate_rose_by_itself(tmp_path):
+    """The message has the option that goes on with it."""
+    train(phase_1(), Counting(), settings_for(tmp_path, warmup_steps=0))
+    with pytest.raises(ValueError, match=r"warmup_steps 0 as it began \(--warmup-steps 0\), got None"):
+        train(phase_1(), Counting(), settings_for(tmp_path), resume=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

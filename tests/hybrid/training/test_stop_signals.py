@@ -66,6 +66,18 @@ def test_ctrl_c_saves_the_step_and_is_an_interrupt(tmp_path, capfd):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_while_an_ended_run_is_measured_again(tmp_path):
+    class Interrupting(Counting):
+        def __getitem__(self, index):
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(index)
+
+    train(phase_1(), Counting(), settings_for(tmp_path), {"new": Counting(5)})
+    with pytest.raises(KeyboardInterrupt):
+        train(phase_1(), Counting(), settings_for(tmp_path), {"new": Interrupting(5)}, resume=True)
+
+
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         on_step = sends(signal.SIGINT, signal.SIGINT, at=13)
