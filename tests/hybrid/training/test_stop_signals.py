@@ -24,6 +24,14 @@ from tests.support.tiny_text import TEXT, Counting, character_tokenizer
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
 
+@pytest.fixture
+def ctrl_c():
+    """As Python begins; a process that a shell put into the background was born without SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def sends(*numbers, at):
     """Called after step `at`, it sends the process these signals."""
 
@@ -54,7 +62,7 @@ def test_the_step_is_finished_and_saved(number, tmp_path):
     assert lines_of(tmp_path / "b") == lines_of(tmp_path / "a")
 
 
-def test_ctrl_c_saves_the_step_and_is_an_interrupt(tmp_path, capfd):
+def test_ctrl_c_saves_the_step_and_is_an_interrupt(ctrl_c, tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         on_step = sends(signal.SIGINT, at=13)
         train(phase_1(), Counting(), settings_for(tmp_path), on_step=on_step)
@@ -66,7 +74,7 @@ def test_ctrl_c_saves_the_step_and_is_an_interrupt(tmp_path, capfd):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_while_an_ended_run_is_measured_again(tmp_path):
+def test_a_signal_while_an_ended_run_is_measured_again(ctrl_c, tmp_path):
     class Interrupting(Counting):
         def __getitem__(self, index):
             if index == 0:
@@ -78,7 +86,7 @@ def test_a_signal_while_an_ended_run_is_measured_again(tmp_path):
         train(phase_1(), Counting(), settings_for(tmp_path), {"new": Interrupting(5)}, resume=True)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+def test_a_second_ctrl_c_interrupts_at_once(ctrl_c, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         on_step = sends(signal.SIGINT, signal.SIGINT, at=13)
         train(phase_1(), Counting(), settings_for(tmp_path), on_step=on_step)
@@ -221,7 +229,7 @@ def test_workers_end_with_a_parent_that_is_killed(stream, tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="told by whom a signal is sent")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_last_step(number, stream, tmp_path):
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_last_step(number, ctrl_c, stream, tmp_path):
     process, workers = train_until_told(stream, tmp_path / "run", tmp_path / "told")
     for one in (*workers, process):
         os.kill(one, number)
