@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -24,6 +25,16 @@ by_transformers = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer",
 )
+TRANSFORMERS = Version(transformers.__version__)
+with_trms = pytest.param(
+    ["trm", "trm_before"],
+    id="and TRMs",
+    marks=pytest.mark.skipif(
+        Version("5.23") > TRANSFORMERS,
+        reason="load_adapter of transformers 5.17 leaves modules_to_save with parts unread, of any model",
+    ),
+)
+WHAT_IS_ADAPTED = [pytest.param(None, id="adapter"), with_trms]
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -100,7 +111,7 @@ def test_transformers_own_way_to_add_an_adapter():
     assert adapted(hybrid) == adapted(get_peft_model(tiny_base(), LoraConfig(target_modules=USUAL)))
 
 
-@pytest.mark.parametrize("modules_to_save", [None, ["trm"]], ids=["adapter", "and TRMs"])
+@pytest.mark.parametrize("modules_to_save", WHAT_IS_ADAPTED)
 def test_an_adapters_folder_is_loaded_by_the_auto_class(tmp_path, modules_to_save):
     tiny_base().save_pretrained(tmp_path / "base")
     hybrid = HybridModel(
@@ -134,7 +145,7 @@ def saved_hybrid(tmp_path, save_base=None):
 
 @by_transformers
 @pytest.mark.parametrize("is_whole", [False, True], ids=["TRMs", "whole"])
-@pytest.mark.parametrize("learns", [None, ["trm", "trm_before"]], ids=["adapter", "and TRMs"])
+@pytest.mark.parametrize("learns", WHAT_IS_ADAPTED)
 def test_trainer_saves_what_add_adapter_gave_and_it_is_loaded(tmp_path, learns, is_whole):
     """The adapter alone, as of any model: by its folder, in the hybrid's own, and loaded into a hybrid."""
     folder = saved_hybrid(tmp_path, save_base=is_whole or None)
@@ -197,7 +208,7 @@ def test_a_trm_that_an_adapters_files_would_lose_is_refused(tmp_path):
 
 
 @by_transformers
-@pytest.mark.parametrize("learns", [None, ["trm", "trm_before"]], ids=["adapter", "and TRMs"])
+@pytest.mark.parametrize("learns", WHAT_IS_ADAPTED)
 def test_an_adapter_that_was_added_to_a_fresh_hybrid_says_how_to_load_it(tmp_path, learns):
     hybrid = tiny_hybrid(awake=False)
     config = LoraConfig(target_modules=USUAL, modules_to_save=learns, init_lora_weights=False)
