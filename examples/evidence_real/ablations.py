@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evidence_real.arms import planned
 from evidence_real.cached import Cache, after
 from evidence_real.command import BASE, FOLDER
 from evidence_real.measures import Measures
@@ -49,10 +50,6 @@ class Lever:
     narrow: bool = False
 
 
-def _planned(lever: Lever, **changes: Any) -> Lever:
-    return replace(lever, plan=replace(lever.plan, **changes))
-
-
 _AS_IT_IS = Lever()
 _WIDE = Lever({"trm_hidden_size": 128, "trm_intermediate_size": 336})
 _TWO_LAYERS = Lever({"trm_num_layers": 2})
@@ -67,14 +64,14 @@ LEVERS: dict[str, Lever] = {
     "strength 1": Lever({"injection_strength": 1.0}),
     "width 128": _WIDE,
     "two layers": _TWO_LAYERS,
-    "rate 1e-3": _planned(_AS_IT_IS, learning_rate=1e-3),
-    "rate 4e-3": _planned(_AS_IT_IS, learning_rate=4e-3),
-    "warm-up of 300 steps": _planned(_AS_IT_IS, warmup_steps=300),
-    "rate 4e-3, warm-up of 300 steps": _planned(_AS_IT_IS, learning_rate=4e-3, warmup_steps=300),
-    "width 128, warm-up of 300 steps": _planned(_WIDE, warmup_steps=300),
-    "two layers, warm-up of 300 steps": _planned(_TWO_LAYERS, warmup_steps=300),
+    "rate 1e-3": planned(_AS_IT_IS, learning_rate=1e-3),
+    "rate 4e-3": planned(_AS_IT_IS, learning_rate=4e-3),
+    "warm-up of 300 steps": planned(_AS_IT_IS, warmup_steps=300),
+    "rate 4e-3, warm-up of 300 steps": planned(_AS_IT_IS, learning_rate=4e-3, warmup_steps=300),
+    "width 128, warm-up of 300 steps": planned(_WIDE, warmup_steps=300),
+    "two layers, warm-up of 300 steps": planned(_TWO_LAYERS, warmup_steps=300),
     "after layer 29": _LAYER_29,
-    "after layer 29, warm-up of 300 steps": _planned(_LAYER_29, warmup_steps=300),
+    "after layer 29, warm-up of 300 steps": planned(_LAYER_29, warmup_steps=300),
     "after layers 29 and 30": Lever({"injection_layers": [29, 30]}),
     "as it is, in bfloat16": Lever(narrow=True),
     "after layer 15, in bfloat16": Lever({"injection_layers": [15], "injection_strength": 8.0}, narrow=True),

@@ -37,8 +37,9 @@ class Arm:
     plan: TrainingPlan = TrainingPlan()
 
 
-def _planned(arm: Arm, **changes: Any) -> Arm:
-    return replace(arm, plan=replace(arm.plan, **changes))
+def planned(one: Any, **changes: Any) -> Any:
+    """An arm, or whatever else has a plan, with another one."""
+    return replace(one, plan=replace(one.plan, **changes))
 
 
 _RANDOM = Arm("recursion", sampling="uniform")
@@ -63,13 +64,13 @@ ARMS: dict[str, Arm] = {
     "untied, same FLOPs": Arm("untied"),
     "n = 1, fillers": Arm("recursion", n=1, fillers=True),
     "LoRA on the last layer": _LORA_ARM,
-    "LoRA on the last layer, text kept": _planned(_LORA_ARM, kept=4),
-    "LoRA on the last layer, rate 3e-4": _planned(_LORA_ARM, learning_rate=3e-4),
-    "LoRA on the last layer, rate 3e-3": _planned(_LORA_ARM, learning_rate=3e-3),
-    "LoRA on the last layer, warm-up of 300": _planned(_LORA_ARM, warmup_steps=300),
-    "LoRA on all layers, same CPU time": _planned(_LORA_ALL, seconds=_SECONDS, steps=80),
-    "LoRA on all layers, 400 steps": _planned(_LORA_ALL, steps=400),
-    "LoRA on all layers, 1,500 steps": _planned(_LORA_BF16, steps=1500),
+    "LoRA on the last layer, text kept": planned(_LORA_ARM, kept=4),
+    "LoRA on the last layer, rate 3e-4": planned(_LORA_ARM, learning_rate=3e-4),
+    "LoRA on the last layer, rate 3e-3": planned(_LORA_ARM, learning_rate=3e-3),
+    "LoRA on the last layer, warm-up of 300": planned(_LORA_ARM, warmup_steps=300),
+    "LoRA on all layers, same CPU time": planned(_LORA_ALL, seconds=_SECONDS, steps=80),
+    "LoRA on all layers, 400 steps": planned(_LORA_ALL, steps=400),
+    "LoRA on all layers, 1,500 steps": planned(_LORA_BF16, steps=1500),
     "LoRA on all layers, 3,000 steps": _LORA_BF16,
 }
 

@@ -129,17 +129,11 @@ def read_blocks(sources: Any, tokenizer: Any, config: PreTrainedConfig, argument
     )
 
 
-def sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
+def sources_of(names: list[str], arguments: argparse.Namespace, text_counts: bool = False) -> Any:
+    """Sources; `text_counts` of --known and --keep, which may be plain text beside chats (--loss-on)."""
     from hybrid.data.sources import Sources
 
-    return Sources(names, arguments.field, arguments.loss_on)
-
-
-def known_sources_of(names: list[str], arguments: argparse.Namespace) -> Any:
-    """Those of --known and --keep: of chats --loss-on says what counts, of plain text all of it does."""
-    from hybrid.data.sources import Sources
-
-    return Sources(names, arguments.field, arguments.loss_on, text_counts=True)
+    return Sources(names, arguments.field, arguments.loss_on, text_counts)
 
 
 def _halting(arguments: argparse.Namespace) -> Halting | TokenHalting | None:

@@ -12,14 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from hybrid.cli.common import (
-    block,
-    known_sources_of,
-    read_blocks,
-    sequence_length,
-    sources_of,
-    tokenizer_of,
-)
+from hybrid.cli.common import block, read_blocks, sequence_length, sources_of, tokenizer_of
 from hybrid.config import HybridConfig
 from hybrid.data.sources import unused_columns
 from hybrid.data.stream import TokenStream
@@ -132,11 +125,11 @@ def _read(
         else read_blocks(sources_of(arguments.held_out, arguments), tokenizer, start, arguments)
     }
     if arguments.known is not None:
-        known = known_sources_of(arguments.known, arguments)
+        known = sources_of(arguments.known, arguments, text_counts=True)
         held_out["known"] = read_blocks(known, tokenizer, start, arguments)
     keep = None
     if arguments.keep is not None:
-        keep = stream(known_sources_of(arguments.keep, arguments), held_out=held[1])
+        keep = stream(sources_of(arguments.keep, arguments, text_counts=True), held_out=held[1])
         if arguments.known is None:
             held_out["known"] = keep.held_out_rows()
     return _Texts(data, keep, held_out)

@@ -112,10 +112,10 @@ def refuse_computed(model: Any, save_base: bool) -> None:
     of_base, prefix = set(), "llm_model."
     names = list(_computed(model))
     if save_base and not all(map(is_trm_key, names)):
-        with suppress(Exception):  # of a class that cannot be made so: check_config_fits says what it can
-            of_base = set(
-                _made_anew(model.llm_model)
-            )  # else the class computes it by itself, and loads it so
+        # what is not among these the class computes by itself, and loads it so; where none can be made of the
+        # config, check_config_fits says what it can
+        with suppress(Exception):
+            of_base = set(_made_anew(model.llm_model))
     lost = [name for name in names if is_trm_key(name) or name.removeprefix(prefix) in of_base]
     if lost:
         some = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
@@ -131,14 +131,10 @@ def _computed(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         found = list(module.parametrizations) if is_parametrized(module) else []
         for hook in module._forward_pre_hooks.values():  # of pruning; of weight_norm and spectral_norm
+            if not type(hook).__module__.startswith("torch.nn.utils."):
+                continue
             tensor = getattr(hook, "_tensor_name", getattr(hook, "name", None))
-            is_of_torch = type(hook).__module__.startswith("torch.nn.utils.")
-            if (
-                is_of_torch
-                and isinstance(tensor, str)
-                and tensor not in module._parameters
-                and hasattr(module, tensor)
-            ):
+            if isinstance(tensor, str) and tensor not in module._parameters and hasattr(module, tensor):
                 found.append(tensor)
         yield from (f"{name}.{tensor}" for tensor in found)
 

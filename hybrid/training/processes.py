@@ -13,9 +13,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 
+from hybrid.training.stop_signals import NOTED
+
 T = TypeVar("T")
 _LOOKS_EVERY = 1.0  # seconds
-_TO_ALL = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
 
 _ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -77,14 +78,14 @@ def end_with_parent() -> None:
         return
     waits = hasattr(signal, "sigtimedwait")
     if waits:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, NOTED)
     began_under = os.getppid()
 
     def watch() -> None:
         while parent.is_alive() and os.getppid() == began_under:
             if not waits:
                 time.sleep(_LOOKS_EVERY)
-            elif (came := signal.sigtimedwait(_TO_ALL, _LOOKS_EVERY)) and came.si_pid == began_under:
+            elif (came := signal.sigtimedwait(NOTED, _LOOKS_EVERY)) and came.si_pid == began_under:
                 break
         os._exit(0)
 
