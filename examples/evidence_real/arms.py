@@ -18,9 +18,9 @@ LAST = 30  # layers of the base
 class Arm:
     """One way to learn.
 
-    learns   "recursion" (after the last layer), "untied" (n + 1 layers in its place), "LoRA on the last
-             layer", "LoRA on all layers", the same "in bfloat16" (while it is trained, not while it is
-             measured), or "nothing": the base as it is
+    learns   "recursion" (after the last layer), the same "of two layers", "untied" (n + 1 layers in its
+             place), "LoRA on the last layer", "LoRA on all layers", the same "in bfloat16" (while it is
+             trained, not while it is measured), or "nothing": the base as it is
     n        recursion steps; sampling: HybridConfig's recursion_sampling
     norm     HybridConfig's trm_input_norm
     rank     LoRA's
@@ -46,6 +46,7 @@ _RANDOM = Arm("recursion", sampling="uniform")
 _LORA_ARM = Arm("LoRA on the last layer", plan=TrainingPlan(learning_rate=1e-3))
 _LORA_ALL = Arm("LoRA on all layers", rank=2, plan=TrainingPlan(learning_rate=1e-3))
 _LORA_BF16 = replace(_LORA_ALL, learns="LoRA on all layers, in bfloat16")
+_SLOW_RISE = replace(_RANDOM, n=12, plan=TrainingPlan(steps=1500, warmup_steps=300, kept=4))
 _SECONDS = 300.0  # of CPU time, about what the recursion takes
 
 ARMS: dict[str, Arm] = {
@@ -55,8 +56,9 @@ ARMS: dict[str, Arm] = {
     "n random in 1..12": replace(_RANDOM, n=12),
     "n random in 1..12, text kept": replace(_RANDOM, n=12, plan=TrainingPlan(kept=4)),
     "n random in 1..12, 1,500 steps": replace(_RANDOM, n=12, plan=TrainingPlan(steps=1500)),
-    "n random in 1..12, text kept, 1,500 steps, warm-up of 300": replace(
-        _RANDOM, n=12, plan=TrainingPlan(steps=1500, warmup_steps=300, kept=4)
+    "n random in 1..12, text kept, 1,500 steps, warm-up of 300": _SLOW_RISE,
+    "two layers, text kept, 1,500 steps, warm-up of 300": replace(
+        _SLOW_RISE, learns="recursion of two layers"
     ),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
@@ -89,7 +91,12 @@ def model_of(arm: Arm, base: Any, seed: int) -> Model:
             return SharedBeginnings(whole, base, trained_in=torch.bfloat16)
         return Model(whole, base, layer=0)
     made = with_recursion(
-        base, seed, num_recursion_steps=arm.n, recursion_sampling=arm.sampling, trm_input_norm=arm.norm
+        base,
+        seed,
+        num_recursion_steps=arm.n,
+        recursion_sampling=arm.sampling,
+        trm_input_norm=arm.norm,
+        trm_num_layers=2 if arm.learns.endswith("two layers") else 1,
     )
     if arm.learns == "untied":
         config, injection = made.whole.config, base.model.layers[LAST - 1].trm
