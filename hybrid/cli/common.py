@@ -1,28 +1,19 @@
-"""What several commands do: choose a backend, load a model, read text; and what they keep quiet about."""
+"""What several commands do: choose a backend, load a model, read text."""
 
 import argparse
-import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# what packages tell of themselves when transformers or peft imports them, and is not about this run: torchao
-# of libraries for other machines and of an Enum, bitsandbytes of a faster product on a CPU
-for name in ("torchao", "bitsandbytes.backends.cpu.ops"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").addFilter(
-    lambda record: "is an Enum subclass" not in record.getMessage()
-)
+from transformers import PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
-from transformers import PreTrainedConfig  # noqa: E402  quiet already
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-from hybrid.cli.block import config_of, given_fields  # noqa: E402
-from hybrid.config import HybridConfig  # noqa: E402
-from hybrid.model.halting import Halting, StepRecord, TokenHalting  # noqa: E402
-from trm_kernels.runtime.backend import backend  # noqa: E402
+from hybrid.cli.block import config_of, given_fields
+from hybrid.config import HybridConfig
+from hybrid.model.halting import Halting, StepRecord, TokenHalting
+from trm_kernels.runtime.backend import backend
 
 
 @contextmanager

@@ -239,6 +239,13 @@ def test_nothing_heavy_before_a_command_runs(code):
     assert python("-c", ask, check=False).stdout.splitlines()[-1] == "[]"
 
 
+def test_a_command_says_nothing_but_its_own(tmp_path):
+    """Packages log while they are imported: torchao two libraries that it cannot load, and more."""
+    typed = ["train", "--base", tmp_path / "none", "--data", "x", "--steps", "1", "--output", tmp_path]
+    said = python("-m", "hybrid", *typed, check=False).stderr.splitlines()
+    assert len(said) == 1 and "there is no such folder" in said[0]
+
+
 def test_the_kernels_need_no_compiler_to_be_imported():
     code = "import sys, trm_kernels; from trm_kernels import TRM; print([m for m in {} if m in sys.modules])"
     assert python("-c", code.format(("torch._dynamo", "transformers", "torchao"))).stdout == "[]\n"
