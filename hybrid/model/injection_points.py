@@ -2,8 +2,9 @@
 
 A TRM is a child module of the decoder layer it follows (`layer.trm`; `layer.trm_before` for point 0,
 on the embeddings), and a forward hook on that layer hands it the hidden state. So the language model
-keeps its class, its parameter names and its checkpoints. The hooks are functions of this module: a
-closure would point at the original after a deepcopy.
+keeps its class, its parameter names and its checkpoints. The hook runs before all other hooks of the
+layer, whenever they came: what they see, output_hidden_states among them, is what the next layer reads.
+The hooks are functions of this module: a closure would point at the original after a deepcopy.
 """
 
 import os
@@ -63,10 +64,10 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         injection.train(model.training)
         if point == 0:
             layer.trm_before = injection
-            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+            layer.register_forward_pre_hook(_before_layer, prepend=True, with_kwargs=True)
         else:
             layer.trm = injection
-            layer.register_forward_hook(_after_layer)
+            layer.register_forward_hook(_after_layer, prepend=True)
 
 
 @contextmanager
