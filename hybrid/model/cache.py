@@ -238,8 +238,8 @@ def make_room(
             raise ValueError(
                 "HybridModel: expected an empty cache or one filled with this num_recursion_steps "
                 f"({num_trm_layers} TRM layers), got one filled with 0, by the language model alone (a "
-                "prompt's cache, or PEFT's prefix tuning): the TRMs have no keys of its tokens. It can be "
-                "used with disable_injection()."
+                "prompt's cache, disable_injection(), or PEFT's prefix tuning): the TRMs have no keys of its "
+                "tokens. It can be used with disable_injection()."
             )
         filled = have - num_base_layers
         raise ValueError(

@@ -44,7 +44,7 @@ def check_base(model: PreTrainedModel) -> None:
     if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
         raise ValueError(
             f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already. unwrap() of "
-            "the hybrid gives the language model back."
+            "the hybrid gives the language model back; where the hybrid is gone, load the base again."
         )
 
 

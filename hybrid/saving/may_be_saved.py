@@ -102,8 +102,10 @@ def check_complete(model: Any, state_dict: Mapping[str, Tensor], save_base: bool
         wanted += [f"llm_model.{name}" for name, _ in base_reference.base_tensors(model)]
     of_adapted = {name.replace(".base_layer", "") for name in state_dict}
     if missing := [n for n in wanted if n not in state_dict and n not in of_adapted]:
+        named = next((name for name in state_dict if name.endswith(f".{missing[0]}")), None)
+        why = "" if named is None else f" It has {named}: take what precedes the name from all of them."
         raise ValueError(
-            f"save_pretrained: expected a state_dict with all tensors, got one without {missing[0]}."
+            f"save_pretrained: expected a state_dict with all tensors, got one without {missing[0]}.{why}"
         )
 
 

@@ -345,6 +345,15 @@ def test_a_state_dict_that_lacks_tensors_is_refused_and_nothing_lost(folder, tmp
     assert (tmp_path / "hybrid" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_state_dict_of_a_wrapper_is_refused_by_its_prefix(folder, tmp_path, prefix):
+    """torch.compile's module and AveragedModel's put a prefix before each name."""
+    hybrid = wrapped(loaded(folder))
+    state = {f"{prefix}{name}": t for name, t in hybrid.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"It has {prefix}llm_model\.\S+: take what precedes the name"):
+        hybrid.save_pretrained(tmp_path / "hybrid", state_dict=state)
+
+
 def test_weights_without_a_config_are_not_overwritten(folder, tmp_path):
     (tmp_path / "hybrid").mkdir()
     save_file({"a": torch.zeros(1)}, tmp_path / "hybrid" / "model-00001-of-00002.safetensors")
