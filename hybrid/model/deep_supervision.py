@@ -66,5 +66,5 @@ def of_last_rows(output: CausalLMOutputWithPast, rows: int) -> CausalLMOutputWit
         output.logits = output.logits[-rows:]
     for name in ("hidden_states", "attentions"):
         if (of_layers := getattr(output, name, None)) is not None:
-            setattr(output, name, tuple(t[-rows:] for t in of_layers))
+            setattr(output, name, tuple(None if t is None else t[-rows:] for t in of_layers))
     return output

@@ -2,9 +2,9 @@
 
 A TRM is a child module of the decoder layer it follows (`layer.trm`; `layer.trm_before` for point 0,
 on the embeddings), and a forward hook on that layer hands it the hidden state. So the language model
-keeps its class, its parameter names and its checkpoints. The hook runs before all other hooks of the
-layer, whenever they came: what they see, output_hidden_states among them, is what the next layer reads.
-The hooks are functions of this module: a closure would point at the original after a deepcopy.
+keeps its class, its parameter names and its checkpoints. Hooks that the layer came with run before it,
+as they complete what the layer answers, but for those of output_hidden_states, which note what the next
+layer reads. Our hooks are functions of this module: a closure would point at the original after a deepcopy.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
 
 from hybrid.config import HybridConfig
 from hybrid.config_checks import TRM_DTYPES
@@ -64,10 +65,18 @@ def attach(model: PreTrainedModel, config: HybridConfig) -> None:
         injection.train(model.training)
         if point == 0:
             layer.trm_before = injection
-            layer.register_forward_pre_hook(_before_layer, prepend=True, with_kwargs=True)
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         else:
             layer.trm = injection
-            layer.register_forward_hook(_after_layer, prepend=True)
+            layer.register_forward_hook(_after_layer)
+            _let_recorders_run_last(layer)
+
+
+def _let_recorders_run_last(layer: nn.Module) -> None:
+    """transformers' own hooks, which the first call with output_hidden_states gave the layer."""
+    for key, hook in list(layer._forward_hooks.items()):
+        if getattr(hook, "__module__", None) == output_capturing.__name__:
+            layer._forward_hooks[key] = layer._forward_hooks.pop(key)
 
 
 @contextmanager
@@ -95,10 +104,10 @@ def _places(model: PreTrainedModel) -> list[tuple[nn.Module, str, Any]]:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: no hook and no module of ours is left in the language model."""
-    ours = {_before_layer, _after_layer, _for_each_answer}
+    ours = _before_layer, _after_layer, _for_each_answer
     for layer in decoder_layers(model):
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in ours]:
+            for key in [key for key, hook in hooks.items() if any(hook is one for one in ours)]:
                 del hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
     for layer, name, _ in _places(model):

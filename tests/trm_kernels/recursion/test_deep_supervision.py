@@ -138,6 +138,10 @@ def test_without_gradient_or_training_the_last_answer_is_the_only_one():
         assert hybrid(**given).logits.shape == hybrid(**unlabelled).logits.shape == want.logits.shape
     output = hybrid(**given, output_hidden_states=True)
     assert {len(h) for h in output.hidden_states} == {3}
+    some = hybrid(**given, output_hidden_states=[1]).hidden_states
+    wanted = hybrid.eval()(**given, output_hidden_states=[1]).hidden_states
+    for h, w in zip(some, wanted, strict=True):  # None where it was not asked for
+        assert h is w is None or torch.equal(h, w)
 
 
 def test_a_trainers_count_of_items_is_kept():
