@@ -41,6 +41,11 @@ def check_base(model: PreTrainedModel) -> None:
     for size in ("hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(text_config, size, None), int):
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
+    if split := [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]:
+        raise ValueError(
+            f"HybridModel: expected a base with whole parameters, got {split[0]} split among processes. Wrap "
+            "the base first, then shard the hybrid: fully_shard(layer) of each layer, fully_shard(hybrid)."
+        )
     if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
         raise ValueError(
             f"HybridModel: expected a base without a TRM, got one that has {wrapped[0]} already. unwrap() of "

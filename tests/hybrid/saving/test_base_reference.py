@@ -495,6 +495,17 @@ def save_whole_trms(folder, into, mesh):
     assert all(torch.equal(again[name], t) for name, t in whole.items())
 
 
+def test_a_base_that_is_split_already_is_refused_with_what_to_do(folder, tmp_path):
+    as_one_of_two(wrap_what_is_split, folder, tmp_path)
+
+
+def wrap_what_is_split(folder, _, mesh):
+    base = fully_shard(loaded(folder), mesh=mesh)
+    told = r"whole parameters, got model\.embed_tokens\.weight split among processes\. Wrap the base first"
+    with pytest.raises(ValueError, match=told):
+        wrapped(base)
+
+
 def test_of_a_split_hybrid_that_was_not_saved_before(folder, tmp_path):
     as_one_of_two(save_for_the_first_time, folder, tmp_path)
 
