@@ -20,12 +20,13 @@ from hybrid.demo.report import table
 SEEDS = range(5)
 _NONE = "-"
 _NOTHING = "Nothing was run."
+_FOLLOWED = 0.9  # of the answers are right after a move that a model follows
 
 Result = dict[str, Any]
 
 
 def _seeds(lines: Lines, task: str, arm: str, of: Callable[[Result], float], digits: int = 3) -> list[str]:
-    """Every seed's value, and their mean; a run that is not there is missing."""
+    """[the mean of the seeds' values, each of them]; a run that is not there is missing."""
     found = lines.of(task, arm)
     values = {seed: of(result) for seed, result in found.items() if seed in SEEDS}
     each = " ".join(f"{values[seed]:.{digits}f}" if seed in values else _NONE for seed in SEEDS)
@@ -60,6 +61,12 @@ def _beyond(result: Result, most: int) -> float:
     return statistics.mean(result["by_moves"][most:])
 
 
+def _followed(result: Result) -> int:
+    """Moves that are followed: those before the first after which less than 90% is right."""
+    shares: list[float] = result["by_moves"]
+    return next((move for move, share in enumerate(shares) if share < _FOLLOWED), len(shares))
+
+
 def _trained(values: list[float]) -> float:
     """Of the questions that are trained on: all but the last."""
     return statistics.mean(values[:-1])
@@ -81,8 +88,29 @@ def answers(lines: Lines, task: str) -> str:
     asked = (
         ["after each move", "each seed", f"after move {most + 1} to {TASKS[task].longer}"] if often else []
     )
-    made = table(["arm", *asked, "generate", "each seed", "at the end", "at the end, new words"], *rows)
+    made = table(["arm", *asked, "generate", "each seed", "at the end", "at the end, new wording"], *rows)
     return _with_those_not_run(made, lines, task)
+
+
+def each_seed(lines: Lines, task: str) -> str:
+    """Each arm: what `answers` and `costs` give the mean of, seed by seed."""
+    most, longer = TASKS[task].most, TASKS[task].longer
+    columns: dict[str, tuple[Callable[[Result], float], int]] = {}
+    if TASKS[task].asks_often:
+        columns = {
+            "moves followed": (_followed, 0),
+            f"after move {most + 1} to {longer}": (partial(_beyond, most=most), 2),
+        }
+    columns |= {
+        "at the end": (lambda result: _trained(result["closing"]), 2),
+        "at the end, new wording": (lambda result: result["closing"][-1], 2),
+        "CPU seconds": (lambda result: result.get("cpu_seconds", 0.0), 0),
+    }
+    rows = [
+        [arm, *(_seeds(lines, task, arm, of, digits)[1] for of, digits in columns.values())]
+        for arm in _run(lines, task)
+    ]
+    return table(["arm", *columns], *rows) if rows else _NOTHING
 
 
 def costs(lines: Lines, task: str) -> str:
@@ -136,5 +164,5 @@ _SHOWN = [name for name in TASKS if not name.endswith(", fillers")]
 TABLES: dict[str, Callable[[Lines], str]] = {
     f"{task.replace(' ', '-')}{end}": partial(make, task=task)
     for task in _SHOWN
-    for end, make in (("", answers), ("-costs", costs), ("-by-n", by_n))
+    for end, make in (("", answers), ("-each-seed", each_seed), ("-costs", costs), ("-by-n", by_n))
 }

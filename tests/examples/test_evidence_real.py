@@ -308,3 +308,14 @@ def test_shared_beginnings_are_computed_once_and_change_nothing():
     assert any(g.abs().max() > 1e-3 for g in grads)
     for g, wanted in zip(grads, padded_grads, strict=True):
         torch.testing.assert_close(g, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_moves_are_followed_up_to_the_first_that_is_answered_less_well(tmp_path):
+    shares = {0: [1.0, 0.9, 0.89], 2: [1.0, 1.0, 1.0], 3: [0.5, 1.0, 1.0]}
+    lines = Lines(tmp_path / "results.jsonl")
+    for seed, by_moves in shares.items():
+        result = {"by_moves": by_moves + [1.0] * 21, "closing": [0.5, 1.0, 0.25], "cpu_seconds": 10.4}
+        lines.add(Run("words", "n = 1", seed), {}, result)
+    assert "2 - 24 0 -" in tables.each_seed(lines, "words")
+    assert "0.75 - 0.75 0.75 -" in tables.each_seed(lines, "words")
+    assert "10 - 10 10 -" in tables.each_seed(lines, "words")
