@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -25,6 +25,12 @@ class HybridGenerationMixin(GenerationMixin):
     config: HybridConfig
     llm_model: PreTrainedModel
     num_base_layers: int
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        """transformers', which keeps what stands in its config from the forward: n goes there all the same."""
+        generation_config, of_forward = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        n = _steps_of(generation_config)
+        return generation_config, of_forward if n is None else {"num_recursion_steps": n} | of_forward
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -86,6 +92,7 @@ class HybridGenerationMixin(GenerationMixin):
     def generate_batch(
         self,
         inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         num_recursion_steps: int | None = None,
         halting: Literal[False] | None = None,
@@ -95,30 +102,51 @@ class HybridGenerationMixin(GenerationMixin):
 
         Errors: ValueError for what it cannot serve, see hybrid/serving/continuous_batching.py.
         """
-        return self._batched(num_recursion_steps, halting).generate_batch(inputs, *args, **kwargs)
+        view = self._batched(generation_config, num_recursion_steps, halting)
+        return view.generate_batch(inputs, generation_config, *args, **kwargs)
 
     def continuous_batching_context_manager(
         self,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         num_recursion_steps: int | None = None,
         halting: Literal[False] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' context manager of a manager; see generate_batch."""
-        view = self._batched(num_recursion_steps, halting)
-        return view.continuous_batching_context_manager(*args, **kwargs)
+        view = self._batched(generation_config, num_recursion_steps, halting)
+        return view.continuous_batching_context_manager(generation_config, *args, **kwargs)
 
     def init_continuous_batching(
         self,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         num_recursion_steps: int | None = None,
         halting: Literal[False] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' manager of requests; see generate_batch."""
-        return self._batched(num_recursion_steps, halting).init_continuous_batching(*args, **kwargs)
+        view = self._batched(generation_config, num_recursion_steps, halting)
+        return view.init_continuous_batching(generation_config, *args, **kwargs)
 
-    def _batched(self, num_recursion_steps: int | None, halting: Literal[False] | None) -> Any:
+    def _batched(
+        self,
+        generation_config: GenerationConfig | None,
+        num_recursion_steps: int | None,
+        halting: Literal[False] | None,
+    ) -> Any:
         from hybrid.serving.continuous_batching import BatchedHybrid  # it imports this package's model
 
-        return BatchedHybrid(self, num_recursion_steps, halting)  # type: ignore[arg-type]
+        of_configs = [_steps_of(one) for one in (generation_config, self.generation_config)]
+        n = next((n for n in (num_recursion_steps, *of_configs) if n is not None), None)
+        return BatchedHybrid(self, n, halting)  # type: ignore[arg-type]
+
+
+def _steps_of(generation_config: GenerationConfig | None) -> int | None:
+    """n of settings of generation, as they may have it. Errors: ValueError for halting there."""
+    if getattr(generation_config, "halting", None) is not None:
+        raise ValueError(
+            "HybridModel: expected halting as an argument or as model.halting, got it in generation_config, "
+            "whose file cannot keep it."
+        )
+    return getattr(generation_config, "num_recursion_steps", None)

@@ -89,8 +89,7 @@ class BatchedHybrid(nn.Module, ContinuousMixin):
         if unknown := sorted(kwargs.keys() - known):
             raise ValueError(
                 f"HybridModel: generate_batch expected no {', '.join(unknown)}. Settings of generation other "
-                "than max_new_tokens stand in generation_config; this hybrid's are num_recursion_steps and "
-                "halting."
+                "than max_new_tokens, num_recursion_steps and halting stand in generation_config."
             )
         _refuse_prompts(self._hybrid, inputs)
         given = inspect.signature(super().generate_batch).bind(inputs, *args, **kwargs).arguments

@@ -6,8 +6,9 @@ searches and caches agree is in test_generate.py.
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
+from hybrid import Halting
 from hybrid.model.cache_name import as_argument
 from tests.support.tiny import LAYERS, VOCABULARY, WIDTH, tiny_hybrid, tokens
 
@@ -116,6 +117,38 @@ def test_a_generation_config_and_its_keywords_mean_the_same(family):
     assert not torch.equal(want, hybrid.generate(ids, **GREEDY)), "a test that could not fail"
     config = GenerationConfig(pad_token_id=0, eos_token_id=2, **how)
     assert torch.equal(hybrid.generate(ids, generation_config=config), want)
+
+
+@families
+def test_recursion_steps_may_stand_in_the_settings_of_generation(family):
+    hybrid, ids = tiny_hybrid(family), tokens()
+
+    def logits(**arguments):
+        asked = {"output_logits": True, "return_dict_in_generate": True}
+        return torch.cat(hybrid.generate(ids, **asked, **arguments).logits)
+
+    one, three = (logits(num_recursion_steps=n, **GREEDY) for n in (1, 3))
+    assert not torch.equal(one, three), "a test that could not fail"
+    config = GenerationConfig(pad_token_id=0, eos_token_id=2, num_recursion_steps=1, **GREEDY)
+    assert torch.equal(logits(generation_config=config), one)
+    assert torch.equal(logits(generation_config=config, num_recursion_steps=3), three)
+    hybrid.generation_config.num_recursion_steps = 3
+    assert torch.equal(logits(generation_config=config), one)
+    assert torch.equal(logits(**GREEDY), three)
+    assert torch.equal(logits(num_recursion_steps=1, **GREEDY), one)
+
+
+def test_a_halting_rule_in_the_settings_of_generation_is_refused():
+    hybrid = tiny_hybrid("llama")
+    with pytest.raises(ValueError, match="expected halting as an argument or as model.halting"):
+        hybrid.generate(tokens(), generation_config=GenerationConfig(halting=Halting(threshold=0.2), **GREEDY))
+
+
+def test_recursion_steps_in_the_settings_of_generation_are_saved(tmp_path):
+    hybrid = tiny_hybrid("llama")
+    hybrid.generation_config.num_recursion_steps = 1
+    hybrid.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.num_recursion_steps == 1
 
 
 @families
