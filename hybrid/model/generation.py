@@ -26,8 +26,8 @@ class HybridGenerationMixin(GenerationMixin):
     llm_model: PreTrainedModel
     num_base_layers: int
 
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
-        """transformers', which keeps what stands in its config from the forward: n goes there all the same."""
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """transformers', by which what stands in the config does not reach the forward: n has to."""
         generation_config, of_forward = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
         n = _steps_of(generation_config)
         return generation_config, of_forward if n is None else {"num_recursion_steps": n} | of_forward

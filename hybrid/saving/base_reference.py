@@ -20,13 +20,15 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hybrid.error_text import first_line
 from hybrid.model.quantized_base import is_quantized
 from hybrid.model.trm_names import is_trm_key
 from hybrid.saving import base_checksum
+
+logger = logging.get_logger(__name__)
 
 _ADAPTED = ".base_layer"  # peft puts it into the name of a module that it has wrapped
 _ROOM_TO_LOAD = 1.2  # times its bytes, of free memory
@@ -54,6 +56,7 @@ def base_tensors(model: Any, once: bool = True) -> Iterator[tuple[str, Tensor]]:
 def checksums(model: Any, before: Mapping[str, Any]) -> dict[str, str] | None:
     """dtype -> digest of the base's tensors in it: its own, and narrower ones that it may be loaded in.
 
+    A base in bfloat16 has none in float16: its files may be in float32, and rounded twice it is another.
     Of a base that is split among processes there is that of its own dtype, as it was wrapped. None for a base
     that is quantized: how it is rounded depends on the device.
     """
@@ -69,7 +72,7 @@ def checksums(model: Any, before: Mapping[str, Any]) -> dict[str, str] | None:
     return {str(d).removeprefix("torch."): base_checksum.digest(base_tensors(model), d) for d in dtypes}
 
 
-def check_loaded(model: Any, expected: Mapping[str, str] | None, reference: str) -> None:
+def check_loaded(model: Any, expected: Mapping[str, str] | None) -> None:
     """ValueError where the base is not the one that the saved checksums are of."""
     if not expected or is_quantized(model.llm_model):
         return
@@ -78,12 +81,16 @@ def check_loaded(model: Any, expected: Mapping[str, str] | None, reference: str)
     own = str(model.llm_model.dtype).removeprefix("torch.")
     dtype = own if own in expected else next(iter(expected))
     if own not in expected and model.llm_model.dtype.itemsize <= getattr(torch, dtype).itemsize:
-        return  # in a dtype of which nothing was kept, and from which that of the save cannot be had
+        logger.warning(  # what was kept cannot be had from the dtype that it was loaded in
+            "HybridModel: whether this is the base that the hybrid was saved with is not known. It was "
+            f"loaded in {own}, and there are checksums in {', '.join(expected)} alone. Loaded so it is compared."
+        )
+        return
     if base_checksum.digest(base_tensors(model), getattr(torch, dtype)) != expected[dtype]:
         raise ValueError(
-            f"HybridModel: expected the base that this hybrid was saved with ({reference}, checksum "
-            f"{expected[dtype][:12]} in {dtype}), got one with other weights. "
-            "Pass the right one as llm_model=."
+            "HybridModel: expected the base that this hybrid was saved with (its config.json says where that "
+            f"was; checksum {expected[dtype][:12]} in {dtype}), got one with other weights. Pass the right "
+            "one as llm_model=, or say where it is by base_model_name_or_path=, on a command line --hybrid-base."
         )
 
 

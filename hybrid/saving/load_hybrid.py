@@ -97,7 +97,7 @@ def _load(
     config.name_or_path = str(path)  # as of any model: by it PEFT and TRL find the hybrid again
     model = cls(config=config, llm_model=llm_model)
     try:
-        base_reference.check_loaded(model, config.base_checksums, str(config.base_model_name_or_path))
+        base_reference.check_loaded(model, config.base_checksums)
         _fill(model, tensors, path)
         model = _as_saved(model, path, config, hub)
         if adapter is not None:

@@ -141,7 +141,9 @@ def test_recursion_steps_may_stand_in_the_settings_of_generation(family):
 def test_a_halting_rule_in_the_settings_of_generation_is_refused():
     hybrid = tiny_hybrid("llama")
     with pytest.raises(ValueError, match="expected halting as an argument or as model.halting"):
-        hybrid.generate(tokens(), generation_config=GenerationConfig(halting=Halting(threshold=0.2), **GREEDY))
+        hybrid.generate(
+            tokens(), generation_config=GenerationConfig(halting=Halting(threshold=0.2), **GREEDY)
+        )
 
 
 def test_recursion_steps_in_the_settings_of_generation_are_saved(tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hybrid import HybridConfig, HybridModel
 from hybrid.model.injection_points import decoder_layers
-from hybrid.saving import base_checksum
+from hybrid.saving import base_checksum, base_reference
 from hybrid.saving.base_reference import base_tensors
 from tests.support import forked
 from tests.support.tiny import awaken, tiny_base, tiny_config, tokens
@@ -399,9 +399,13 @@ def test_a_base_that_was_cast_comes_back_in_its_dtype(folder, tmp_path):
     check_comes_back(wrapped(loaded(folder)).bfloat16(), tmp_path / "hybrid", is_whole_then=False)
 
 
-def test_a_base_in_a_dtype_that_cannot_be_compared_is_no_other_base(folder, tmp_path):
+def test_a_base_in_a_dtype_that_cannot_be_compared_is_said(folder, tmp_path, monkeypatch):
+    """From a float32 file to float16 is not the same as by way of bfloat16."""
     wrapped(loaded(folder, dtype=torch.bfloat16)).save_pretrained(tmp_path / "hybrid")
+    said = []
+    monkeypatch.setattr(base_reference.logger, "warning", said.append)
     assert loaded(tmp_path / "hybrid", dtype=torch.float16).llm_model.dtype == torch.float16
+    assert len(said) == 1 and "in float16, and there are checksums in bfloat16 alone" in said[0]
 
 
 @pytest.mark.parametrize(
