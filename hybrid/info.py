@@ -12,6 +12,16 @@ from hybrid.model.hybrid_model import HybridModel
 from hybrid.model.injection import Injection
 from trm_kernels.recursion.saved_bytes import saved_bytes
 
+_SETTINGS = (
+    "num_recursion_steps",
+    "recursion_sampling",
+    "num_cycles",
+    "trm_num_layers",
+    "trm_num_heads",
+    "injection_strength",
+    "blending_strategy",
+)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -41,7 +51,7 @@ def on_meta(
 
 
 def parts(model: HybridModel) -> Iterator[Part]:
-    """The base, then what each injection point is made of: projections, recursion, gate."""
+    """The base, then what each injection point is made of (projections, recursion, gate), then LoRA."""
     yield Part("base", sum(p.numel() for _, p in model.base_named_parameters()))
     injections = sorted((m for m in model.modules() if isinstance(m, Injection)), key=lambda m: m.index)
     for injection in injections:
@@ -52,6 +62,15 @@ def parts(model: HybridModel) -> Iterator[Part]:
             counts[part] = counts.get(part, 0) + parameter.numel()
         for part, parameters in counts.items():
             yield Part(f"layer {point}: {part}", parameters)
+    if model.config.lora_rank is not None:
+        own = sum(count(injection) for injection in injections)
+        lora = sum(p.numel() for p in model.trm_parameters()) - own
+        yield Part(f"LoRA of rank {model.config.lora_rank}", lora)
+
+
+def settings(config: HybridConfig) -> Iterator[tuple[str, str]]:
+    """(name, value) of what decides how a hybrid computes."""
+    return ((name, str(getattr(config, name))) for name in _SETTINGS)
 
 
 def count(module: torch.nn.Module) -> int:

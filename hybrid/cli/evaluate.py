@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
             labelled = f"{loss.tokens:,} labelled tokens in {len(blocks):,} rows"
             print(f"{what}{loss.accuracy:.2%} right of {labelled}; {loss.rows:,} rows wholly right")
         else:
-            print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}")
+            rest = f"; {blocks.left_out:,} more at the end fill none" if blocks.left_out else ""
+            print(f"{what}{loss.tokens:,} tokens in sequences of {arguments.sequence_length:,}{rest}")
         if getattr(model, "halting", None) is not None:
             print(f"{source}: {steps_taken(record, model.config)}")
     if arguments.tasks:

@@ -7,7 +7,7 @@ from hybrid.cli.common import block
 
 def run(arguments: argparse.Namespace) -> int:
     from hybrid.bases import KNOWN_BASES, PRESET_BASES
-    from hybrid.info import count, count_trained, on_meta, parts, saved_by_token
+    from hybrid.info import count, count_trained, on_meta, parts, saved_by_token, settings
     from hybrid.saving.loading import load_config
     from hybrid.training.phases import enter
     from trm_kernels.recursion.saved_bytes import SAVES
@@ -30,6 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"parameters of {name} with a TRM of width {config.trm_hidden_size} after layers {points}")
     for row, parameters in rows:
         print(f"{row:<24}{parameters:>20,}")
+    place = config.base_model_name_or_path or "in the same folder" if config is start else name
+    print("settings")
+    for setting, value in (*settings(config), ("base", place)):
+        print(f"{setting:<24}{value:>20}")
     print("bytes that the TRMs keep of a token for backward, in bfloat16, by trm_save")
     for save in SAVES:
         print(f"{save:<24}{saved_by_token(model, save):>20,}")

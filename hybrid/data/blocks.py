@@ -16,7 +16,7 @@ from hybrid.data.tokenize import Tokenize
 class TokenBlocks(Dataset):
     """Blocks of T tokens; item i is {"input_ids", "labels"} and, where it has positions, {"position_ids"}.
 
-    tokens            [N] int32 or int64; what does not fill a last block is left out
+    tokens            [N] int32 or int64; `left_out` of them, at the end, do not fill a last block
     sequence_length   T, in tokens
     name              what the tokens came from, for errors
     positions         [N], of each token in its document; None: one document
@@ -35,6 +35,7 @@ class TokenBlocks(Dataset):
             )
         self.name = name
         cut = len(tokens) // sequence_length * sequence_length
+        self.left_out = len(tokens) - cut
         self._blocks = tokens[:cut].view(-1, sequence_length)
         self._positions = None if positions is None else positions[:cut].view(-1, sequence_length)
 

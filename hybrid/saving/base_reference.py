@@ -83,14 +83,16 @@ def check_loaded(model: Any, expected: Mapping[str, str] | None) -> None:
     if own not in expected and model.llm_model.dtype.itemsize <= getattr(torch, dtype).itemsize:
         logger.warning(  # what was kept cannot be had from the dtype that it was loaded in
             "HybridModel: whether this is the base that the hybrid was saved with is not known. It was "
-            f"loaded in {own}, and there are checksums in {', '.join(expected)} alone. Loaded so it is compared."
+            f"loaded in {own}, and there are checksums in {', '.join(expected)} alone. Loaded "
+            "so it is compared."
         )
         return
     if base_checksum.digest(base_tensors(model), getattr(torch, dtype)) != expected[dtype]:
         raise ValueError(
             "HybridModel: expected the base that this hybrid was saved with (its config.json says where that "
             f"was; checksum {expected[dtype][:12]} in {dtype}), got one with other weights. Pass the right "
-            "one as llm_model=, or say where it is by base_model_name_or_path=, on a command line --hybrid-base."
+            "one as llm_model=, or say where it is by base_model_name_or_path=, on a command line by "
+            "--hybrid-base."
         )
 
 

@@ -54,5 +54,6 @@ def check_folder(what: str, name_or_path: str | os.PathLike[str]) -> None:
 
 
 def _runs_in(folder: Path) -> str:
-    inside = [path.name for path in sorted(folder.glob("*")) if (path / "config.json").is_file()]
-    return f"; {inside[-1]} in it has one" if inside else ""
+    inside = [path.name for path in folder.glob("*") if (path / "config.json").is_file()]
+    newest = max(inside, key=lambda name: (len(name), name), default=None)  # checkpoint-12 after checkpoint-9
+    return f"; {newest} in it has one" if newest else ""

@@ -252,7 +252,7 @@ def test_rows_with_labels(base, texts, tmp_path, capsys):
     assert found and float(found[1]) > 60
     right = round(float(found[1]) * 1.8)
     assert right - 90 <= int(found[2]) <= right / 2, "two labels a row"
-    assert text.endswith("tokens in sequences of 16")
+    assert text.endswith("tokens in sequences of 16; 7 more at the end fill none")
     error = refused(capsys, *command, "--sequence-length", 4, "--output", tmp_path / "again")
     assert "rows.jsonl, line 1: expected at most 4 tokens (the sequence length), got 5" in error
 
@@ -447,6 +447,7 @@ def test_eval_measures_each_file(trained, texts, capsys):
     pattern = r"(\S+): loss (\d\.\d+) nats per token, perplexity (\S+), ([\d,]+) tokens in sequences of 16"
     rows = re.findall(pattern, out)
     assert [row[0] for row in rows] == files
+    assert f"in sequences of 16; {(len(TEXT) + 1) % 16} more at the end fill none" in out
     for _, loss, perplexity, _ in rows:
         assert float(perplexity) == pytest.approx(torch.tensor(float(loss)).exp().item(), rel=1e-3)
     assert (
@@ -555,7 +556,19 @@ def test_info_counts_what_is_there(base, trained, capsys):
     assert counts["trained in phase 1"] == block
 
     assert main(["info", "--model", str(trained)]) == 0
-    assert counts_of(capsys.readouterr().out)["total"] == sum(p.numel() for p in tiny_hybrid().parameters())
+    out = capsys.readouterr().out
+    assert counts_of(out)["total"] == sum(p.numel() for p in tiny_hybrid().parameters())
+    assert counts_of(out)["num_recursion_steps"] == tiny_hybrid().config.num_recursion_steps
+    assert re.search(rf"^base {{2,}}{base}$", out, re.MULTILINE)
+
+    assert main(["info", "--base", str(base), *options(FIELDS | {"lora_rank": 2})]) == 0
+    counts = counts_of(capsys.readouterr().out)
+    assert (
+        counts["base"]
+        + counts["LoRA of rank 2"]
+        + sum(count for name, count in counts.items() if name.startswith("layer "))
+        == counts["total"]
+    )
 
 
 def test_info_knows_the_levels_without_a_download(capsys):

@@ -445,6 +445,11 @@ def test_names_that_may_be_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "gpt2" / "inside" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no config.json in it; inside in it has one"):
         check_folder("a model", tmp_path / "gpt2")
+    for name in ("checkpoint-9", "checkpoint-12"):
+        (tmp_path / "trained" / name).mkdir(parents=True)
+        (tmp_path / "trained" / name / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no config.json in it; checkpoint-12 in it has one"):
+        check_folder("a model", tmp_path / "trained")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="it is no folder"):
         check_folder("a model", "./file")
