@@ -18,6 +18,9 @@ from hybrid.model.settled_call import num_trm_cache_layers, recursion_steps, rul
 if TYPE_CHECKING:
     from hybrid.model.hybrid_model import HybridModel
 
+# arguments of a forward, and where a model has them for calls without
+_OF_A_CALL = {"num_recursion_steps": "model.config.num_recursion_steps", "halting": "model.halting"}
+
 
 class HybridGenerationMixin(GenerationMixin):
     """What transformers' generate and generate_batch ask of a model that they do not know to have TRMs."""
@@ -27,10 +30,11 @@ class HybridGenerationMixin(GenerationMixin):
     num_base_layers: int
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """transformers', by which what stands in the config does not reach the forward: n has to."""
+        """transformers', which keeps from the forward what stands in the config."""
+        of_call = {name: kwargs.pop(name) for name in _OF_A_CALL if name in kwargs}
         generation_config, of_forward = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
-        n = _steps_of(generation_config)
-        return generation_config, of_forward if n is None else {"num_recursion_steps": n} | of_forward
+        _refuse_of_a_call(generation_config)
+        return generation_config, of_forward | of_call
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -137,16 +141,16 @@ class HybridGenerationMixin(GenerationMixin):
     ) -> Any:
         from hybrid.serving.continuous_batching import BatchedHybrid  # it imports this package's model
 
-        of_configs = [_steps_of(one) for one in (generation_config, self.generation_config)]
-        n = next((n for n in (num_recursion_steps, *of_configs) if n is not None), None)
-        return BatchedHybrid(self, n, halting)  # type: ignore[arg-type]
+        _refuse_of_a_call(generation_config)
+        _refuse_of_a_call(self.generation_config)
+        return BatchedHybrid(self, num_recursion_steps, halting)  # type: ignore[arg-type]
 
 
-def _steps_of(generation_config: GenerationConfig | None) -> int | None:
-    """n of settings of generation, as they may have it. Errors: ValueError for halting there."""
-    if getattr(generation_config, "halting", None) is not None:
-        raise ValueError(
-            "HybridModel: expected halting as an argument or as model.halting, got it in generation_config, "
-            "whose file cannot keep it."
-        )
-    return getattr(generation_config, "num_recursion_steps", None)
+def _refuse_of_a_call(generation_config: GenerationConfig | None) -> None:
+    """ValueError for what nothing would read there."""
+    for name, place in _OF_A_CALL.items():
+        if getattr(generation_config, name, None) is not None:
+            raise ValueError(
+                f"HybridModel: expected {name} as an argument or as {place}, got it in generation_config, "
+                "where nothing reads it."
+            )

@@ -43,8 +43,9 @@ def check_base(model: PreTrainedModel) -> None:
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
     if split := [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]:
         raise ValueError(
-            f"HybridModel: expected a base with whole parameters, got {split[0]} split among processes. Wrap "
-            "the base first, then shard the hybrid: fully_shard(layer) of each layer, fully_shard(hybrid)."
+            f"HybridModel: expected a base with whole parameters, got {split[0]} split among processes. For "
+            "FSDP2 wrap the base first, then shard the hybrid: fully_shard(layer) of each layer, "
+            "fully_shard(hybrid). Tensor parallelism is not supported here."
         )
     if wrapped := [name for name, _ in model.named_parameters() if is_trm_key(name)]:
         raise ValueError(

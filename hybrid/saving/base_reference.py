@@ -83,8 +83,8 @@ def check_loaded(model: Any, expected: Mapping[str, str] | None) -> None:
     if own not in expected and model.llm_model.dtype.itemsize <= getattr(torch, dtype).itemsize:
         logger.warning(  # what was kept cannot be had from the dtype that it was loaded in
             "HybridModel: whether this is the base that the hybrid was saved with is not known. It was "
-            f"loaded in {own}, and there are checksums in {', '.join(expected)} alone. Loaded "
-            "so it is compared."
+            f"loaded in {own}, and there are checksums in {', '.join(expected)} alone. To have it compared, "
+            f"load it in {dtype} (dtype=, on a command line --dtype)."
         )
         return
     if base_checksum.digest(base_tensors(model), getattr(torch, dtype)) != expected[dtype]:

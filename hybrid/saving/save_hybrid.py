@@ -130,8 +130,6 @@ def _save(
     model.config.base_model_name_or_path = None if save_base else reference
     model.config.base_checksums = None if save_base else _digests(model)
     model.llm_model.config.dtype = model.llm_model.dtype  # as it is now, for the next load
-    if hasattr(model.generation_config, "num_recursion_steps"):
-        model.generation_config._from_model_config = False  # else it would be left out when it is read
     model.config.base_is_frozen = not any(p.requires_grad for _, p in model.base_named_parameters())
     push = kwargs.pop("push_to_hub", False)
     hub = {name: kwargs.pop(name) for name in _OF_UPLOAD if name in kwargs}

@@ -6,7 +6,7 @@ searches and caches agree is in test_generate.py.
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from hybrid import Halting
 from hybrid.model.cache_name import as_argument
@@ -119,38 +119,33 @@ def test_a_generation_config_and_its_keywords_mean_the_same(family):
     assert torch.equal(hybrid.generate(ids, generation_config=config), want)
 
 
-@families
-def test_recursion_steps_may_stand_in_the_settings_of_generation(family):
-    hybrid, ids = tiny_hybrid(family), tokens()
+@pytest.mark.parametrize(
+    "setting", [{"num_recursion_steps": 1}, {"halting": Halting(threshold=0.2)}], ids=str
+)
+def test_what_a_call_takes_is_refused_in_the_settings_of_generation(setting):
+    hybrid, ids = tiny_hybrid("llama"), tokens()
+    config = GenerationConfig(pad_token_id=0, eos_token_id=2, **setting, **GREEDY)
+    told = f"expected {next(iter(setting))} as an argument or as model.* got it in generation_config"
+    with pytest.raises(ValueError, match=told):
+        hybrid.generate(ids, generation_config=config)
+    with pytest.raises(ValueError, match=told):
+        hybrid.generate_batch(ids.tolist(), config)
+    hybrid.generation_config = config
+    with pytest.raises(ValueError, match=told):
+        hybrid.generate(ids, **setting)
+
+
+def test_settings_of_generation_that_say_nothing_take_no_argument_away():
+    hybrid, ids = tiny_hybrid("llama"), tokens()
 
     def logits(**arguments):
         asked = {"output_logits": True, "return_dict_in_generate": True}
         return torch.cat(hybrid.generate(ids, **asked, **arguments).logits)
 
-    one, three = (logits(num_recursion_steps=n, **GREEDY) for n in (1, 3))
-    assert not torch.equal(one, three), "a test that could not fail"
-    config = GenerationConfig(pad_token_id=0, eos_token_id=2, num_recursion_steps=1, **GREEDY)
-    assert torch.equal(logits(generation_config=config), one)
-    assert torch.equal(logits(generation_config=config, num_recursion_steps=3), three)
-    hybrid.generation_config.num_recursion_steps = 3
-    assert torch.equal(logits(generation_config=config), one)
-    assert torch.equal(logits(**GREEDY), three)
-    assert torch.equal(logits(num_recursion_steps=1, **GREEDY), one)
-
-
-def test_a_halting_rule_in_the_settings_of_generation_is_refused():
-    hybrid = tiny_hybrid("llama")
-    with pytest.raises(ValueError, match="expected halting as an argument or as model.halting"):
-        hybrid.generate(
-            tokens(), generation_config=GenerationConfig(halting=Halting(threshold=0.2), **GREEDY)
-        )
-
-
-def test_recursion_steps_in_the_settings_of_generation_are_saved(tmp_path):
-    hybrid = tiny_hybrid("llama")
-    hybrid.generation_config.num_recursion_steps = 1
-    hybrid.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.num_recursion_steps == 1
+    config = GenerationConfig(pad_token_id=0, eos_token_id=2, num_recursion_steps=None, **GREEDY)
+    one = logits(generation_config=config, num_recursion_steps=1)
+    assert torch.equal(one, logits(num_recursion_steps=1, **GREEDY))
+    assert not torch.equal(one, logits(generation_config=config))
 
 
 @families

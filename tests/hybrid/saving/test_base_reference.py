@@ -505,7 +505,7 @@ def test_a_base_that_is_split_already_is_refused_with_what_to_do(folder, tmp_pat
 
 def wrap_what_is_split(folder, _, mesh):
     base = fully_shard(loaded(folder), mesh=mesh)
-    told = r"whole parameters, got model\.embed_tokens\.weight split among processes\. Wrap the base first"
+    told = r"whole parameters, got model\.embed_tokens\.weight split among processes\. For FSDP2 wrap"
     with pytest.raises(ValueError, match=told):
         wrapped(base)
 
