@@ -14,7 +14,17 @@ from types import ModuleType
 from typing import Any
 
 # modules of this package that need none of it, with what is inside them; of `training` only these
-_LIGHT = ("cli", "error_text", "extras", "lazy", "options", "registration", "training.settings", "__main__")
+_LIGHT = (
+    "cli",
+    "error_text",
+    "extras",
+    "lazy",
+    "options",
+    "quiet",
+    "registration",
+    "training.settings",
+    "__main__",
+)
 _FACES = ("training",)  # the package itself, without what is inside
 _TRAINER = "transformers.trainer"
 _SERVER = "transformers.cli.serving.model_manager"

@@ -3,7 +3,6 @@
 options.py   what each command takes
 parser.py    that as argparse has it, and what is wrong with what was typed
 block.py     HybridConfig from its options
-quiet.py     what packages say of themselves while they are imported
 others       a command each, imported when it is run: only they import torch
 
 What a user can mend (ValueError, OSError) is one line on stderr and exit code 2.
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from hybrid.cli.parser import parse
-from hybrid.cli.quiet import quiet
+from hybrid.quiet import quiet
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from hybrid.demo.real.questions import encode
 from hybrid.demo.real.states import hidden_states
 from hybrid.extras import installed
 from hybrid.model.injection_points import decoder_layers
+from hybrid.quiet import quiet
 from hybrid.saving.files import replace_file
 from hybrid.training import run_folder
 
@@ -74,7 +75,8 @@ def _learn_all(folder: Path, effort: RealEffort, seed: int) -> list[Learned]:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
     try:
-        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(2, mp_context=spawn, initializer=quiet) as pool:
             futures = [pool.submit(learn, folder, learns, effort, seed) for learns in _ARMS]
             return [future.result() for future in futures]
     finally:
