@@ -12,6 +12,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
 compiles = pytest.mark.skipif(interpreting(), reason="the interpreter does not compile")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOOR = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}  # summing in another order
+if interpreting():  # by the host's BLAS: 3.9e-7 where eager had 1.7e-7, by OpenBLAS on an AMD EPYC
+    FLOOR[torch.float32] = 3e-7
 # B, H, G, S, K: one key; a part; parts; more than a merge takes at once; more heads than one program takes
 SHAPES = ((1, 1, 1, 1, 16), (3, 4, 2, 33, 40), (2, 2, 1, 600, 64), (1, 1, 1, 4500, 16), (1, 20, 1, 70, 128))
 

@@ -79,19 +79,28 @@ def test_the_tiles_of_each_arch_compute_the_same(name, dtype, arch, monkeypatch)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_forms_of_a_product_compute_the_same(name, dtype, parts):
-    """Gate and up in one product, the epilogue in parts: the same sums in one order, so the same bits."""
+    """Gate and up in one product, the epilogue in parts: the same sums in one order, so the same bits.
+
+    The interpreter's products are the host's BLAS. On some CPUs (OpenBLAS's kernels for Haswell, on an EPYC)
+    the order of its sums depends on the shape. There the forms are compared to a few roundings of the dtype.
+    """
     sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     plain = tuning.GemmLaunch(dtype.itemsize, **sizes)
     other = replace(plain, parts=parts, joins_weights=True)
     inputs = inputs_of(BY_NAME[name], (35, 48, 80), dtype)  # rows that are aligned, in part of a tile
-    op = name.partition("-")[0]
+    op, eps = name.partition("-")[0], torch.finfo(dtype).eps
     found = []
     for row in (plain, other):
         with tuning.using(op, row), tuning.using("linear_swiglu", row), backend("triton"):
             found.append(run(BY_NAME[name].op, inputs))
     for what, want in found[0].items():
         if want.ndim > 1:  # of a row's scale the gradient is summed part by part
-            assert torch.equal(found[1][what], want), what
+            if interpreting():
+                torch.testing.assert_close(
+                    found[1][what], want, rtol=8 * eps, atol=8 * eps * want.std().item()
+                )
+            else:
+                assert torch.equal(found[1][what], want), what
     with tuning.using(op, other), tuning.using("linear_swiglu", other):
         check_closeness(BY_NAME[name], (35, 48, 80), dtype)
 
