@@ -41,7 +41,7 @@ def check_base(model: PreTrainedModel) -> None:
     for size in ("hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(text_config, size, None), int):
             raise ValueError(f"HybridModel: expected the base's config to have {size}, got none in {who}.")
-    if split := [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]:
+    if split := [name for name, p in model.named_parameters() if base_reference.is_split(p)]:
         raise ValueError(
             f"HybridModel: expected a base with whole parameters, got {split[0]} split among processes. For "
             "FSDP2 wrap the base first, then shard the hybrid: fully_shard(layer) of each layer, "

@@ -64,7 +64,7 @@ def checksums(model: Any, before: Mapping[str, Any]) -> dict[str, str] | None:
         return None
     own = model.llm_model.dtype
     now = dict(base_tensors(model))
-    if any(map(_is_split, now.values())):
+    if any(map(is_split, now.values())):
         name = str(own).removeprefix("torch.")
         found = base_checksum.digest_of_sums(before, name) if now.keys() == before.keys() else None
         return None if found is None else {name: found}
@@ -106,7 +106,7 @@ def changed(model: Any, now: Mapping[str, Tensor], before: Mapping[str, Any]) ->
     for name, parameter in base_tensors(model):
         t = _gathered(now, name, parameter)
         seen.add(name)
-        if not _is_here(t):
+        if not is_here(t):
             if parameter.requires_grad:
                 return name, was_cast
             continue
@@ -210,7 +210,7 @@ def _compare_with_loaded(model: Any, tensors: Mapping[str, Tensor]) -> str | Non
         return False
     there = again.state_dict()
     for name, t in tensors.items():
-        if name not in there or (_is_here(t) and not torch.equal(there[name].to(t.dtype), t.detach().cpu())):
+        if name not in there or (is_here(t) and not torch.equal(there[name].to(t.dtype), t.detach().cpu())):
             return f"{name} has other values than where it came from"
     return None
 
@@ -220,7 +220,7 @@ def _difference(name: str, t: Tensor, file: str) -> str | None:
         there = opened.get_tensor(name)
     if there.shape != t.shape:
         return f"{name} is {list(t.shape)}, and {list(there.shape)} where it came from"
-    if _is_here(t) and not torch.equal(there.to(t.dtype), t.detach().cpu()):
+    if is_here(t) and not torch.equal(there.to(t.dtype), t.detach().cpu()):
         return f"{name} has other values than where it came from"
     return None
 
@@ -276,14 +276,14 @@ def refuse_bases_folder(folder: Path, config: Any) -> None:
         )
 
 
-def _is_split(t: Tensor) -> bool:
+def is_split(t: Tensor) -> bool:
     """Whether each process has a part of it (FSDP2); the type is not imported, which takes seconds."""
     return hasattr(t, "full_tensor")
 
 
-def _is_here(t: Tensor) -> bool:
+def is_here(t: Tensor) -> bool:
     """Whether this process has all of its values."""
-    return t.device.type != "meta" and not _is_split(t)
+    return t.device.type != "meta" and not is_split(t)
 
 
 def _gathered(now: Mapping[str, Tensor], name: str, otherwise: Tensor) -> Tensor:

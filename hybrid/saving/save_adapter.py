@@ -66,7 +66,7 @@ def _why_trm_is_lost(model: Any, state_dict: Mapping[str, Tensor]) -> str | None
         return f"{folder}, where the hybrid was loaded from, cannot be read"
     for name in parameters:
         t = state_dict.get(name)
-        if t is None or t.is_meta or hasattr(t, "full_tensor"):  # elsewhere, or split among processes
+        if t is None or not base_reference.is_here(t):  # elsewhere, or split among processes
             continue
         if name not in there or not there[name].to(t.dtype).equal(t.detach().cpu()):
             return f"{name} has other values than in {folder}"
