@@ -72,6 +72,15 @@ def _trained(values: list[float]) -> float:
     return statistics.mean(values[:-1])
 
 
+def _at_the_end(result: Result) -> float:
+    return _trained(result["closing"])
+
+
+def _in_the_new_wording(result: Result) -> float:
+    closing: list[float] = result["closing"]
+    return closing[-1]
+
+
 def answers(lines: Lines, task: str) -> str:
     """Each arm: what it answers, seed by seed."""
     most, often = TASKS[task].most, TASKS[task].asks_often
@@ -82,8 +91,8 @@ def answers(lines: Lines, task: str) -> str:
             cells += _seeds(lines, task, arm, partial(_places, most=most))
             cells += _seeds(lines, task, arm, partial(_beyond, most=most))[:1]
         cells += _seeds(lines, task, arm, lambda result: _trained(result["generate"]))
-        cells += _seeds(lines, task, arm, lambda result: _trained(result["closing"]))[:1]
-        cells += _seeds(lines, task, arm, lambda result: result["closing"][-1])[:1]
+        cells += _seeds(lines, task, arm, _at_the_end)[:1]
+        cells += _seeds(lines, task, arm, _in_the_new_wording)[:1]
         rows.append([arm, *cells])
     asked = (
         ["after each move", "each seed", f"after move {most + 1} to {TASKS[task].longer}"] if often else []
@@ -102,8 +111,8 @@ def each_seed(lines: Lines, task: str) -> str:
             f"after move {most + 1} to {longer}": (partial(_beyond, most=most), 2),
         }
     columns |= {
-        "at the end": (lambda result: _trained(result["closing"]), 2),
-        "at the end, new wording": (lambda result: result["closing"][-1], 2),
+        "at the end": (_at_the_end, 2),
+        "at the end, new wording": (_in_the_new_wording, 2),
         "CPU seconds": (lambda result: result.get("cpu_seconds", 0.0), 0),
     }
     rows = [
@@ -142,7 +151,7 @@ def costs(lines: Lines, task: str) -> str:
 def by_n(lines: Lines, task: str) -> str:
     """Each recursion: accuracy by n at inference, in the mean over the seeds that are there."""
     most = TASKS[task].most
-    what: dict[str, Callable[[Result], float]] = {"at the end": lambda one: _trained(one["closing"])}
+    what: dict[str, Callable[[Result], float]] = {"at the end": _at_the_end}
     if TASKS[task].asks_often:
         what = {
             f"move 1 to {most}": partial(_places, most=most),
