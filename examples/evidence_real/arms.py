@@ -62,6 +62,7 @@ ARMS: dict[str, Arm] = {
     ),
     "n random, no norm": replace(_RANDOM, norm=False),
     "n = 1": Arm("recursion", n=1),
+    "n = 1, text kept": Arm("recursion", n=1, plan=TrainingPlan(kept=4)),
     "n = 1, 8,000 steps": Arm("recursion", n=1, plan=TrainingPlan(steps=8000)),
     "n = 8": Arm("recursion"),
     "untied, same FLOPs": Arm("untied"),
