@@ -1,11 +1,10 @@
-"""Shell games on paper: a ball is under one of a few cups, each move takes it to another, where is it?
+"""Shell games on paper: a ball is under one of a few cups, each move moves cups about, where is the ball?
 
     The ball is under cup A. Swap these cups: left outer right. Now it is under cup C
                                               ^---- the left two, the outer two, the right two
 
 It is asked for after every move, and at the end. A tenth of all beginnings (the first cup and six moves) is
-never trained on; held-out games begin with one of these. Nearly all games of less than six moves are met in
-training.
+never trained on; held-out games begin with one of these. Of games of less than six moves none are held out.
 """
 
 import random
