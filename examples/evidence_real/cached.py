@@ -13,7 +13,7 @@ from torch import Tensor
 from evidence_real.arms import LAST
 from evidence_real.tasks import TASKS, Task
 from hybrid.demo.real import base as real_base
-from hybrid.demo.real.questions import Questions, encode
+from hybrid.demo.real.questions import AskedText, Questions, encode
 from hybrid.demo.real.states import hidden_states
 from hybrid.demo.texts import split_sources
 from hybrid.saving.files import replace_file
@@ -34,6 +34,11 @@ def after(part: Part, layer: int = 0) -> Tensor:
     return part[f"h{layer or LAYERS[-1]}"]
 
 
+def asked_at_the_end(task: Task, closing: str) -> list[AskedText]:
+    """The held-out texts of a question at the end: the same for each, but for its words."""
+    return [task.text(_FIRST + HELD_OUT + i, True, None, closing) for i in range(CLOSINGS)]
+
+
 def parts_of(task: Task, count: int = GAMES) -> dict[str, list[Any]]:
     """All texts of a task, by what they are for."""
     found = {
@@ -41,8 +46,7 @@ def parts_of(task: Task, count: int = GAMES) -> dict[str, list[Any]]:
         "longer": [task.text(_FIRST + i, True, task.longer, task.closings[0]) for i in range(HELD_OUT)],
     }
     for number, closing in enumerate(task.closings):
-        texts = [task.text(_FIRST + HELD_OUT + i, True, None, closing) for i in range(CLOSINGS)]
-        found[f"closing {number}"] = texts
+        found[f"closing {number}"] = asked_at_the_end(task, closing)
     return found
 
 

@@ -14,7 +14,7 @@ from hybrid.demo.real.questions import NOTHING, AskedText
 from hybrid.demo.real.training import Model
 
 N = (1, 2, 4, 8, 12, 16)  # recursion steps at inference
-_GENERATED = 20  # texts for each question at the end
+GENERATED = 20  # texts for each question at the end
 _ROWS = 32
 
 
@@ -76,7 +76,7 @@ class Measures:
         """
         shares = []
         for some in texts.values():
-            some = some[:_GENERATED]
+            some = some[:GENERATED]
             batch = tokenizer(
                 [text.prompt for text in some], padding=True, padding_side="left", return_tensors="pt"
             )

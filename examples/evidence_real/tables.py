@@ -15,6 +15,7 @@ from evidence_real.arms import ARMS
 from evidence_real.measures import N
 from evidence_real.results import Lines
 from evidence_real.tasks import TASKS
+from evidence_real.yardstick import short_games
 from hybrid.demo.report import table
 
 SEEDS = range(5)
@@ -171,7 +172,10 @@ def by_n(lines: Lines, task: str) -> str:
 
 _SHOWN = [name for name in TASKS if not name.endswith(", fillers")]
 TABLES: dict[str, Callable[[Lines], str]] = {
-    f"{task.replace(' ', '-')}{end}": partial(make, task=task)
-    for task in _SHOWN
-    for end, make in (("", answers), ("-each-seed", each_seed), ("-costs", costs), ("-by-n", by_n))
+    "short-games": short_games,
+    **{
+        f"{task.replace(' ', '-')}{end}": partial(make, task=task)
+        for task in _SHOWN
+        for end, make in (("", answers), ("-each-seed", each_seed), ("-costs", costs), ("-by-n", by_n))
+    },
 }

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evidence_real import ablations, arms, cached, command, measures, tables, tasks
+from evidence_real import ablations, arms, cached, command, measures, tables, tasks, yardstick
 from evidence_real.beginnings import SharedBeginnings
 from evidence_real.results import Lines, Run, rewritten
 
@@ -319,3 +319,14 @@ def test_moves_are_followed_up_to_the_first_that_is_answered_less_well(tmp_path)
     assert "2 - 24 0 -" in tables.each_seed(lines, "words")
     assert "0.75 - 0.75 0.75 -" in tables.each_seed(lines, "words")
     assert "10 - 10 10 -" in tables.each_seed(lines, "words")
+
+
+def test_who_follows_some_moves_is_right_in_games_that_have_no_more(tmp_path):
+    lengths = [1, 4, 5, 16]
+    assert yardstick.right_answers(cups=4, lengths=lengths, followed=0) == 0.25
+    assert yardstick.right_answers(cups=4, lengths=lengths, followed=4) == (1 + 1 + 0.25 + 0.25) / 4
+    assert yardstick.right_answers(cups=4, lengths=lengths, followed=16) == 1
+    shown = yardstick.short_games(Lines(tmp_path / "none"))
+    words = next(line for line in shown.splitlines() if "words" in line)
+    # 9 of the 100 held-out games have at most four moves
+    assert words.split("|")[5].strip() == f"{(9 + 91 / 3) / 100:.3f}"
