@@ -204,6 +204,21 @@ def test_the_documents_tables_are_those_of_its_results(shown):
         assert f"<!-- table: {name} -->" in text
 
 
+def test_runs_that_were_made_again_gave_what_is_published():
+    """All figures but the seconds; accuracy among the answers was not measured of the earliest runs."""
+    published = Lines(command.PUBLISHED).runs
+    again = Lines(command.PUBLISHED.with_name("made-again.jsonl")).runs
+    assert len(again) == 3
+    for run, line in again.items():
+        earlier = published[run]
+        assert line["settings"] == earlier["settings"]
+        same = earlier["result"].keys() - {"cpu_seconds"}
+        assert {"closing", "generate", "by_moves", "loss"} <= same
+        assert {name: line["result"][name] for name in same} == {
+            name: earlier["result"][name] for name in same
+        }
+
+
 def test_bfloat16_is_for_training_alone():
     """What is measured of LoRA on all layers is float32's, and so are its weights."""
     in_bfloat16 = arms.model_of(arms.ARMS["LoRA on all layers, 1,500 steps"], word_base(), 0)
