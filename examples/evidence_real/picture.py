@@ -14,7 +14,7 @@ from hybrid.saving.files import replace_file
 
 RECURSION = "n random in 1..12, text kept"
 _BESIDE = {
-    "n = 1": "tab:red",
+    "n = 1, text kept": "tab:red",
     "LoRA on the last layer": "tab:green",
     "LoRA on all layers, 3,000 steps": "tab:purple",
 }
