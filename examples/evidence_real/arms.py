@@ -43,6 +43,7 @@ def planned(one: Any, **changes: Any) -> Any:
 
 
 _RANDOM = Arm("recursion", sampling="uniform")
+_ONE_STEP = Arm("recursion", n=1)
 _LORA_ARM = Arm("LoRA on the last layer", plan=TrainingPlan(learning_rate=1e-3))
 _LORA_ALL = Arm("LoRA on all layers", rank=2, plan=TrainingPlan(learning_rate=1e-3))
 _LORA_BF16 = replace(_LORA_ALL, learns="LoRA on all layers, in bfloat16")
@@ -61,12 +62,12 @@ ARMS: dict[str, Arm] = {
         _SLOW_RISE, learns="recursion of two layers"
     ),
     "n random, no norm": replace(_RANDOM, norm=False),
-    "n = 1": Arm("recursion", n=1),
-    "n = 1, text kept": Arm("recursion", n=1, plan=TrainingPlan(kept=4)),
-    "n = 1, 8,000 steps": Arm("recursion", n=1, plan=TrainingPlan(steps=8000)),
+    "n = 1": _ONE_STEP,
+    "n = 1, text kept": planned(_ONE_STEP, kept=4),
+    "n = 1, 8,000 steps": planned(_ONE_STEP, steps=8000),
     "n = 8": Arm("recursion"),
     "untied, same FLOPs": Arm("untied"),
-    "n = 1, fillers": Arm("recursion", n=1, fillers=True),
+    "n = 1, fillers": replace(_ONE_STEP, fillers=True),
     "LoRA on the last layer": _LORA_ARM,
     "LoRA on the last layer, text kept": planned(_LORA_ARM, kept=4),
     "LoRA on the last layer, rate 3e-4": planned(_LORA_ARM, learning_rate=3e-4),
